@@ -1,0 +1,90 @@
+"""Calls into a plugin's code that cannot take the host down.
+
+A plugin may raise anything while it is imported or called: `SystemExit` from an argument parser,
+`OSError` from a missing shared library, a `BaseException` of its own. Everything except
+`KeyboardInterrupt`, which is the user's, becomes a value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from kpt.plugins.status import PluginError, install_command, one_line
+
+T = TypeVar("T")
+
+#: ``package.module:attribute.attribute``
+REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a call returned, or what it raised."""
+
+    value: T | None = None
+    error: BaseException | None = None
+
+
+def attempt(call: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
+    """Run ``call`` and return what it returned or raised; only `KeyboardInterrupt` gets through."""
+    try:
+        return Outcome(value=call(*args, **kwargs))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return Outcome(error=error)
+
+
+def load(reference: str) -> Any:
+    """The attribute that ``reference`` (``"module:attr"``) names.
+
+    Raises `PluginError`, naming the reference and a command, for whatever the import raises.
+    """
+    if not isinstance(reference, str) or not REFERENCE.fullmatch(reference):
+        raise PluginError(
+            f"{reference!r} is not a reference; write 'package.module:attribute', "
+            "for instance 'kpt_plugin_cpu.probe:CpuProbe'."
+        )
+    module_name, _, path = reference.partition(":")
+    outcome = attempt(import_module, module_name)
+    if outcome.error is not None:
+        raise PluginError(
+            f"{reference!r} cannot be loaded: {one_line(outcome.error)}.", _reinstall(module_name)
+        ) from outcome.error
+    value: Any = outcome.value
+    for name in path.split("."):
+        found = attempt(getattr, value, name)
+        if found.error is not None:
+            raise PluginError(
+                f"{reference!r} cannot be loaded: {one_line(found.error)}.", _reinstall(module_name)
+            ) from found.error
+        value = found.value
+    return value
+
+
+def instantiate(reference: str) -> Any:
+    """What ``reference`` names; an instance of it, made without arguments, if it is a class."""
+    value = load(reference)
+    if not isinstance(value, type):
+        return value
+    outcome = attempt(value)
+    if outcome.error is not None:
+        raise PluginError(
+            f"{reference!r} cannot be created: {one_line(outcome.error)}.",
+            _reinstall(reference.partition(":")[0]),
+        ) from outcome.error
+    return outcome.value
+
+
+def _reinstall(module_name: str) -> str:
+    """The command that reinstalls whatever distribution offers ``module_name``."""
+    import importlib_metadata
+
+    package = module_name.partition(".")[0]
+    found = attempt(importlib_metadata.packages_distributions).value or {}
+    owners = found.get(package)
+    return install_command(owners[0], "--force-reinstall") if owners else f"python -c 'import {module_name}'"
