@@ -18,7 +18,11 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = {"kpt-core": ROOT / "kpt_core", "kpt-plugin-cpu": ROOT / "plugins/cpu", "kernel-pytorch": ROOT}
+DISTRIBUTIONS = {
+    "kpt-core": ROOT / "kpt_core",
+    "kpt-plugin-cpu": ROOT / "plugins/cpu",
+    "kernel-pytorch": ROOT,
+}
 PROGRAMS = ("kpt", "kernelpytorch", "kpt-optimize")
 
 
@@ -56,7 +60,9 @@ def lend_torch(programs: Path) -> None:
     import torch
 
     here = Path(torch.__file__).resolve().parent.parent
-    there = run([programs / "python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
+    there = run(
+        [programs / "python", "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
+    ).strip()
     Path(there, "zz_torch_of_the_builder.pth").write_text(f"{here}\n", encoding="utf-8")
 
 
@@ -85,7 +91,9 @@ print("wheels: installed, imported, optimised and restored with torch", torch.__
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--build-only", action="store_true", help="build the wheels and list their names")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kpt-wheels-") as name:
