@@ -35,7 +35,7 @@ def attempt(call: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
         return Outcome(value=call(*args, **kwargs))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it becomes a status
         return Outcome(error=error)
 
 

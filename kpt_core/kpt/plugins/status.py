@@ -117,7 +117,7 @@ def one_line(error: BaseException) -> str:
     """The type and the first line of an error, for a status."""
     try:
         text = str(error)
-    except Exception:  # a hostile __str__ must not defeat the report of its error
+    except Exception:  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
         text = "(its message cannot be shown)"
     first = text.strip().splitlines()[0] if text.strip() else ""
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
