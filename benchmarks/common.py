@@ -1,0 +1,158 @@
+"""What the benchmark scripts share: facts about the machine, result files, comparing outputs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+for folder in ("examples", "tests"):
+    sys.path.insert(0, str(ROOT / folder))
+
+VERSIONS_OF = ("kpt-core", "kpt-plugin-cpu", "torch", "transformers", "onnxruntime", "openvino", "torchao")
+
+
+def machine() -> dict[str, Any]:
+    """The processor, what of it this process may use, and the memory."""
+    facts: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            facts[key.strip()] = value.strip()
+    telling = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+    flags = facts.get("flags", "").split()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": facts.get("model name", platform.processor() or platform.machine()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": [flag for flag in telling if flag in flags],
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what takes part, the Python's, and the commit of this repository."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "kpt_core", "plugins"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found["commit"] = commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "unknown"
+    return found
+
+
+def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Store ``content`` with date, machine and versions as ``name-YYYY-MM-DD.json``."""
+    import torch
+
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    whole = {
+        "benchmark": name,
+        "schema": 1,
+        "date": today,
+        "machine": {**machine(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        **content,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{today}.json"
+    path.write_text(json.dumps(rounded(whole), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def rounded(value: Any) -> Any:
+    """``value`` with every float cut to four significant digits, so that result files can be read."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value
+
+
+def tensors(value: Any) -> Iterator[Any]:
+    """The floating-point tensors in a model's output, in order; arrays are taken for tensors."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+    elif hasattr(value, "__array__"):
+        yield from tensors(torch.as_tensor(value))
+
+
+def first_tensor(value: Any) -> Any:
+    """The first floating-point tensor of an output, the one that errors are measured on."""
+    for tensor in tensors(value):
+        return tensor
+    raise TypeError(f"no floating-point tensor in an output of type {type(value).__name__}")
+
+
+def relative_error(output: Any, reference: Any) -> float:
+    """||output - reference|| / ||reference|| of the first tensors; inf if shapes or values are off."""
+    return tensor_error(first_tensor(output), first_tensor(reference))
+
+
+def tensor_error(output: Any, reference: Any) -> float:
+    """||output - reference|| / ||reference|| of two tensors in fp64; inf if shapes or values are off."""
+    import torch
+
+    mine, true = output.double(), reference.double()
+    if mine.shape != true.shape or not torch.isfinite(mine).all():
+        return float("inf")
+    return float((mine - true).norm() / true.norm().clamp_min(1e-30))
+
+
+class OutOfTime(Exception):
+    """A contender's set-up took longer than it may."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in the main thread after ``seconds``."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime(f"set-up took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
