@@ -1,0 +1,416 @@
+"""Compiled forwards: dynamo finds the graph once, and later calls run it without dynamo.
+
+`torch.compile` keeps compiled code on code objects, compiles again whenever a guard fails, falls
+back to eager without a word after eight entries, and evaluates every guard on each call. A
+`CompiledForward` differs in four ways:
+
+* Each instance traces a code object and a globals dictionary of its own; when it is disposed of,
+  compiled code, guards and constants die with it. `torch._dynamo.reset` is never needed.
+* Guards are *memoised*: the full set is evaluated when an input structure (shapes, strides, dtypes,
+  values of scalars, grad mode) is first seen; afterwards one dictionary look-up selects the compiled
+  code, which is called directly. Whoever calls guards the rest: module modes, hooks, weights, scalar
+  attributes (`forget` drops what was memoised when those changed).
+* After `seal` nothing is ever compiled: an unknown structure that satisfies the guards of existing
+  code is memoised, any other one runs the original forward and is counted as a miss.
+* Settings of the compiler hold during compilation only.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from kpt.interruption import DeadlinePassed, deadline, stop_workers
+
+__all__ = ["CompiledForward", "DeadlinePassed", "collect", "deadline", "named_tensors", "stop_workers"]
+
+GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
+Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
+
+#: Memoised structures per instance; the table is emptied when it is full.
+TABLE_LIMIT = 4096
+#: Structures that one instance compiles at most.
+GRAPH_LIMIT = 64
+
+_compiling = threading.RLock()
+_active: list[CompiledForward] = []
+_created: ContextVar[list[CompiledForward] | None] = ContextVar("kpt_compiled_forwards", default=None)
+
+
+@contextmanager
+def collect() -> Iterator[list[CompiledForward]]:
+    """The `CompiledForward` objects made inside the block, in this thread and context."""
+    created: list[CompiledForward] = []
+    token = _created.set(created)
+    try:
+        yield created
+    finally:
+        _created.reset(token)
+        outer = _created.get()
+        if outer is not None:
+            outer.extend(created)
+
+
+def _entry(*args: Any, **kwargs: Any) -> Any:
+    return _forward(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - in each instance's globals
+
+
+# ---------------------------------------------------------------------------------------------
+# The structure of a call
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_SCALARS = (int, float, bool, str, complex, type(None), torch.dtype, torch.device)
+_grad_enabled = torch.is_grad_enabled
+_inference_enabled = torch.is_inference_mode_enabled
+
+
+def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
+    """Append to ``parts`` what compiled code depends on in ``value``; False if that isn't known."""
+    kind = type(value)
+    if kind in _TENSORS:
+        identities.append(id(value))
+        parts.append(value.shape)
+        parts.append(value.stride())
+        parts.append(value.dtype)
+        parts.append(value.requires_grad)
+        parts.append(value.device)
+        return True
+    parts.append(kind)
+    if kind in _SCALARS:
+        parts.append(value)
+        return True
+    if kind is tuple or kind is list:
+        parts.append(len(value))
+        return all([_structure(item, parts, identities) for item in value])
+    if kind is dict:
+        parts.append(tuple(value))
+        return all([_structure(item, parts, identities) for item in value.values()])
+    return False
+
+
+def structure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """A hashable description of a call, or None when an argument has a type unknown here."""
+    parts: list[Any] = [_grad_enabled(), _inference_enabled(), len(args)]
+    identities: list[int] = []
+    for value in args:
+        if not _structure(value, parts, identities):
+            return None
+    for name, value in kwargs.items():
+        parts.append(name)
+        if not _structure(value, parts, identities):
+            return None
+    if len(identities) > 1 and len(set(identities)) != len(identities):
+        # The same tensor twice: compiled code may be specialised to which ones are equal.
+        parts.append(tuple(identities.index(identity) for identity in identities))
+    return tuple(parts)
+
+
+def named_tensors(
+    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a call by name: the argument's name, then ``.key`` or ``.index`` per level."""
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, (tuple, list)):
+            for index, item in enumerate(value):
+                visit(f"{name}.{index}", item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(f"{name}.{key}", item)
+
+    arguments: Mapping[str, Any] = kwargs
+    if args:
+        arguments = {str(index): value for index, value in enumerate(args)} | kwargs
+        if signature is not None:
+            arguments = {}
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                    arguments |= value
+                else:
+                    arguments[name] = value
+    for name, value in arguments.items():
+        visit(name, value)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiling
+
+
+def _backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """The one backend that dynamo knows of (it keeps each for ever); the active instance compiles."""
+    return _active[-1]._lower(graph, example_inputs)
+
+
+@contextmanager
+def _marked_dynamic(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, Mapping[int, Any]]) -> Iterator[None]:
+    """Mark the declared dimensions of ``tensors`` while a graph is captured.
+
+    A dimension of size 0 or 1 stays static: dynamo specialises to those sizes anyhow and a mark
+    would be an error. The marks are attributes of the tensors and are taken off again.
+    """
+    marked: list[tuple[torch.Tensor, set[str]]] = []
+    try:
+        for name, tensor in tensors.items():
+            axes = [axis for axis in dims.get(name, ()) if axis < tensor.dim() and tensor.shape[axis] > 1]
+            if not axes:
+                continue
+            marked.append((tensor, set(tensor.__dict__)))
+            for axis in axes:
+                torch._dynamo.mark_dynamic(tensor, axis)
+        yield
+    finally:
+        for tensor, before in marked:
+            for attribute in set(tensor.__dict__) - before:
+                del tensor.__dict__[attribute]
+
+
+class CompiledForward:
+    """A forward that runs as one compiled graph per input structure.
+
+    ``forward`` is called with the arguments of each call, normally a bound method. ``backend`` is
+    the name of a dynamo backend or a function of (graph, example inputs). ``inductor_config`` and
+    ``dynamo_config`` hold while compiling. ``dynamic_dims`` maps an argument's name (see
+    `named_tensors`) to its dynamic axes: ``{"input_ids": {0: "batch", 1: "sequence"}}``; all other
+    sizes are static. ``graph_pass(graph, example_inputs)`` may replace nodes of the captured graph
+    before the backend sees it.
+
+    Counters: ``graphs`` compiled, ``executions`` of compiled code, ``misses`` (calls that ran the
+    original forward), ``compile_seconds``. Calls are thread-safe; compilation takes a process-wide
+    lock.
+
+    Raises what dynamo or the backend raises when a call can't be compiled as a whole graph, and
+    `RuntimeError` when it holds no tensor operation to compile.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        *,
+        backend: str | Backend = "inductor",
+        inductor_config: Mapping[str, Any] | None = None,
+        dynamo_config: Mapping[str, Any] | None = None,
+        dynamic_dims: Mapping[str, Mapping[int, Any]] | None = None,
+        graph_pass: GraphPass | None = None,
+        label: str = "",
+    ) -> None:
+        self.forward = forward
+        self.backend = backend
+        self.inductor_config = dict(inductor_config or {})
+        self.dynamo_config = dict(dynamo_config or {})
+        self.dynamic_dims = {name: dict(axes) for name, axes in (dynamic_dims or {}).items()}
+        self.graph_pass = graph_pass
+        self.label = label
+        self.graphs = 0
+        self.compile_seconds = 0.0
+        self.sealed = False
+        self._executions = itertools.count()
+        self._misses = itertools.count()
+        self._table: dict[Any, Callable[..., Any]] = {}
+        self._compiled: list[tuple[Any, Callable[..., Any]]] = []
+        self._modules: list[Any] = []
+        try:
+            self._signature: inspect.Signature | None = inspect.signature(forward)
+        except (TypeError, ValueError):
+            self._signature = None
+        self._globals: dict[str, Any] = {
+            "__builtins__": builtins,
+            "__name__": __name__,
+            "_forward": forward,
+        }
+        # code.replace() always makes a new object, and dynamo keeps its cache on the code object.
+        self._function: FunctionType | None = FunctionType(
+            _entry.__code__.replace(co_name="compiled_forward"), self._globals, "compiled_forward"
+        )
+        created = _created.get()
+        if created is not None:
+            created.append(self)
+
+    # -- calling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        target = self._table.get(key := structure_of(args, kwargs))
+        if target is None or key is None:
+            target = self._select(key, args, kwargs)
+            if target is None:
+                next(self._misses)
+                return self.forward(*args, **kwargs)
+        next(self._executions)
+        return target(*args, **kwargs)
+
+    @property
+    def executions(self) -> int:
+        """How many calls ran compiled code."""
+        return self._executions.__reduce__()[1][0]  # type: ignore[no-any-return]
+
+    @property
+    def misses(self) -> int:
+        """How many calls ran the original forward instead of compiled code."""
+        return self._misses.__reduce__()[1][0]  # type: ignore[no-any-return]
+
+    def _select(
+        self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        """The compiled code for a structure that isn't memoised; compile it if that is allowed."""
+        target = self._satisfied(args, kwargs)
+        if target is None and not self.sealed:
+            with _compiling:
+                target = self._satisfied(args, kwargs) or self._compile(args, kwargs)
+        if target is not None and key is not None:
+            if len(self._table) >= TABLE_LIMIT:
+                self._table.clear()
+            self._table[key] = target
+        return target
+
+    def _satisfied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """The first compiled code whose guards all hold for this call."""
+        local_values = {"args": args, "kwargs": kwargs}
+        for guards, target in self._compiled:
+            if guards.check(local_values):
+                return target
+        return None
+
+    # -- compiling
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        if self._function is None:
+            raise RuntimeError(f"{self!r} was disposed of and can't compile; make a new one")
+        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        started, graphs = time.perf_counter(), self.graphs
+        known = {id(entry.code) for entry in _debug_get_cache_entry_list(self._function.__code__)}
+        compiled = torch.compile(self._function, backend=_backend, fullgraph=True, dynamic=False)
+        _active.append(self)
+        try:
+            with ExitStack() as stack:
+                self._enter_settings(stack)
+                stack.enter_context(self._tracked_modules())
+                stack.enter_context(
+                    _marked_dynamic(named_tensors(self._signature, args, kwargs), self.dynamic_dims)
+                    if self.dynamic_dims
+                    else ExitStack()
+                )
+                compiled(*args, **kwargs)
+        finally:
+            _active.pop()
+            self.compile_seconds += time.perf_counter() - started
+        fresh = [
+            entry
+            for entry in _debug_get_cache_entry_list(self._function.__code__)
+            if id(entry.code) not in known
+        ]
+        if self.graphs == graphs or not fresh:
+            raise RuntimeError(f"{self!r}: no graph was compiled for this call; leave this forward eager")
+        for entry in fresh:
+            # What dynamo made of the frame, called as a plain function: no frame hook, no guards.
+            target = FunctionType(entry.code, self._globals, "compiled_forward")
+            self._compiled.append((entry.guard_manager, target))
+        return target
+
+    def _enter_settings(self, stack: ExitStack) -> None:
+        import torch._dynamo.config as dynamo_config
+        import torch._functorch.config as functorch_config
+        import torch.fx.experimental._config as symbolic_config
+
+        settings = {
+            "recompile_limit": GRAPH_LIMIT,
+            "fail_on_recompile_limit_hit": True,
+            "record_runtime_overhead": False,
+            "suppress_errors": False,
+            **self.dynamo_config,
+        }
+        known = {name: value for name, value in settings.items() if hasattr(dynamo_config, name)}
+        stack.enter_context(dynamo_config.patch(**known))
+        # The backward graph is compiled with the forward one: later, these settings are gone.
+        if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
+            stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        if self.dynamic_dims:
+            # Two dimensions that happen to be equal in the example are not one dimension.
+            stack.enter_context(symbolic_config.patch(use_duck_shape=False))
+        if self.inductor_config:
+            import torch._inductor.config as inductor_config
+
+            stack.enter_context(inductor_config.patch(self.inductor_config))
+
+    @contextmanager
+    def _tracked_modules(self) -> Iterator[None]:
+        """Note the Python modules that inductor loads: its cache keeps them, constants included."""
+        cache = _module_cache()
+        before = len(cache.modules) if cache is not None else 0
+        try:
+            yield
+        finally:
+            cache = _module_cache()
+            if cache is not None:
+                self._modules.extend(cache.modules[before:])
+
+    def _lower(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if self.graph_pass is not None:
+            graph = self.graph_pass(graph, example_inputs)
+        backend = self.backend
+        if isinstance(backend, str):
+            backend = torch._dynamo.lookup_backend(backend)
+        lowered = backend(graph, example_inputs)
+        self.graphs += 1
+        return lowered
+
+    # -- life
+
+    def seal(self) -> None:
+        """From now on never compile: calls without compiled code run the original forward."""
+        self.sealed = True
+
+    def forget(self) -> None:
+        """Evaluate the guards again for each structure, because something outside the inputs changed."""
+        self._table.clear()
+
+    def dispose(self) -> None:
+        """Free compiled code, guards and constants. Later calls run the original forward."""
+        self.sealed = True
+        self._table.clear()
+        self._compiled.clear()
+        cache = _module_cache()
+        if cache is not None and self._modules:
+            mine = {id(module) for module in self._modules}
+            cache.modules[:] = [module for module in cache.modules if id(module) not in mine]
+            for path, module in list(cache.modules_no_attr.items()):
+                if id(module) in mine:
+                    del cache.modules_no_attr[path]
+            for module in self._modules:
+                if sys.modules.get(module.__name__) is module:
+                    del sys.modules[module.__name__]
+                cache.linemaps.pop(getattr(module, "__file__", None), None)
+        self._modules.clear()
+        if self._function is not None:
+            from torch._dynamo.eval_frame import remove_from_cache
+
+            remove_from_cache(self._function)
+            self._function = None
+        self._globals.clear()
+
+    def __repr__(self) -> str:
+        name = self.label or getattr(self.forward, "__qualname__", type(self.forward).__name__)
+        return (
+            f"CompiledForward({name}, graphs={self.graphs}, executions={self.executions}, "
+            f"misses={self.misses}, sealed={self.sealed})"
+        )
+
+
+def _module_cache() -> Any:
+    """Inductor's cache of generated modules, or None while inductor isn't loaded."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    return codecache.PyCodeCache if codecache is not None else None

@@ -1,0 +1,229 @@
+"""How running work is stopped when its deadline passes.
+
+A trial is Python code that calls native code and starts compilers. Three things stop it:
+
+* an exception raised asynchronously in its thread, delivered between two bytecodes;
+* the end of its compilers: their processes are killed, so that whoever waits for them fails;
+* repetition of both until the block is left, because foreign code may swallow the exception.
+
+What can't be interrupted is a single native call (one matrix product, one weight packing, loading a
+shared library): the exception arrives when it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+#: Names of the programs that a compiler driver runs.
+_COMPILERS = ("g++", "gcc", "c++", "cc1plus", "cc1", "as", "ld", "collect2", "lto1", "lto-wrapper", "icpx", "ptxas")
+_COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "ptxas")
+
+
+class DeadlinePassed(BaseException):
+    """A block ran past its deadline. Not an `Exception`, so that foreign handlers let it through."""
+
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    name: str
+
+
+def descendants(root: int | None = None) -> list[Process]:
+    """Processes below ``root`` (default: this process).
+
+    Empty where there is no ``/proc`` (macOS, Windows): children are then not found.
+    """
+    proc = Path("/proc")
+    if not proc.is_dir() or not sys.platform.startswith("linux"):
+        return []
+    children: dict[int, list[int]] = {}
+    names: dict[int, str] = {}
+    for entry in proc.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text()
+        except OSError:  # it ended meanwhile
+            continue
+        pid = int(entry.name)
+        # The name is in parentheses and may itself hold some; the fields after it are fixed.
+        head, _, tail = stat.rpartition(")")
+        children.setdefault(int(tail.split()[1]), []).append(pid)
+        names[pid] = head.partition("(")[2]
+    found: list[Process] = []
+    pending = [root if root is not None else os.getpid()]
+    while pending:
+        parent = pending.pop()
+        for pid in children.get(parent, ()):
+            pending.append(pid)
+            found.append(Process(pid, parent, names[pid]))
+    return found
+
+
+def _is_compiler(name: str) -> bool:
+    return name in _COMPILERS or name.startswith(_COMPILER_PREFIXES)
+
+
+def _signal(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _output_of(pid: int) -> Path | None:
+    """The file that a compiler writes (its argument after ``-o``)."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        folder = os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return None
+    if b"-o" not in arguments[:-1]:
+        return None
+    return Path(folder) / os.fsdecode(arguments[arguments.index(b"-o") + 1])
+
+
+def _forget_failed_libraries() -> None:
+    """Drop inductor's entries for libraries that were never loaded: they keep the failure for good."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    if codecache is None:
+        return
+    pending = [codecache.CppCodeCache]
+    while pending:
+        owner = pending.pop()
+        pending.extend(owner.__subclasses__())
+        for key, load in list(owner.cache.items()):
+            code, cells = getattr(load, "__code__", None), getattr(load, "__closure__", None) or ()
+            held = dict(zip(code.co_freevars, cells)) if code is not None else {}
+            if "lib" in held and held["lib"].cell_contents is None:
+                owner.cache.pop(key, None)
+
+
+def stop_workers(patience: float = 0.5) -> int:
+    """End the compilers that run below this process; return how many processes were ended.
+
+    Compilers started by inductor's threads and by its worker pool are ended and what is queued
+    behind them is cancelled. Pools and failures are forgotten, so that the next compilation starts
+    anew. Only programs known as compilers and inductor's own worker processes are touched.
+
+    What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
+    seconds it is ended too. Their half-written outputs are removed: the next compilation would take
+    them for finished ones.
+    """
+    module = sys.modules.get("torch._inductor.async_compile")
+    workers: set[int] = set()
+    if module is not None:
+        compiler = module.AsyncCompile
+        if compiler.pool.cache_info().currsize:
+            compiler.pool().shutdown(wait=False, cancel_futures=True)
+            compiler.pool.cache_clear()
+        for pool in list(getattr(module, "_pool_set", ())):
+            process = getattr(pool, "process", None)
+            if process is not None:
+                workers.add(process.pid)
+            workers.update(getattr(pool, "_processes", None) or ())
+    ended = 0
+    if module is not None and workers:
+        # Asked to shut down, a pool would finish its work first.
+        for worker in workers:
+            ended += sum(_signal(pid, signal.SIGKILL) for pid, _, _ in descendants(worker))
+            ended += _signal(worker, signal.SIGKILL)
+        module.after_fork()
+    outputs: set[Path] = set()
+    waited_until = time.monotonic() + patience
+    while running := {process.pid: process.parent for process in descendants() if _is_compiler(process.name)}:
+        outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
+        late = time.monotonic() >= waited_until
+        ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
+        if late:
+            ended += sum(_signal(pid, signal.SIGTERM) for pid in running)
+            break
+        time.sleep(0.02)
+    for path in outputs:
+        path.unlink(missing_ok=True)
+    _forget_failed_libraries()
+    return ended
+
+
+def raise_in_thread(thread_id: int, exception: type[BaseException] | None) -> bool:
+    """Raise ``exception`` in a thread at its next bytecode; ``None`` takes back a pending one."""
+    argument = ctypes.py_object(exception) if exception is not None else None
+    return ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), argument) == 1
+
+
+class _Watch:
+    """Interrupts one thread from ``deadline`` on, until it is told that the block was left."""
+
+    def __init__(self, deadline: float, interval: float) -> None:
+        self.thread_id = threading.get_ident()
+        self.deadline = deadline
+        self.interval = interval
+        self.fired = False
+        self._left = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="kpt-deadline", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        if self._left.wait(max(0.0, self.deadline - time.monotonic())):
+            return
+        while True:
+            with self._lock:
+                if self._left.is_set():
+                    return
+                self.fired = True
+                raise_in_thread(self.thread_id, DeadlinePassed)
+                # Inside the lock: the block's successor may compile as soon as `leave` returns.
+                stop_workers()
+            if self._left.wait(self.interval):
+                return
+
+    def leave(self) -> None:
+        """No exception is raised once this returns; it may itself be interrupted."""
+        with self._lock:
+            self._left.set()
+            raise_in_thread(self.thread_id, None)
+
+
+@contextmanager
+def deadline(seconds: float | None, *, interval: float = 0.5) -> Iterator[None]:
+    """Leave the block with `DeadlinePassed` once ``seconds`` have passed; ``None`` never does.
+
+    The exception is repeated every ``interval`` seconds until the block is left, and compilers
+    below this process are killed meanwhile.
+    """
+    if seconds is None:
+        yield
+        return
+    watch = _Watch(time.monotonic() + seconds, interval)
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+        if isinstance(error, KeyboardInterrupt) or not watch.fired:
+            raise
+    finally:
+        # An exception that is already on its way may arrive here; only then is the loop repeated.
+        while True:
+            try:
+                watch.leave()
+                break
+            except DeadlinePassed:
+                continue
+    if watch.fired:
+        # A compiler that was killed makes its caller raise something of its own: one name for both.
+        raise DeadlinePassed(f"stopped after {seconds:.1f} s") from (
+            failure if isinstance(failure, Exception) else None
+        )

@@ -1,0 +1,337 @@
+"""CompiledForward: values, counts, sealing, dynamic dimensions, guards and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+
+from kpt import compiling, interruption
+from kpt.compiling import CompiledForward
+
+
+class Branchy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(6, 8)
+        self.second = torch.nn.Linear(8, 3)
+
+    def forward(self, x, scale=1.0, mask=None):
+        hidden = torch.relu(self.first(x)) * scale
+        if mask is not None:
+            hidden = hidden * mask
+        return {"out": self.second(hidden), "extras": (hidden, [scale])}
+
+
+@pytest.fixture
+def model() -> Branchy:
+    torch.manual_seed(0)
+    return Branchy().eval()
+
+
+def compiled(model: torch.nn.Module, **options) -> CompiledForward:
+    return CompiledForward(model.forward, **{"backend": "aot_eager", **options})
+
+
+def same(left, right) -> None:
+    assert type(left) is type(right)
+    torch.testing.assert_close(left["out"], right["out"])
+    torch.testing.assert_close(left["extras"][0], right["extras"][0])
+    assert left["extras"][1] == right["extras"][1]
+
+
+@torch.no_grad()
+def test_values_structure_and_counts_follow_the_original(model):
+    forward = compiled(model)
+    for _ in range(3):
+        x = torch.randn(4, 6)
+        same(forward(x), model(x))
+    same(forward(x, scale=2.0), model(x, scale=2.0))
+    same(forward(x, mask=torch.ones(8)), model(x, mask=torch.ones(8)))
+    assert (forward.graphs, forward.executions, forward.misses) == (3, 5, 0)
+
+
+@torch.no_grad()
+def test_sealed_never_compiles_and_counts_misses(model):
+    forward = compiled(model)
+    forward(torch.randn(4, 6))
+    forward.seal()
+    for rows in (4, 5, 6):
+        x = torch.randn(rows, 6)
+        same(forward(x), model(x))
+    assert (forward.graphs, forward.executions, forward.misses) == (1, 2, 2)
+
+
+@torch.no_grad()
+def test_strides_dtype_and_identity_of_inputs_select_compiled_code():
+    class Sum(torch.nn.Module):
+        def forward(self, a, b):
+            return a.contiguous() + 2 * b
+
+    module = Sum()
+    forward = compiled(module)
+    a = torch.randn(4, 4)
+    for first, second in ((a, a.clone()), (a, a), (a.t(), a), (a.double(), a), (a, a.clone())):
+        torch.testing.assert_close(forward(first, second), module(first, second))
+    assert forward.misses == 0
+
+
+def test_grad_mode_is_part_of_the_structure(model):
+    forward = compiled(model)
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        assert not forward(x)["out"].requires_grad
+    assert forward(x)["out"].requires_grad
+    with torch.inference_mode():
+        assert forward(x)["out"].is_inference()
+
+
+@torch.no_grad()
+def test_declared_dimensions_share_one_graph(model):
+    forward = compiled(model, dynamic_dims={"x": {0: "batch"}})
+    forward(torch.randn(7, 6))
+    forward(x=torch.randn(7, 6))
+    forward.seal()
+    for rows in range(2, 60):
+        x = torch.randn(rows, 6)
+        same(forward(x=x) if rows % 2 else forward(x), model(x))
+    assert (forward.graphs, forward.misses) == (2, 0)
+    assert "_dynamo_dynamic_indices" not in x.__dict__
+
+
+@torch.no_grad()
+def test_equal_example_sizes_are_not_taken_for_one_dimension():
+    class Scores(torch.nn.Module):
+        def forward(self, ids, other):
+            return ids.float().sum(-1) + other.sum()
+
+    module = Scores()
+    forward = compiled(module, dynamic_dims={"ids": {0: "batch", 1: "sequence"}, "other": {0: "rows"}})
+    forward(torch.ones(5, 5, dtype=torch.long), torch.ones(5))
+    forward.seal()
+    for batch, sequence, rows in ((2, 3, 4), (9, 2, 5)):
+        ids, other = torch.ones(batch, sequence, dtype=torch.long), torch.ones(rows)
+        torch.testing.assert_close(forward(ids, other), module(ids, other))
+    assert forward.misses == 0
+
+
+@torch.no_grad()
+def test_size_one_of_a_dynamic_dimension_gets_its_own_graph(model):
+    forward = compiled(model, dynamic_dims={"x": {0: "batch"}})
+    for rows in (1, 3, 5, 1):
+        x = torch.randn(rows, 6)
+        same(forward(x), model(x))
+    assert forward.graphs == 2
+
+
+def test_training_gradients_reach_live_parameters(model):
+    forward = compiled(model)
+    x = torch.randn(4, 6)
+    forward(x)["out"].sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x)["out"].sum().backward()
+    for mine, theirs in zip(got, model.parameters()):
+        torch.testing.assert_close(mine, theirs.grad)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    same(forward(x), model(x))
+    assert forward.graphs == 1
+
+
+@torch.no_grad()
+def test_unknown_argument_types_are_checked_by_the_guards_on_each_call():
+    class Options:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+    class Module(torch.nn.Module):
+        def forward(self, x, options):
+            return torch.sin(x) * options.factor
+
+    module = Module()
+    forward = compiled(module)
+    x = torch.randn(3)
+    for factor in (2.0, 3.0, 2.0):
+        torch.testing.assert_close(forward(x, Options(factor)), module(x, Options(factor)))
+    assert forward.graphs == 2
+    forward.seal()
+    torch.testing.assert_close(forward(x, Options(5.0)), module(x, Options(5.0)))
+    assert forward.misses == 1
+
+
+@torch.no_grad()
+def test_graph_pass_sees_and_changes_the_captured_graph(model):
+    seen = []
+
+    def relu_to_sigmoid(graph: torch.fx.GraphModule, example_inputs: list) -> torch.fx.GraphModule:
+        for node in graph.graph.nodes:
+            if node.target is torch.relu:
+                node.target = torch.sigmoid
+                seen.append(len(example_inputs))
+        graph.recompile()
+        return graph
+
+    forward = compiled(model, graph_pass=relu_to_sigmoid)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(forward(x)["out"], model.second(torch.sigmoid(model.first(x))))
+    assert seen
+
+
+@torch.no_grad()
+def test_settings_hold_while_compiling_only(model):
+    import torch._inductor.config as inductor_config
+
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.append(inductor_config.freezing)
+        return graph.forward
+
+    before = inductor_config.freezing
+    compiled(model, backend=backend, inductor_config={"freezing": not before})(torch.randn(2, 6))
+    assert seen == [not before]
+    assert inductor_config.freezing == before
+
+
+@torch.no_grad()
+def test_a_graph_break_is_an_error_and_leaves_dynamo_usable(model):
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:
+                return x + 1
+            return x - 1
+
+    with pytest.raises(Exception, match="(?i)data-dependent|graph break|unsupported"):
+        compiled(Breaks())(torch.randn(3))
+    x = torch.randn(3, 6)
+    same(compiled(model)(x), model(x))
+
+
+def test_collect_names_what_was_made_inside(model):
+    before = compiled(model)
+    with compiling.collect() as outer:
+        first = compiled(model)
+        with compiling.collect() as inner:
+            second = compiled(model)
+    assert inner == [second]
+    assert outer == [first, second]
+    assert before not in outer
+
+
+@torch.no_grad()
+def test_dispose_frees_code_and_constants():
+    alive = []
+
+    def run() -> None:
+        module = Branchy().eval()
+        forward = compiled(module)
+        forward(torch.randn(4, 6))
+        alive.append(weakref.ref(module))
+        alive.append(weakref.ref(forward))
+        forward.dispose()
+        assert forward.misses == 0
+
+    for _ in range(3):
+        run()
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 6
+
+
+@torch.no_grad()
+def test_disposed_runs_the_original(model):
+    forward = compiled(model)
+    x = torch.randn(4, 6)
+    forward(x)
+    forward.dispose()
+    same(forward(x), model(x))
+    assert forward.misses == 1
+
+
+@torch.no_grad()
+def test_calls_from_threads_agree(model):
+    forward = compiled(model)
+    errors: list[BaseException] = []
+    x = torch.randn(4, 6)
+    expected = model(x)["out"]
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(20):
+                    torch.testing.assert_close(forward(x)["out"], expected)
+        except BaseException as error:  # noqa: BLE001 - reported below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert forward.graphs == 1
+
+
+def test_deadline_stops_python_code_and_is_quiet_otherwise():
+    with interruption.deadline(30.0):
+        pass
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.1, interval=0.05):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # noqa: BLE001 - a foreign handler must not catch the deadline
+                pytest.fail("caught")
+    time.sleep(0.15)  # nothing arrives later
+
+
+def test_stop_workers_leaves_other_children_alone():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as child:
+        interruption.stop_workers()
+        assert child.poll() is None
+        child.kill()
+
+
+@pytest.mark.slow
+def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
+    """A fresh cache makes g++ run; the deadline comes while it does; a second try succeeds."""
+    script = textwrap.dedent(
+        """
+        import torch, time
+        from kpt import interruption
+        from kpt.compiling import CompiledForward
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8)).eval()
+        x = torch.randn(3, 8)
+        with torch.no_grad():
+            CompiledForward(torch.nn.Tanh().forward)(x)
+            seen = []
+            for seconds in (0.3, 0.8, 1.5):
+                started = time.monotonic()
+                try:
+                    with interruption.deadline(seconds):
+                        forward = CompiledForward(model.forward)
+                        forward(x)
+                        while True:
+                            time.sleep(0.01)
+                except interruption.DeadlinePassed:
+                    seen.append(time.monotonic() - started - seconds)
+            assert len(seen) == 3 and max(seen) < 5, seen
+            forward = CompiledForward(model.forward)
+            torch.testing.assert_close(forward(x), model(x))
+            assert forward.graphs == 1 and not interruption.descendants()
+        """
+    )
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
