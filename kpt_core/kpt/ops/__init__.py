@@ -1,0 +1,55 @@
+"""The op catalogue: what each op computes, and where a model computes it, by proof.
+
+``recognise(model, calls)`` returns sites; ``Site.run(kernel, ...)`` serves a site's call with a
+kernel; ``install(root, site, kernel)`` puts a kernel into a copy of the model; ``reference(op)`` is
+what a kernel has to equal.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kpt.ops.index import catalogue, reference
+    from kpt.ops.recognition import Recognition, forget_proofs, recognise
+    from kpt.ops.sites import Binding, Example, Hypothesis, Site, SiteMismatch, install
+
+_HOMES = {
+    "Binding": "kpt.ops.sites",
+    "Example": "kpt.ops.sites",
+    "Hypothesis": "kpt.ops.sites",
+    "Recognition": "kpt.ops.recognition",
+    "Site": "kpt.ops.sites",
+    "SiteMismatch": "kpt.ops.sites",
+    "catalogue": "kpt.ops.index",
+    "forget_proofs": "kpt.ops.recognition",
+    "install": "kpt.ops.sites",
+    "recognise": "kpt.ops.recognition",
+    "reference": "kpt.ops.index",
+}
+
+__all__ = [
+    "Binding",
+    "Example",
+    "Hypothesis",
+    "Recognition",
+    "Site",
+    "SiteMismatch",
+    "catalogue",
+    "forget_proofs",
+    "install",
+    "recognise",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module 'kpt.ops' has no attribute {name!r}; its public names are {', '.join(__all__)}"
+        )
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,101 @@
+"""Copies of modules that share no state with the original, so that running them leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+_STATE = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_ATOMS = (
+    int,
+    float,
+    bool,
+    str,
+    bytes,
+    complex,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+)
+
+
+def clone(
+    root: torch.nn.Module,
+    tensor: Callable[[torch.Tensor, bool], torch.Tensor] | None = None,
+    attribute: Callable[[Any], Any] | None = None,
+) -> torch.nn.Module:
+    """A structural copy of ``root`` without hooks.
+
+    ``tensor(t, is_parameter)`` gives the copy's tensor; by default parameters are shared and
+    buffers cloned. ``attribute`` maps plain attribute values. Everything else that a module holds
+    is deep-copied, so that lists, caches and bound methods of the copy are its own; what refuses to
+    be copied is shared.
+    """
+    memo: dict[int, Any] = {}
+    kept: list[Any] = []  # keeps ids in ``memo`` valid
+    modules = list(root.modules())
+    for module in modules:
+        twin = type(module).__new__(type(module))
+        memo[id(module)] = twin
+    for module in modules:
+        for is_parameter, table in ((True, module._parameters), (False, module._buffers)):
+            for value in table.values():
+                if value is not None and id(value) not in memo:
+                    memo[id(value)] = tensor(value, is_parameter) if tensor else _share(value, is_parameter)
+    for module in modules:
+        twin = memo[id(module)]
+        state = twin.__dict__
+        for name, value in module.__dict__.items():
+            if name in _STATE:
+                continue
+            if value is None or isinstance(value, _ATOMS):
+                state[name] = attribute(value) if attribute else value
+            elif isinstance(value, tuple) and all(isinstance(item, _ATOMS) for item in value):
+                state[name] = attribute(value) if attribute else value
+            else:
+                try:
+                    state[name] = copy.deepcopy(value, memo)
+                except Exception as error:  # locks, generators, process groups: shared, as they must be
+                    kept.append(error)
+                    state[name] = value
+        state["_parameters"] = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}
+        state["_buffers"] = {k: None if v is None else memo[id(v)] for k, v in module._buffers.items()}
+        state["_modules"] = {k: None if v is None else memo[id(v)] for k, v in module._modules.items()}
+        for name in _HOOKS:
+            state[name] = OrderedDict()
+    copied: torch.nn.Module = memo[id(root)]
+    return copied
+
+
+def _share(value: torch.Tensor, is_parameter: bool) -> torch.Tensor:
+    return value if is_parameter else value.detach().clone()
+
+
+def hooked(root: torch.nn.Module) -> str | None:
+    """Which module inside ``root`` has a hook, a parametrisation or a forward of its own, if any."""
+    for path, module in root.named_modules():
+        state = module.__dict__
+        where = f"{path!r}" if path else "it"
+        for name in _HOOKS:
+            if state.get(name):
+                return f"{where} has forward or backward hooks"
+        if "parametrizations" in state.get("_modules", ()):
+            return f"{where} is parametrised"
+        if "forward" in state:
+            return f"{where} has a forward set on the instance"
+    return None

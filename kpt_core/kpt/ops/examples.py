@@ -1,0 +1,235 @@
+"""Small random inputs and parameters for a proof, shaped like what a site was seen with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from kpt.ops.capture import Captured, Seen
+from kpt.ops.clone import clone
+from kpt.ops.sites import Binding, Hypothesis
+
+_PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
+_BIG = 1 << 18  # elements of parameters above which dimensions are shrunk
+_LARGE_SIZE = 16  # sizes of the call (batch, length) above this are made small
+
+
+class Examples:
+    """Draws inputs for one captured site, and copies of its module with random parameters."""
+
+    def __init__(self, captured: Captured, shrink: bool = True) -> None:
+        self.captured = captured
+        module = captured.module
+        seen = [value for call in captured.calls for value in _seen(call)]
+        devices = {value.device for value in seen if value.dtype.is_floating_point} or {torch.device("cpu")}
+        device = next(iter(devices))
+        # MPS has no float64
+        self.device = torch.device("cpu") if device.type in ("mps", "meta") else device
+        self.generator = torch.Generator(device="cpu").manual_seed(0x5EED)
+        self.function_of_module = captured.function is not None
+        self.protected = _own_sizes(module)
+        parameters = list(module.parameters())
+        elements = sum(p.numel() for p in parameters)
+        self.sizes: dict[int, int] = {}
+        if shrink and not self.function_of_module and elements > _BIG:
+            self.sizes = _shrunk({d for p in parameters for d in p.shape if d > 64})
+        self.lengths = self._small_lengths(seen)
+
+    def _small_lengths(self, seen: list[Seen]) -> dict[int, int]:
+        """Smaller values for sizes that belong to the call; distinct sizes stay distinct."""
+        found: dict[int, int] = {}
+        fresh = iter(range(5, 4096))
+        for value in seen:
+            for size in value.shape[:-1]:
+                if size > _LARGE_SIZE and size not in self.protected and size not in found:
+                    found[size] = next(n for n in fresh if n not in self.protected)
+        return found
+
+    # ---- parameters ---------------------------------------------------------------------------
+
+    def twin(self, dtype: torch.dtype) -> torch.nn.Module:
+        """A copy of the module with random parameters of ``dtype`` (relative precisions are lost)."""
+        own = torch.Generator(device="cpu").manual_seed(0xC0DE)
+
+        def tensor(value: torch.Tensor, is_parameter: bool) -> torch.Tensor:
+            shape = tuple(self.sizes.get(size, size) for size in value.shape)
+            if not value.is_floating_point():
+                kept = value.detach().clone().to(self.device)
+                return torch.nn.Parameter(kept, False) if is_parameter else kept
+            if self.function_of_module and value.numel() > 1 << 16:
+                drawn = torch.zeros((), dtype=dtype, device=self.device).expand(shape)
+                return torch.nn.Parameter(drawn, False) if is_parameter else drawn
+            drawn = torch.randn(shape, generator=own, dtype=torch.float64)
+            if not is_parameter:
+                drawn = drawn.abs() + 0.5
+            elif len(shape) > 1:
+                drawn = drawn / math.sqrt(max(shape[-1], 1))
+            else:
+                drawn = 0.5 * drawn + 0.3
+            drawn = drawn.to(self.device, dtype)
+            return torch.nn.Parameter(drawn) if is_parameter else drawn
+
+        def attribute(value: Any) -> Any:
+            if type(value) is int:
+                return self.sizes.get(value, value)
+            if type(value) is tuple:
+                return tuple(self.sizes.get(v, v) if type(v) is int else v for v in value)
+            return value
+
+        twin = clone(self.captured.module, tensor, attribute if self.sizes else None)
+        return twin
+
+    # ---- inputs -------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        index: int,
+        twin: torch.nn.Module,
+        *,
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+        strided: bool = False,
+        gradients: bool = False,
+        lengths: dict[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Arguments like those of call ``index``, by parameter name."""
+        table = {**self.lengths, **(lengths or {})}
+
+        def make(value: Any) -> Any:
+            if isinstance(value, Seen):
+                return self._tensor(value, scale, dtype, strided, gradients, table)
+            if type(value) in (tuple, list):
+                return type(value)(make(item) for item in value)
+            if type(value) is dict:
+                return {key: make(item) for key, item in value.items()}
+            return twin if isinstance(value, torch.nn.Module) else value
+
+        return {name: make(value) for name, value in self.captured.calls[index].items()}
+
+    def _tensor(
+        self,
+        seen: Seen,
+        scale: float,
+        dtype: torch.dtype,
+        strided: bool,
+        gradients: bool,
+        table: dict[int, int],
+    ) -> torch.Tensor:
+        last = len(seen.shape) - 1
+        shape = tuple(
+            self.sizes.get(size, size if axis == last else table.get(size, size))
+            for axis, size in enumerate(seen.shape)
+        )
+        if seen.dtype.is_complex:
+            drawn = torch.randn(shape, generator=self.generator, dtype=torch.complex128)
+            return drawn.to(self.device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+        if not seen.dtype.is_floating_point:
+            return self._integers(seen, shape)
+        if strided and len(shape) > 1:
+            drawn = torch.randn(
+                *shape[:-2], shape[-1], shape[-2], generator=self.generator, dtype=torch.float64
+            )
+            drawn = drawn.transpose(-1, -2)
+        else:
+            drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        drawn = (drawn * scale).to(self.device, dtype)
+        return drawn.requires_grad_() if gradients else drawn
+
+    def _integers(self, seen: Seen, shape: tuple[int, ...]) -> torch.Tensor:
+        """Resampled from the values seen; the very same values when the shape did not change."""
+        value = seen.value
+        if value is None:
+            raise ValueError("an integer tensor too large to be remembered cannot be drawn")
+        if tuple(value.shape) == shape:
+            return value.clone()
+        if value.numel() == 0:
+            return value.new_zeros(shape)
+        picks = torch.randint(0, value.numel(), shape, generator=self.generator)
+        return value.flatten()[picks.to(value.device)]
+
+    def variations(
+        self, twin: torch.nn.Module, integers: tuple[int, ...]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The first call with other batch sizes and lengths: one, odd, and around each literal in the code."""
+        call = self.captured.calls[0]
+        sizes = {size for value in _seen(call) for size in value.shape[:-1]}
+        free = [size for size in sizes if size not in self.protected] or list(sizes)
+        held = {v for v in vars(self.captured.module).values() if type(v) is int and 2 < v <= 8192}
+        literals = sorted({*integers, *(held - sizes - set(self.sizes))})[:8]
+        wanted = [1, 2, 3, 33, *(n for v in literals for n in (v, v + 1))]
+        elements = max((math.prod(value.shape) for value in _seen(call)), default=1)
+        for size in free[:3]:
+            for length in dict.fromkeys(wanted):
+                per_unit = elements / max(size, 1) if size not in self.lengths else 64
+                if length != size and length * min(per_unit, 4096) <= 1 << 21:
+                    try:
+                        bound = self.draw(0, twin, lengths={size: length})
+                    except (RuntimeError, ValueError):
+                        continue
+                    yield f"with a size of {length} in place of {size}", bound
+
+    # ---- arguments that are not tensors --------------------------------------------------------
+
+    def constants(self, hypotheses: Sequence[Hypothesis]) -> dict[str, Any]:
+        """Arguments with a fixed meaning: those that are plain values and no hypothesis reads."""
+        read: set[str] = set()
+        for hypothesis in hypotheses:
+            for text in (*hypothesis.arguments.values(), *hypothesis.conditions, hypothesis.output):
+                read.update(compile(text, "<hypothesis>", "eval").co_names)
+        parameters = self.captured.signature.parameters
+        found = {}
+        for name, value in self.captured.calls[0].items():
+            if parameters[name].kind in (parameters[name].VAR_KEYWORD, parameters[name].VAR_POSITIONAL):
+                continue
+            if name not in read and isinstance(value, _PRIMITIVES):
+                found[name] = value
+        return found
+
+    def other_values(
+        self, twin: torch.nn.Module, candidates: Sequence[tuple[Hypothesis, Binding]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Calls with other values for the numbers that a hypothesis passes on."""
+        for name, value in self.captured.calls[0].items():
+            if type(value) is float and name not in self.constants([h for h, _ in candidates]):
+                bound = self.draw(0, twin)
+                bound[name] = value * 0.625 + 0.03125
+                yield f"with another {name}", bound
+
+
+def _seen(value: Any) -> Iterator[Seen]:
+    if isinstance(value, Seen):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _seen(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _seen(item)
+
+
+def _own_sizes(module: torch.nn.Module) -> set[int]:
+    """Sizes that belong to the module: of its parameters, and integers that it or its config holds."""
+    found = {size for p in (*module.parameters(), *module.buffers()) for size in p.shape}
+    for inner in module.modules():
+        for value in vars(inner).values():
+            if type(value) is int:
+                found.add(value)
+            elif hasattr(value, "__dict__") and not callable(value):
+                found.update(v for v in vars(value).values() if type(v) is int)
+    return found
+
+
+def _shrunk(sizes: set[int]) -> dict[int, int]:
+    """Smaller sizes in the same proportions, so that fused and split matrices still fit each other."""
+    for factor in (64, 32, 16, 8, 4, 2):
+        if all(size % factor == 0 and size // factor >= 4 for size in sizes):
+            return {size: size // factor for size in sizes}
+    found: dict[int, int] = {}
+    fresh = iter(range(13, 4096, 2))
+    for size in sorted(sizes):
+        half = size // 2
+        found[size] = 2 * found[half] if size % 2 == 0 and half in found else next(fresh)
+    return found

@@ -1,0 +1,379 @@
+"""Prove that a site computes an op, by running its own code against the reference.
+
+On a copy with randomised parameters, with low float dtypes promoted to fp64 inside, at several input
+scales and lengths, in every mode, values and gradients. Exactly one hypothesis has to survive, and
+its output has to depend on the input. Then the code runs in each native dtype, under autocast, with
+and without gradients: the torch calls it makes must be the same, because a branch that fp64 never
+takes is one that fp64 cannot prove.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kpt.ops.capture import Captured, Seen
+from kpt.ops.examples import Examples
+from kpt.ops.promote import Promoted, Refused, Trace
+from kpt.ops.scan import executed
+from kpt.ops.sites import Binding, Hypothesis
+
+#: Relative to the largest value. fp64 noise is 1e-12 here; eps = 1e-6 instead of 1e-5 is 5e-6.
+_TOLERANCE = 1e-9
+#: Gradients go through longer sums.
+_GRADIENT_TOLERANCE = 1e-7
+_NATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+_SCALES = (1e3, 1e-3, 1e6)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a proof ended with. ``hypothesis`` is None when nothing was proved; ``reason`` tells why."""
+
+    hypothesis: Hypothesis | None
+    reason: str = ""
+    modes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+class Unproved(Exception):
+    """Ends a proof; the message is the reason."""
+
+
+class OutOfTime(Unproved):
+    """The deadline passed."""
+
+
+def prove(
+    captured: Captured,
+    hypotheses: Sequence[Hypothesis],
+    reference: Callable[[str], Callable[..., Any]],
+    deadline: float | None = None,
+    shrink: bool = True,
+) -> Outcome:
+    """Test ``hypotheses`` about one site; ``reference(op)`` gives an op's reference.
+
+    ``deadline`` is a value of ``time.monotonic()``; `OutOfTime` is raised when it passes.
+    """
+    try:
+        return _Proof(captured, hypotheses, reference, deadline, shrink).outcome()
+    except OutOfTime:
+        raise
+    except Refused as refusal:
+        return Outcome(None, str(refusal))
+    except Unproved as failure:
+        return Outcome(None, str(failure))
+
+
+class _Proof:
+    def __init__(
+        self,
+        captured: Captured,
+        hypotheses: Sequence[Hypothesis],
+        reference: Callable[[str], Callable[..., Any]],
+        deadline: float | None,
+        shrink: bool,
+    ) -> None:
+        self.captured = captured
+        self.reference = reference
+        self.deadline = deadline
+        self.examples = Examples(captured, shrink)
+        self.constants = self.examples.constants(hypotheses)
+        self.candidates = [
+            (hypothesis, Binding(hypothesis, captured.signature, self.constants)) for hypothesis in hypotheses
+        ]
+        self.error: dict[str, float] = {}
+
+    # ---- running ------------------------------------------------------------------------------
+
+    def _clock(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("the time for recognition was over")
+
+    def _call(self, twin: torch.nn.Module, bound: dict[str, Any]) -> Any:
+        arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
+        function = self.captured.function or twin.forward
+        return function(*arguments.args, **arguments.kwargs)
+
+    def _claim(self, twin: torch.nn.Module, bound: dict[str, Any], binding: Binding) -> Any:
+        arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
+        return binding.run(twin, self.reference(binding.op), *arguments.args, **arguments.kwargs)
+
+    def _filter(self, twin: torch.nn.Module, bound: dict[str, Any], what: str) -> Any:
+        """Run the site on ``bound`` in fp64 and drop the hypotheses that disagree."""
+        self._clock()
+        versions = _versions(twin, bound)
+        with Promoted():
+            out = self._call(twin, bound)
+        if versions != _versions(twin, bound):
+            raise Unproved("it writes to its inputs, parameters or buffers")
+        survivors = []
+        nearest, nearest_error = "", float("inf")
+        for hypothesis, binding in self.candidates:
+            try:
+                with Promoted():
+                    claimed = self._claim(twin, bound, binding)
+                error = difference(out, claimed)
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failure:
+                if isinstance(failure, Unproved):
+                    raise
+                error = float("inf")
+            if error <= _TOLERANCE:
+                survivors.append((hypothesis, binding))
+            elif error < nearest_error:
+                nearest, nearest_error = hypothesis.describe(), error
+        if not survivors:
+            closest = f"; nearest was {nearest}, off by {nearest_error:.1e}" if nearest else ""
+            raise Unproved(f"it computes something else {what}{closest}")
+        self.candidates = survivors
+        return out
+
+    # ---- the proof ----------------------------------------------------------------------------
+
+    def outcome(self) -> Outcome:
+        if not self.candidates:
+            return Outcome(None, "no hypothesis")
+        examples = self.examples
+        twin = examples.twin(torch.float64)
+        twin.eval()
+        with torch.no_grad(), torch.autocast(examples.device.type, enabled=False):
+            base = examples.draw(0, twin)
+            try:
+                watch, _ = executed(lambda: self._call(twin, base))
+            except Refused:
+                raise
+            except Exception as error:
+                raise Unproved(f"its copy raised {type(error).__name__}: {_short(error)}") from error
+            if watch.complaint:
+                raise Unproved(watch.complaint)
+            first = self._filter(twin, base, "on random inputs")
+            self._nondegenerate(first)
+            self._values(twin, watch.integers)
+            again = self._filter(twin, base, "when called again")
+            if difference(first, again) > 0.0:
+                raise Unproved("it returns something else when called again")
+        if len(self.candidates) > 1:
+            names = " and ".join(hypothesis.describe() for hypothesis, _ in self.candidates[:3])
+            raise Unproved(f"several hypotheses agree with it: {names}")
+        modes = self._modes(twin)
+        dtypes = self._native()
+        hypothesis = self.candidates[0][0]
+        return Outcome(hypothesis, "", modes, dtypes, self.constants)
+
+    def _nondegenerate(self, out: Any) -> None:
+        for tensor in tensors(out):
+            if tensor.numel() > 1:
+                spread = tensor.double().std()
+                if (
+                    not bool(torch.isfinite(spread))
+                    or float(spread) <= 1e-6 * float(tensor.abs().max()) + 1e-300
+                ):
+                    raise Unproved("its output on random inputs is constant, and agrees with anything")
+
+    def _values(self, twin: torch.nn.Module, integers: tuple[int, ...]) -> None:
+        examples = self.examples
+        scales = dict.fromkeys((*_SCALES, *(s for h, _ in self.candidates for s in h.scales)))
+        for scale in scales:
+            self._filter(twin, examples.draw(0, twin, scale=scale), f"on inputs of magnitude {scale:g}")
+        for index in range(1, len(self.captured.calls)):
+            self._filter(twin, examples.draw(index, twin), "on another of the shapes it was called with")
+        self._filter(twin, examples.draw(0, twin, strided=True), "on inputs that are not contiguous")
+        for what, bound in examples.variations(twin, integers):
+            try:
+                with Promoted():
+                    self._call(twin, bound)
+            except Refused:
+                raise
+            except Exception:
+                continue  # the code itself does not run with this size
+            self._filter(twin, bound, what)
+        for what, bound in examples.other_values(twin, self.candidates):
+            self._filter(twin, bound, what)
+
+    def _modes(self, twin: torch.nn.Module) -> tuple[str, ...]:
+        self._gradients(twin, "in evaluation mode")
+        twin.train()
+        try:
+            with torch.no_grad():
+                self._filter(twin, self.examples.draw(0, twin), "in training mode")
+            self._gradients(twin, "in training mode")
+        except Refused:
+            return ("inference",)  # dropout and other randomness in training
+        except Unproved as failure:
+            if "writes to its" in str(failure) or "gradient" in str(failure):
+                raise
+            return ("inference",)
+        finally:
+            twin.eval()
+        return ("inference", "training")
+
+    def _gradients(self, twin: torch.nn.Module, where: str) -> None:
+        self._clock()
+        binding = self.candidates[0][1]
+        bound = self.examples.draw(0, twin, gradients=True)
+        leaves = [t for t in tensors(bound) if t.requires_grad]
+        leaves += [p for p in twin.parameters() if p.requires_grad and p.numel() < 1 << 22]
+        with torch.enable_grad(), Promoted():
+            grads = _grads(self._call(twin, bound), leaves)
+            claimed = _grads(self._claim(twin, bound, binding), leaves)
+        for one, other in zip(grads, claimed, strict=True):
+            if one is None and other is None:
+                continue
+            if one is None or other is None:
+                given = one if other is None else other
+                if given is not None and bool((given != 0).any()):
+                    raise Unproved(f"its gradient differs from that of {binding.op} {where}: one is missing")
+            elif difference(one, other) > _GRADIENT_TOLERANCE:
+                raise Unproved(
+                    f"its gradient differs from that of {binding.op} {where}, by {difference(one, other):.1e}"
+                )
+
+    def _native(self) -> tuple[str, ...]:
+        """The dtypes in which the site makes the same calls and returns the same dtype as the op."""
+        binding = self.candidates[0][1]
+        held: list[str] = []
+        baseline: list[str] | None = None
+        examples = self.examples
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            self._clock()
+            twin = examples.twin(dtype)
+            twin.eval()
+            bound = examples.draw(0, twin, dtype=dtype)
+            try:
+                with torch.no_grad():
+                    out, trace = _traced(lambda t=twin, b=bound: self._call(t, b))  # type: ignore[misc]
+            except RuntimeError:
+                continue  # no kernel for this dtype on this device
+            if baseline is None:
+                baseline = trace
+                self._branches(twin, bound, baseline)
+            elif trace != baseline:
+                raise Unproved(f"it takes another branch in {_name(dtype)}")
+            with torch.no_grad():
+                claimed = self._claim(twin, bound, binding)
+            if [t.dtype for t in tensors(out)] != [t.dtype for t in tensors(claimed)]:
+                continue
+            if difference(out, claimed) > _NATIVE_TOLERANCE[dtype]:
+                raise Unproved(f"it computes something else in {_name(dtype)}")
+            held.append(_name(dtype))
+        if not held:
+            raise Unproved("it returns another dtype than the op does")
+        return tuple(held)
+
+    def _branches(self, twin: torch.nn.Module, bound: dict[str, Any], baseline: list[str]) -> None:
+        device = self.examples.device.type
+        settings: list[tuple[str, Any]] = [
+            ("with gradients enabled", torch.enable_grad()),
+            ("in inference mode", torch.inference_mode()),
+            ("under autocast", _autocast(device)),
+        ]
+        for what, setting in settings:
+            try:
+                with setting:
+                    _, trace = _traced(lambda: self._call(twin, bound))
+            except RuntimeError as error:
+                raise Unproved(f"it fails {what}: {_short(error)}") from error
+            if trace != baseline:
+                raise Unproved(f"it takes another branch {what}")
+
+
+class _autocast:  # noqa: N801 - reads as the context manager that it is
+    """Autocast without gradients, on devices that have it."""
+
+    def __init__(self, device: str) -> None:
+        known = torch.amp.autocast_mode.is_autocast_available(device)
+        self.inner: Any = torch.autocast(device, torch.bfloat16) if known else nullcontext()
+        self.no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self.no_grad.__enter__()
+        self.inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.inner.__exit__(*exc)
+        self.no_grad.__exit__(*exc)
+
+
+def _traced(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    with Trace() as trace:
+        out = function()
+    return out, trace.names
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else ""
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def _versions(twin: torch.nn.Module, bound: dict[str, Any]) -> list[int]:
+    state = [*twin.parameters(), *twin.buffers(), *tensors(bound)]
+    return [t._version for t in state]
+
+
+def _grads(out: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    total: torch.Tensor | None = None
+    for tensor in tensors(out):
+        if tensor.requires_grad:
+            # any vector without structure will do; a random one would be refused in here
+            weight = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).mul(2.3).cos()
+            term = (tensor * weight.view(tensor.shape)).sum()
+            total = term if total is None else total + term
+    if total is None:
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(total, leaves, allow_unused=True))
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest difference relative to the largest value; infinite when the structures differ."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape != other.shape:
+            return float("inf")
+        if one.numel() == 0:
+            return 0.0
+        a, b = one.detach(), other.detach()
+        if not a.is_floating_point():
+            return 0.0 if bool((a == b).all()) else float("inf")
+        a, b = a.double(), b.double()
+        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+        scale = float(torch.where(b.isfinite(), b.abs(), 0.0).max())
+        worst = float(apart.max())
+        if worst != worst:
+            return float("inf")
+        return worst / max(scale, 1e-300) if worst else 0.0
+    if type(one) is not type(other):
+        return float("inf")
+    if isinstance(one, (tuple, list)):
+        if len(one) != len(other):
+            return float("inf")
+        return max((difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return float("inf")
+        return max((difference(one[key], other[key]) for key in one), default=0.0)
+    return 0.0 if one is other or one == other else float("inf")
+
+
+__all__ = ["Outcome", "OutOfTime", "Seen", "difference", "prove", "tensors"]

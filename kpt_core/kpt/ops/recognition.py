@@ -1,0 +1,210 @@
+"""Find what a model computes: capture, propose, prove, remember."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.ops import index
+from kpt.ops.capture import Captured, Seen, observe, untouched_randomness
+from kpt.ops.clone import hooked
+from kpt.ops.keys import proof_key
+from kpt.ops.proof import Outcome, OutOfTime, prove
+from kpt.ops.sites import Binding, Example, Hypothesis, Site
+
+if TYPE_CHECKING:
+    from kpt.judge.draws import Call
+
+_PROOFS: dict[Hashable, Outcome] = {}
+_PROOFS_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What was proved, and what was proposed but left alone, each with its reason."""
+
+    sites: tuple[Site, ...] = ()
+    left_alone: tuple[tuple[str, str], ...] = ()
+    seconds: float = 0.0
+    proofs: int = 0
+
+    def of(self, op: str, kind: str | None = None) -> tuple[Site, ...]:
+        """The sites of one op, of one kind if given."""
+        return tuple(s for s in self.sites if s.op == op and kind in (None, s.kind))
+
+
+def forget_proofs() -> None:
+    """Empty the memory of proofs."""
+    _PROOFS.clear()
+
+
+def recognise(
+    model: torch.nn.Module, calls: Iterable[Call], *, registry: Any = None, deadline: float | None = None
+) -> Recognition:
+    """Which ops ``model`` computes, and where.
+
+    ``calls`` are example calls (``args`` and ``kwargs``); ``registry`` adds the ops of plugins;
+    ``deadline`` is a value of ``time.monotonic()`` after which nothing more is proved. The model is
+    run and tested on copies: its buffers, gradients, hooks and all random states stay untouched. A
+    site that holds only in a mode other than the model's present one is left alone.
+    """
+    started = time.monotonic()
+    observation = observe(model, calls)
+    work = _Work(model, registry, deadline)
+    if observation.failure:
+        work.left_alone.append(("", observation.failure))
+    with untouched_randomness(), torch.inference_mode(False):
+        for captured in observation.modules.values():
+            work.consider(captured, "module")
+        for captured in observation.functions.values():
+            work.consider(captured, "function" if captured.callee.isidentifier() else "call")
+    return Recognition(tuple(work.sites), tuple(work.left_alone), time.monotonic() - started, work.proofs)
+
+
+class _Work:
+    def __init__(self, model: torch.nn.Module, registry: Any, deadline: float | None) -> None:
+        self.model = model
+        self.deadline = deadline
+        self.registry = registry
+        self.mode = "training" if model.training else "inference"
+        self.recognisers = index.recognisers(registry)
+        self.sites: list[Site] = []
+        self.left_alone: list[tuple[str, str]] = []
+        self.memo: dict[int, Any] = {}
+        self.proofs = 0
+
+    def reference(self, op: str) -> Callable[..., Any]:
+        return index.reference(op, self.registry)
+
+    def consider(self, captured: Captured, kind: str) -> None:
+        if not captured.calls:
+            return
+        hypotheses = self._hypotheses(captured, kind)
+        if not hypotheses:
+            return
+        name = captured.path + (f":{captured.callee}" if captured.callee else "")
+        reason = _unfit(captured, kind)
+        if reason is None:
+            try:
+                outcome = self._outcome(captured, hypotheses)
+            except OutOfTime as late:
+                outcome = Outcome(None, str(late))
+            reason = outcome.reason
+            if outcome.hypothesis is not None:
+                if self.mode in outcome.modes:
+                    self.sites.append(self._site(captured, kind, outcome))
+                    return
+                reason = f"it is {outcome.hypothesis.op} in evaluation mode only"
+        self.left_alone.append((name, reason))
+
+    def _hypotheses(self, captured: Captured, kind: str) -> list[Hypothesis]:
+        found: list[Hypothesis] = []
+        method = "hypotheses" if kind == "module" else "function_hypotheses"
+        for recogniser in self.recognisers:
+            propose = getattr(recogniser, method, None)
+            if propose is None:
+                continue
+            try:
+                found.extend(propose(captured.module, captured))
+            except Exception as error:
+                where = f"{captured.path}{':' + captured.callee if captured.callee else ''}"
+                what = f"the recogniser {type(recogniser).__name__} raised {type(error).__name__}: {error}"
+                self.left_alone.append((where, what))
+        return found
+
+    def _outcome(self, captured: Captured, hypotheses: list[Hypothesis]) -> Outcome:
+        key: Hashable = (
+            proof_key(captured, self.memo),
+            tuple((h.op, tuple(h.arguments.items()), h.output, h.conditions) for h in hypotheses),
+        )
+        try:
+            known = _PROOFS.get(key)
+        except TypeError:  # an attribute without a hash: proved each time
+            key, known = None, None
+        if known is None:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise OutOfTime("the time for recognition was over")
+            self.proofs += 1
+            known = prove(captured, hypotheses, self.reference, self.deadline)
+            if known.hypothesis is None and _may_be_too_small(captured):
+                full = prove(captured, hypotheses, self.reference, self.deadline, shrink=False)
+                known = full if full.hypothesis is not None else known
+            if key is not None:
+                if len(_PROOFS) >= _PROOFS_LIMIT:
+                    _PROOFS.clear()
+                _PROOFS[key] = known
+        return known
+
+    def _site(self, captured: Captured, kind: str, outcome: Outcome) -> Site:
+        assert outcome.hypothesis is not None
+        guards = {
+            name: value
+            for name, value in vars(captured.module).items()
+            if type(value) in (int, float, str, bool) and name != "training" and not name.startswith("_")
+        }
+        binding = Binding(outcome.hypothesis, captured.signature, outcome.constants, guards)
+        examples = _examples(captured)
+        return Site(
+            op=outcome.hypothesis.op,
+            path=captured.path,
+            kind=kind,
+            module=captured.module,
+            binding=binding,
+            examples=examples,
+            devices=tuple(dict.fromkeys(example.device for example in examples)),
+            modes=outcome.modes,
+            dtypes=outcome.dtypes,
+            callee=captured.callee,
+            attribute=captured.attribute,
+            original=captured.function,
+        )
+
+
+def _may_be_too_small(captured: Captured) -> bool:
+    """Whether a shrunk copy may have failed where the full one would not, and the latter is affordable."""
+    elements = sum(p.numel() for p in captured.module.parameters())
+    return captured.function is None and 1 << 18 < elements <= 1 << 22
+
+
+def _unfit(captured: Captured, kind: str) -> str | None:
+    """Why a site cannot be tested or replaced at all, or None."""
+    module = captured.module
+    if kind == "module":
+        problem = hooked(module)
+        if problem:
+            return problem
+    elif "forward" in module.__dict__:
+        return "its caller has a forward set on the instance"
+    for path, value in (*module.named_parameters(), *module.named_buffers()):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"{path} is a {type(value).__name__}, not a plain tensor"
+        if value.device.type == "meta":
+            return f"{path} is on the meta device"
+    if kind == "module":
+        for call in captured.calls:
+            for name, value in call.items():
+                if not isinstance(
+                    value, (Seen, bool, int, float, str, type(None), torch.dtype)
+                ) and value not in ((), {}):
+                    return f"its argument {name} is a {type(value).__name__}"
+    return None
+
+
+def _examples(captured: Captured) -> tuple[Example, ...]:
+    found = []
+    for call in captured.calls:
+        seen = {name: value for name, value in call.items() if isinstance(value, Seen)}
+        device = next((str(value.device) for value in seen.values()), "cpu")
+        found.append(
+            Example(
+                {name: str(value.dtype).removeprefix("torch.") for name, value in seen.items()},
+                {name: value.shape for name, value in seen.items()},
+                {name: value.stride for name, value in seen.items()},
+                device,
+            )
+        )
+    return tuple(found)
