@@ -51,7 +51,7 @@ class Call:
 
         def copied(path: tree.Path, leaf: Any) -> Any:
             if id(leaf) not in memo:
-                memo[id(leaf)] = clone_tensor(leaf) if isinstance(leaf, torch.Tensor) else _copied(leaf)
+                memo[id(leaf)] = clone_tensor(leaf) if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
             return memo[id(leaf)]
 
         return self.map(copied)
@@ -73,7 +73,8 @@ class Call:
         return digest.hexdigest()
 
 
-def _copied(leaf: Any) -> Any:
+def copied_leaf(leaf: Any) -> Any:
+    """A copy of a leaf that is no tensor; constants and what cannot be copied are shared."""
     if tree.is_atom(leaf):
         return leaf
     try:

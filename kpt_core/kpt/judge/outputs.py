@@ -7,7 +7,7 @@ fp64 copy of either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,18 @@ def valid_axis(tensor: torch.Tensor, mask: torch.Tensor) -> int | None:
         return None
     order = (2, 1) if tensor.dim() == 4 else (1,)
     return next((axis for axis in order if tensor.shape[axis] == sequence), None)
+
+
+def mask_for(name: str, tensor: torch.Tensor, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The mask that says which positions of the output ``name`` count.
+
+    Of an encoder's and a decoder's mask, outputs named ``encoder...`` follow the first, all others
+    the second, as far as their shapes allow.
+    """
+    fitting = {key: mask for key, mask in masks.items() if valid_axis(tensor, mask) is not None}
+    decoder = not name.startswith("encoder")
+    order = sorted(fitting, key=lambda key: key.startswith("decoder") != decoder)
+    return fitting[order[0]] if order else None
 
 
 def select_valid(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -100,7 +100,7 @@ class _Terms:
 
     level: Level
     compute_dtype: torch.dtype | None
-    mask: torch.Tensor | None = None
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     logits: frozenset[str] = frozenset()
     floor: float = 0.0
     rule: str = "value"
@@ -117,7 +117,7 @@ def judge(
     level: Level,
     cast_eager: Any = None,
     compute_dtype: torch.dtype | str | None = None,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
     logits: frozenset[str] | tuple[str, ...] = (),
     rule: str = "value",
     inputs: Any = None,
@@ -132,7 +132,8 @@ def judge(
         cast_eager: the outputs of the plain eager model cast to ``compute_dtype``, None if it cannot run so.
         compute_dtype: the dtype (or its name) that arithmetic drops to; None for a plan that keeps dtypes,
             which is judged by the exact rule at every level.
-        mask: flags [batch, sequence] of the positions that count; others are judged by shape only.
+        mask: flags [batch, sequence] of the positions that count, or several by input name, as
+            `InputSpec.padding_masks` gives them; other positions are judged by shape only.
         logits: names of further leaves that hold unnormalised scores.
         rule: the name under which wrong values are rejected ("size", "mask", ... where such a call reveals them).
         inputs, eager_inputs: the call that each was given, to find outputs that alias an input.
@@ -145,7 +146,8 @@ def judge(
     alias = new_aliases(candidate, eager, inputs, eager_inputs)
     if alias is not None:
         return rejected("structure", alias)
-    terms = _Terms(level, dtype, mask, frozenset(logits), rule=rule)
+    masks = {"": mask} if isinstance(mask, torch.Tensor) else dict(mask or {})
+    terms = _Terms(level, dtype, masks, frozenset(logits), rule=rule)
     wide, cast = outputs.tensors(reference), outputs.tensors(cast_eager)
     figures: dict[str, float] = {}
     for mine, own in zip(outputs.leaves(candidate), outputs.leaves(eager), strict=True):
@@ -314,13 +316,14 @@ def _judge_leaf(
     if candidate.device.type == "meta" or candidate.numel() == 0:
         return passed()
     figures: dict[str, float] = {}
-    if terms.mask is not None and outputs.valid_axis(eager, terms.mask) is not None:
+    mask = outputs.mask_for(name, eager, terms.masks)
+    if mask is not None:
         if candidate.is_floating_point():
             figures["whole_relative_error"] = outputs.relative_error(candidate, reference)
         candidate, reference, eager = (
-            outputs.select_valid(tensor, terms.mask) for tensor in (candidate, reference, eager)
+            outputs.select_valid(tensor, mask) for tensor in (candidate, reference, eager)
         )
-        cast = None if cast is None else outputs.select_valid(cast, terms.mask)
+        cast = None if cast is None else outputs.select_valid(cast, mask)
     if not (candidate.is_floating_point() or candidate.is_complex()):
         return _judge_integers(name, candidate, reference, eager, terms)
     measured = outputs.distance(candidate, reference, eager)

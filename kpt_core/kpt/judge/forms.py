@@ -1,0 +1,366 @@
+"""The form of a tensor's values, and fresh values of the same form.
+
+What makes an input legal is rarely written down: token ids stay inside a vocabulary, the first token
+is always the same, a mask is ones and then zeros, positions count upwards, rows sum to one. A form
+keeps what the examples have in common; where nothing is recognised, values are resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Observed values kept for resampling, and elements looked at to tell a form.
+POOL = 512
+SAMPLE = 1 << 16
+#: Tensors named like these count or point; their order is part of their meaning.
+_ORDERED_NAMES = ("position", "cache_pos", "cu_seq", "seqlen", "offset", "indptr", "grid", "index", "indices")
+_LENGTH_NAMES = ("length", "lens")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How values look. ``kind`` is one of
+
+    floats: ``normal`` ``values`` (few distinct ones) ``constant`` ``one-hot`` ``simplex``;
+    integers: ``pool`` ``arange`` ``constant`` ``vectors`` (whole last axes) ``lengths`` ``keep``;
+    flags: ``rate``; masks: ``ones`` ``padded`` ``causal`` ``keep``.
+    ``keep`` repeats the example, for what cannot be drawn. ``sides`` are where padding was seen.
+    """
+
+    kind: str
+    mean: float = 0.0
+    std: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    values: tuple[Any, ...] = ()
+    padding_values: tuple[Any, ...] = ()
+    head: int | None = None
+    tail: int | None = None
+    kept: float = 1.0
+    dropped: float = 0.0
+    sides: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+def observe_floats(tensors: Sequence[torch.Tensor]) -> Form:
+    """The form of a floating-point or complex input."""
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    flat = torch.cat([_sample(t).to(torch.float64) for t in real])
+    flat = flat[torch.isfinite(flat)]
+    if flat.numel() == 0:
+        return Form("normal", mean=0.0, std=1.0, low=-1.0, high=1.0)
+    mean, std = float(flat.mean()), float(flat.std(correction=0))
+    bounds = {"mean": mean, "std": std, "low": float(flat.min()), "high": float(flat.max())}
+    if bounds["low"] == bounds["high"]:
+        return Form("constant", **bounds)
+    if all(t.dim() >= 2 and t.shape[-1] > 1 for t in tensors) and bounds["low"] >= 0.0:
+        rows = torch.cat([_rows(t) for t in tensors if not t.is_complex()] or [torch.zeros(1, 1)])
+        if bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all()):
+            return Form("one-hot", **bounds)
+        if bool(((rows.sum(-1) - 1.0).abs() < 1e-2).all()):
+            return Form("simplex", **bounds)
+    distinct = flat.unique()
+    if distinct.numel() <= 16 and flat.numel() >= 8 * distinct.numel():
+        return Form("values", values=_pool(flat), **bounds)
+    return Form("normal", **bounds)
+
+
+def observe_integers(
+    name: str, tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], sole: bool
+) -> Form:
+    """The form of an integer input.
+
+    ``masks`` are the [batch, sequence] flags that belong to each tensor, where there is one of its
+    shape; ``sole`` says that no other input would make a call fresh.
+    """
+    flat = torch.cat([_sample(t).to(torch.int64) for t in tensors])
+    if flat.numel() == 0:
+        return Form("constant")
+    bounds = {"low": float(flat.min()), "high": float(flat.max())}
+    lower = name.lower()
+    ordered = any(part in lower for part in _ORDERED_NAMES)
+    if bounds["low"] == bounds["high"]:
+        return Form("constant", values=(int(flat[0]),), **bounds)
+    if all(_is_arange(t) for t in tensors) and (ordered or not sole):
+        return Form("arange", values=(int(tensors[0].reshape(-1)[0]),), **bounds)
+    if any(part in lower for part in _LENGTH_NAMES) and tensors[0].dim() == 1:
+        return Form("lengths", values=_pool(flat), **bounds)
+    if ordered:
+        return Form("keep", **bounds)
+    if tensors[0].dim() >= 3 and tensors[0].shape[-1] <= 16 and len({t.shape[-1] for t in tensors}) == 1:
+        vectors = torch.cat([t.reshape(-1, t.shape[-1]).cpu().to(torch.int64) for t in tensors])[:POOL]
+        return Form("vectors", values=tuple(tuple(row) for row in vectors.tolist()), **bounds)
+    return _tokens(tensors, masks, bounds)
+
+
+def _tokens(
+    tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], bounds: dict[str, float]
+) -> Form:
+    """Values resampled by position: a first and a last token that all rows share stay where they are."""
+    valid, padding, firsts, lasts = [], [], set(), set()
+    rows = 0
+    for tensor, mask in zip(tensors, masks, strict=True):
+        values = tensor.detach().cpu().to(torch.int64)
+        keep = torch.ones(values.shape, dtype=torch.bool) if mask is None else mask.cpu()
+        valid.append(values[keep])
+        padding.append(values[~keep])
+        if values.dim() == 2 and values.shape[1] >= 3:
+            for row, kept in zip(values, keep, strict=True):
+                if kept.any():
+                    inside = row[kept]
+                    firsts.add(int(inside[0]))
+                    lasts.add(int(inside[-1]))
+                    rows += 1
+    everything = torch.cat(valid)
+    head = firsts.pop() if len(firsts) == 1 else None
+    tail = lasts.pop() if len(lasts) == 1 else None
+    inner = everything
+    for special in {head, tail} - {None}:
+        expected = rows * ((special == head) + (special == tail))
+        if int((everything == special).sum()) == expected:
+            inner = inner[inner != special]
+    if inner.numel() == 0:
+        inner = everything
+    return Form(
+        "pool",
+        values=_pool(inner),
+        padding_values=tuple(torch.cat(padding).unique().tolist()[:POOL]),
+        head=head,
+        tail=tail,
+        **bounds,
+    )
+
+
+def observe_mask(name: str, tensors: Sequence[torch.Tensor]) -> Form | None:
+    """The form of a mask, or None if the values are no mask's."""
+    values = set()
+    for tensor in tensors:
+        distinct = tensor.detach().unique()
+        if distinct.numel() > 2:
+            return None
+        values.update(float(value) for value in distinct)
+    polarity = _polarity(name, tensors, values)
+    if polarity is None:
+        return None
+    kept, dropped = polarity
+    keeps = [keep_flags(tensor, kept) for tensor in tensors]
+    kinds, sides, share = set(), set(), 1.0
+    for keep in keeps:
+        kind, side, valid = _mask_kind(keep)
+        kinds.add(kind)
+        sides.update(side)
+        share = min(share, valid)
+    kinds.discard("ones")
+    kind = kinds.pop() if len(kinds) == 1 else "keep" if kinds else "ones"
+    return Form(kind, kept=kept, dropped=dropped, sides=tuple(sorted(sides)), share=share)
+
+
+def keep_flags(mask: torch.Tensor, kept: float) -> torch.Tensor:
+    """True where ``mask`` keeps a position."""
+    return mask.detach() == (bool(kept) if mask.dtype == torch.bool else kept)
+
+
+def _polarity(name: str, tensors: Sequence[torch.Tensor], values: set[float]) -> tuple[float, float] | None:
+    """The values of kept and of dropped positions."""
+    dtype = tensors[0].dtype
+    if dtype.is_floating_point:
+        floor = torch.finfo(dtype).min
+        if values <= {0.0, 1.0}:
+            additive = values == {0.0}
+            return (0.0, floor) if additive else (1.0, 0.0)
+        lowest = min(values)
+        return (0.0, lowest) if max(values) == 0.0 and lowest <= -1e3 else None
+    if not values <= {0.0, 1.0}:
+        return None
+    first = tensors[0]
+    square = first.dim() >= 2 and first.shape[-1] == first.shape[-2] and first.shape[-1] > 1
+    if dtype == torch.bool and square and len(values) == 2:
+        diagonal = first.diagonal(dim1=-2, dim2=-1)
+        if bool((diagonal == diagonal.reshape(-1)[0]).all()):  # a query sees at least itself
+            own = float(diagonal.reshape(-1)[0])
+            return own, 1.0 - own
+    # torch's own attention modules flag what to ignore in *_key_padding_mask.
+    inverted = dtype == torch.bool and "padding_mask" in name.lower()
+    return (0.0, 1.0) if inverted else (1.0, 0.0)
+
+
+def _mask_kind(keep: torch.Tensor) -> tuple[str, set[str], float]:
+    """Kind of one mask, the sides on which it pads, and the smallest share of a row that it keeps."""
+    if bool(keep.all()):
+        return "ones", set(), 1.0
+    if keep.dim() >= 2 and keep.shape[-1] == keep.shape[-2] and keep.shape[-1] > 1:
+        lower = torch.ones(keep.shape[-2:], dtype=torch.bool, device=keep.device).tril()
+        if bool((keep <= lower).all()) and bool(keep.diagonal(dim1=-2, dim2=-1).any()):
+            padded = not bool((keep == lower).all())
+            return "causal", {"right"} if padded else set(), 1.0
+    steps = keep.to(torch.int8).diff(dim=-1)
+    share = float(keep.to(torch.float32).mean(dim=-1).min())
+    if bool((steps <= 0).all()):
+        return "padded", {"right"}, share
+    if bool((steps >= 0).all()):
+        return "padded", {"left"}, share
+    if bool(((steps <= 0).all(dim=-1) | (steps >= 0).all(dim=-1)).all()):
+        return "padded", {"left", "right"}, share
+    return "keep", set(), share
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > SAMPLE:  # spread over the whole tensor: the first rows may be special
+        flat = flat[:: flat.numel() // SAMPLE][:SAMPLE]
+    return flat.cpu()
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    width = tensor.shape[-1]
+    return tensor.detach().reshape(-1, width)[: max(1, SAMPLE // width)].cpu().to(torch.float64)
+
+
+def _pool(flat: torch.Tensor) -> tuple[Any, ...]:
+    if flat.numel() > POOL:
+        flat = flat[torch.linspace(0, flat.numel() - 1, POOL).long()]
+    return tuple(flat.tolist())
+
+
+def _is_arange(tensor: torch.Tensor) -> bool:
+    if tensor.dim() == 0 or tensor.shape[-1] < 2:
+        return False
+    return bool((tensor.detach().to(torch.int64).diff(dim=-1) == 1).all()) and bool(
+        (tensor[..., 0] == tensor.reshape(-1)[0]).all()
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw_floats(form: Form, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Fresh fp32 values [*shape] of a floating-point form."""
+    size = tuple(shape)
+    if form.kind == "one-hot":
+        chosen = torch.randint(size[-1], size[:-1], generator=generator)
+        return torch.nn.functional.one_hot(chosen, size[-1]).to(torch.float32)
+    if form.kind == "simplex":
+        return torch.softmax(torch.randn(size, generator=generator), dim=-1)
+    if form.kind == "values":
+        return _resample(form.values, size, generator, torch.float32)
+    noise = torch.randn(size, generator=generator)
+    if form.kind == "constant":
+        # A constant example (ones, zeros) is a placeholder if it is large and a setting if it is small.
+        if noise.numel() <= 16:
+            return form.mean * (1.0 + 0.25 * torch.rand(size, generator=generator))
+        return form.mean + noise * (abs(form.mean) or 1.0)
+    drawn = form.mean + form.std * noise
+    if form.low >= 0.0 or form.high <= 0.0:
+        return drawn.clamp(form.low, form.high)
+    spread = 6.0 * form.std
+    return drawn.clamp(form.mean - spread, form.mean + spread)
+
+
+def draw_integers(
+    form: Form,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    *,
+    example: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    bound: int | None = None,
+) -> torch.Tensor:
+    """Fresh int64 values [*shape]; ``keep`` flags the valid positions, ``bound`` is the size that lengths fill."""
+    size = tuple(shape)
+    if form.kind == "constant":
+        return torch.full(size, form.values[0] if form.values else 0, dtype=torch.int64)
+    if form.kind == "arange":
+        return (torch.arange(size[-1]) + form.values[0]).expand(size).clone()
+    if form.kind == "keep":
+        return stretch(example, size).to(torch.int64)
+    if form.kind == "vectors":
+        choices = torch.tensor(form.values, dtype=torch.int64)
+        return choices[torch.randint(len(choices), size[:-1], generator=generator)]
+    if form.kind == "lengths" and bound is not None:
+        lengths = torch.randint(1, bound + 1, size, generator=generator)
+        if lengths.numel():
+            lengths.view(-1)[0] = bound
+        return lengths.sort(descending=True).values  # packing asks for descending lengths by default
+    drawn = _resample(form.values, size, generator, torch.int64)
+    if len(size) == 2 and size[1] >= 3:
+        flags = torch.ones(size, dtype=torch.bool) if keep is None else keep
+        rows = torch.arange(size[0])
+        weight = torch.arange(1, size[1] + 1)
+        some = flags.any(dim=1)
+        last = (flags * weight).argmax(dim=1)
+        first = (flags * weight.flip(0)).argmax(dim=1)
+        if form.head is not None:
+            drawn[rows[some], first[some]] = form.head
+        if form.tail is not None:
+            drawn[rows[some], last[some]] = form.tail
+    if keep is not None and form.padding_values:
+        drawn = torch.where(keep, drawn, _resample(form.padding_values, size, generator, torch.int64))
+    return drawn
+
+
+def draw_mask(
+    form: Form,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    *,
+    example: torch.Tensor,
+    lengths: torch.Tensor | None,
+    side: str,
+) -> torch.Tensor:
+    """Flags [*shape] of kept positions; ``lengths`` [batch] are the valid ones of each row, None for no padding."""
+    size = tuple(shape)
+    if form.kind == "keep":
+        return keep_flags(stretch(example, size), form.kept)
+    keep = torch.ones(size, dtype=torch.bool)
+    square = len(size) >= 2 and size[-1] == size[-2]
+    if form.kind == "causal" and len(size) >= 2:
+        keep = torch.ones(size[-2:], dtype=torch.bool).tril(size[-1] - size[-2]).expand(size).clone()
+    if lengths is not None and size and lengths.shape[0] == size[0]:
+        flags = length_flags(lengths, size[-1], side)
+        keep = keep & flags.reshape(size[0], *(1,) * (len(size) - 2), size[-1])
+        if square and len(size) > 2:  # a padded query that sees nothing is NaN in eager mode too
+            keep = keep | torch.eye(size[-1], dtype=torch.bool)
+    return keep
+
+
+def ragged_lengths(batch: int, sequence: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Valid lengths [batch] with at least one shorter than ``sequence`` and, of several, one of full length."""
+    shortest = max(1, min(sequence - 1, int(share * sequence)))
+    lengths = torch.randint(shortest, sequence + 1, (batch,), generator=generator)
+    if batch > 1:
+        lengths[0] = sequence
+    if batch and sequence > 1:
+        lengths[-1] = torch.randint(shortest, sequence, (1,), generator=generator)
+    return lengths[torch.randperm(batch, generator=generator)]
+
+
+def length_flags(lengths: torch.Tensor, sequence: int, side: str) -> torch.Tensor:
+    """Flags [batch, sequence] of ``lengths`` [batch] valid positions, padded on ``side``."""
+    steps = torch.arange(sequence)
+    if side == "left":
+        return steps >= sequence - lengths[:, None]
+    return steps < lengths[:, None]
+
+
+def stretch(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The example repeated or cut along each axis to ``shape``."""
+    if example.device.type == "meta":
+        raise ValueError("an input whose values cannot be drawn needs its example; build the spec from calls")
+    stretched = example.detach().cpu()
+    for axis, size in enumerate(shape):
+        if stretched.shape[axis] != size:
+            index = torch.arange(size) % max(stretched.shape[axis], 1)
+            stretched = stretched.index_select(axis, index)
+    return stretched
+
+
+def _resample(
+    values: Sequence[Any], size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
+    choices = torch.tensor(values, dtype=dtype)
+    return choices[torch.randint(len(choices), size, generator=generator)]
