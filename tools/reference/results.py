@@ -1,0 +1,139 @@
+"""docs/benchmarks.md and the figures in README.md, from benchmarks/results/*.json and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reference.markdown import table
+
+LEVELS = ("exact", "production", "aggressive")
+NOTHING_YET = "No result file has been committed yet; `make bench` writes them to `benchmarks/results/`."
+
+
+def latest(folder: Path, benchmark: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest result file of ``benchmark`` and its content."""
+    files = sorted(folder.glob(f"{benchmark}-[0-9]*.json"))
+    return (files[-1], json.loads(files[-1].read_text(encoding="utf-8"))) if files else None
+
+
+def origin(path: Path, content: dict[str, Any]) -> str:
+    """Where the figures come from: machine, versions, date, file."""
+    machine, versions = content["machine"], content["versions"]
+    seen = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
+    return (
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['memory_gib']:g} GiB, {', '.join(machine['instructions'])}. Versions: {seen}. "
+        f"Measured on {content['date']}; file `benchmarks/results/{path.name}`."
+    )
+
+
+def interval(row: dict[str, Any]) -> str:
+    return f"{row['median']:.2f}× ({row['low']:.2f}–{row['high']:.2f})"
+
+
+def page(folder: Path) -> str:
+    """The whole page of figures."""
+    parts = [
+        "# Benchmarks",
+        "Every figure on this page is printed from a result file that a script in `benchmarks/` wrote. "
+        "Ratios are against the untouched model in fp32 (eager), as the median of paired runs with its 95 % "
+        "bootstrap interval. All contenders of a model take turns in one process, with fresh inputs for each "
+        "call; a contender that could not be set up stays in the table. Errors are relative to fp64. "
+        "Run `make bench` for the figures of your own machine.",
+    ]
+    models, families = latest(folder, "cpu_models"), latest(folder, "families")
+    if models:
+        parts += ["## Six models on the CPU", origin(*models)]
+        for record in models[1]["models"].values():
+            parts += model_section(record)
+    if families:
+        parts += ["## Small models of many families", origin(*families), *family_section(families[1])]
+    if not models and not families:
+        parts.append(NOTHING_YET)
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def model_section(record: dict[str, Any]) -> list[str]:
+    parts = [f"### {record['title']}"]
+    if "failed" in record:
+        return [*parts, f"Not measured: {record['failed']}"]
+    rows = []
+    for name, row in sorted(record["contenders"].items(), key=lambda item: -speed(item[1])):
+        shown = f"**{name}**" if name.startswith("kpt") else name
+        if row["status"] == "ok":
+            rows.append(
+                [
+                    shown,
+                    interval(row["ratio"]),
+                    f"{row['milliseconds']:.3g}",
+                    f"{row['relative_error']:.1e}",
+                    f"{row['setup_seconds']:.1f}",
+                    " + ".join(row.get("accepted", [])),
+                ]
+            )
+        else:
+            rows.append([shown, row["status"], "", "", "", row["reason"]])
+    header = ["contender", "ratio to eager", "ms", "error", "set-up, s", "accepted, or why not"]
+    parts.append(table(header, rows))
+    verdicts = {"ahead": "is ahead of", "level": "is level with", "behind": "is behind"}
+    for level, row in record["standing"].items():
+        parts.append(
+            f"- {level}: kpt {verdicts[row['verdict']]} the best peer that this level permits, "
+            f"{row['best_peer']}: {interval(row['kpt_times_faster'])} its speed."
+        )
+    return parts
+
+
+def speed(row: dict[str, Any]) -> float:
+    return float(row["ratio"]["median"]) if row["status"] == "ok" else 0.0
+
+
+def family_section(content: dict[str, Any]) -> list[str]:
+    summary = content["summary"]
+    parts = [
+        f"{summary['families']} configurations with random weights, level {content['settings']['level']}, a "
+        f"budget of {content['settings']['budget']:g} s each: {summary['right']} right, "
+        f"{summary['accepted_change']} with an accepted change, geometric mean "
+        f"{summary['kpt_geometric_mean']:.2f}× against {summary['torch_compile_geometric_mean']:.2f}× for "
+        "torch.compile; failures of either count as 1.0.",
+    ]
+    rows = []
+    for name, record in content["families"].items():
+        if "failed" in record:
+            rows.append([name, record["kind"], record["failed"], "", ""])
+            continue
+        cells = []
+        for contender in ("kpt", "torch.compile"):
+            row = record[contender]
+            good = row["status"] == "ok" and row["right"]
+            cells.append(interval(row["ratio"]) if good else row.get("reason", "wrong"))
+        rows.append([name, record["kind"], *cells, " + ".join(record["kpt"].get("accepted", []))])
+    return [*parts, table(["family", "kind", "kpt", "torch.compile", "accepted"], rows)]
+
+
+def block(folder: Path) -> str:
+    """The short table for the README."""
+    models, families = latest(folder, "cpu_models"), latest(folder, "families")
+    parts = []
+    if models:
+        rows = []
+        for record in models[1]["models"].values():
+            if "failed" in record:
+                rows.append([record["title"], record["failed"], "", "", ""])
+                continue
+            cells = [ratio_of(record["contenders"].get(f"kpt {level}")) for level in LEVELS]
+            peers = {n: r for n, r in record["contenders"].items() if not n.startswith("kpt") and speed(r)}
+            best = max(peers, key=lambda name: speed(peers[name]))
+            rows.append([record["title"], *cells, f"{speed(peers[best]):.2f}× {best}"])
+        parts += [table(["times faster than eager fp32", *LEVELS, "best peer"], rows), origin(*models)]
+    if families:
+        parts += family_section(families[1])[:1]
+    return "\n\n".join(part.strip() for part in parts) if parts else NOTHING_YET
+
+
+def ratio_of(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ratio']['median']:.2f}×" if row["status"] == "ok" else str(row["status"])
