@@ -23,6 +23,7 @@ import itertools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -92,10 +93,10 @@ def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
         return True
     if kind is tuple or kind is list:
         parts.append(len(value))
-        return all([_structure(item, parts, identities) for item in value])
+        return all(_structure(item, parts, identities) for item in value)
     if kind is dict:
         parts.append(tuple(value))
-        return all([_structure(item, parts, identities) for item in value.values()])
+        return all(_structure(item, parts, identities) for item in value.values())
     return False
 
 
@@ -157,7 +158,9 @@ def _backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable
 
 
 @contextmanager
-def _marked_dynamic(tensors: Mapping[str, torch.Tensor], dims: Mapping[str, Mapping[int, Any]]) -> Iterator[None]:
+def _marked_dynamic(
+    tensors: Mapping[str, torch.Tensor], dims: Mapping[str, Mapping[int, Any]]
+) -> Iterator[None]:
     """Mark the declared dimensions of ``tensors`` while a graph is captured.
 
     A dimension of size 0 or 1 stays static: dynamo specialises to those sizes anyhow and a mark
@@ -255,12 +258,12 @@ class CompiledForward:
     @property
     def executions(self) -> int:
         """How many calls ran compiled code."""
-        return self._executions.__reduce__()[1][0]  # type: ignore[no-any-return]
+        return int(self._executions.__reduce__()[1][0])
 
     @property
     def misses(self) -> int:
         """How many calls ran the original forward instead of compiled code."""
-        return self._misses.__reduce__()[1][0]  # type: ignore[no-any-return]
+        return int(self._misses.__reduce__()[1][0])
 
     def _select(
         self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -293,7 +296,8 @@ class CompiledForward:
 
         started, graphs = time.perf_counter(), self.graphs
         known = {id(entry.code) for entry in _debug_get_cache_entry_list(self._function.__code__)}
-        compiled = torch.compile(self._function, backend=_backend, fullgraph=True, dynamic=False)
+        # torch.compile would wrap the backend anew each time, and dynamo keeps every backend it has seen.
+        compiled = torch._dynamo.optimize(_backend, nopython=True, dynamic=False)(self._function)
         _active.append(self)
         try:
             with ExitStack() as stack:
@@ -382,6 +386,7 @@ class CompiledForward:
         """Free compiled code, guards and constants. Later calls run the original forward."""
         self.sealed = True
         self._table.clear()
+        _release_guards([guards for guards, _ in self._compiled])
         self._compiled.clear()
         cache = _module_cache()
         if cache is not None and self._modules:
@@ -390,10 +395,11 @@ class CompiledForward:
             for path, module in list(cache.modules_no_attr.items()):
                 if id(module) in mine:
                     del cache.modules_no_attr[path]
+            for name, module in list(sys.modules.items()):
+                if id(module) in mine:
+                    del sys.modules[name]
             for module in self._modules:
-                if sys.modules.get(module.__name__) is module:
-                    del sys.modules[module.__name__]
-                cache.linemaps.pop(getattr(module, "__file__", None), None)
+                cache.linemaps.pop(module.__file__, None)
         self._modules.clear()
         if self._function is not None:
             from torch._dynamo.eval_frame import remove_from_cache
@@ -408,6 +414,25 @@ class CompiledForward:
             f"CompiledForward({name}, graphs={self.graphs}, executions={self.executions}, "
             f"misses={self.misses}, sealed={self.sealed})"
         )
+
+
+def _release_guards(guards: list[Any]) -> None:
+    """Let go of what outlives compiled code: dynamo ties guards to the life of what they name.
+
+    Those are parameters, types and functions that live on, so that each compilation would stay in
+    memory. Shape environments, too, stay in caches of their class's methods.
+    """
+    if not guards:
+        return
+    mine = {id(guard) for guard in guards}
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        callback = (finalizer.peek() or (None, None))[1]
+        owner = getattr(getattr(callback, "func", None), "__self__", None)
+        if id(getattr(owner, "guard_manager", None)) in mine:
+            finalizer.detach()
+    for method in vars(torch.fx.experimental.symbolic_shapes.ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 def _module_cache() -> Any:

@@ -24,7 +24,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 #: Names of the programs that a compiler driver runs.
-_COMPILERS = ("g++", "gcc", "c++", "cc1plus", "cc1", "as", "ld", "collect2", "lto1", "lto-wrapper", "icpx", "ptxas")
+_COMPILERS = (
+    "g++",
+    "gcc",
+    "c++",
+    "cc1plus",
+    "cc1",
+    "as",
+    "ld",
+    "collect2",
+    "lto1",
+    "lto-wrapper",
+    "icpx",
+    "ptxas",
+)
 _COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "ptxas")
 
 
