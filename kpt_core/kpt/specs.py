@@ -30,9 +30,10 @@ MODES: tuple[Mode, ...] = ("inference", "training", "generation")
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "memory")
 #: The order in which the phases are decided.
 PHASES: tuple[Phase, ...] = ("layout", "kernels", "precision", "shapes", "compile", "runtime")
-#: The order in which a plan is applied, from the innermost change to the outermost wrapper: what a
-#: shape variant does to a call (drop a mask, pack a batch) happens before compiled code is entered.
-WRAPPING: tuple[Phase, ...] = ("layout", "kernels", "precision", "compile", "shapes", "runtime")
+#: The order in which a plan is applied, from the innermost change to the outermost wrapper: weights
+#: are converted before kernels pack them, and what a shape variant does to a call (drop a mask, pack
+#: a batch) happens before compiled code is entered.
+WRAPPING: tuple[Phase, ...] = ("precision", "layout", "kernels", "compile", "shapes", "runtime")
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -174,7 +175,7 @@ class Variant:
     """
 
     name: str
-    params: Mapping[str, Any] = _EMPTY
+    params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     predicted_gain: float = 1.0
     setup_seconds: float = 0.0
     sites: tuple[str, ...] = ("",)

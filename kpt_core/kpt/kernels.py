@@ -1,0 +1,210 @@
+"""Which kernel serves which site: proposed for a plan, judged, frozen at commit, dispatched at run time.
+
+The kernels of one spec on all sites that it supports form one variant. In a workspace each site's
+forward calls the kernel through a table: while the plan is judged the table learns what the site
+sees (dtypes, strides, alignment, devices), at commit it is frozen, and from then on a call that is
+not in it runs the original code and is counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import plugins
+from kpt.specs import LEVELS, KernelSpec, Undo, Variant
+
+if TYPE_CHECKING:
+    from kpt.ops.sites import Site
+
+_ALIGNMENT = 64
+_is_compiling = torch.compiler.is_compiling
+
+
+class SiteTable:
+    """What a site was seen with while it was judged; frozen, it refuses everything else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.known: set[Any] = set()
+        self.frozen = False
+        self.calls = 0
+        self.misses = 0
+
+    def admits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        key = tuple(_signature(value) for value in (*args, *kwargs.values()))
+        if not self.frozen:
+            self.known.add(key)
+        elif key not in self.known:
+            self.misses += 1
+            return False
+        self.calls += 1
+        return True
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        contiguous = value.is_contiguous()
+        layout = True if contiguous else _stride_order(value)
+        return (
+            value.dtype,
+            value.dim(),
+            value.shape[-1:],
+            layout,
+            value.device,
+            value.data_ptr() % _ALIGNMENT == 0,
+        )
+    return type(value)
+
+
+def _stride_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    strides = tensor.stride()
+    return tuple(sorted(range(len(strides)), key=lambda axis: -strides[axis]))
+
+
+@dataclass
+class KernelBehaviour:
+    """The `Pass` of one kernel on the sites that it supports."""
+
+    spec: KernelSpec
+    sites: tuple[Site, ...]
+    tables: list[SiteTable] = field(default_factory=list)
+    traced: int = 0
+
+    def propose(self, observation: Any, hardware: Any) -> list[Variant]:
+        paths = tuple(sorted({site.name for site in self.sites}))
+        return [
+            Variant(
+                name=f"{self.spec.name}",
+                params={"sites": list(paths)},
+                predicted_gain=self.spec.predicted_gain,
+                sites=paths,
+                derives=self.spec.holds_weights,
+                reproducible=self.spec.reproducible,
+            )
+        ]
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        from kpt import ops
+
+        self.tables = []
+        self.traced = 0
+        undos: list[Undo] = []
+        entry = None if self.spec.setup else plugins.load(self.spec.entry)
+        setup = plugins.load(self.spec.setup) if self.spec.setup else None
+        for site in self.sites:
+            here = site.at(model)
+            kernel = setup(here) if setup is not None else entry
+            undos.append(ops.install(model, here, self._dispatched(here, kernel)))
+
+        def undo() -> None:
+            for step in reversed(undos):
+                step()
+
+        return undo
+
+    def _dispatched(self, site: Site, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        from kpt import ops
+
+        table = SiteTable(site.name)
+        self.tables.append(table)
+        reference = ops.reference(site.op)
+        behaviour = self
+
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            if _is_compiling():
+                behaviour.note_traced()
+                return kernel(*args, **kwargs)
+            if table.admits(args, kwargs):
+                return kernel(*args, **kwargs)
+            return reference(*args, **kwargs)
+
+        return dispatch
+
+    def note_traced(self) -> None:
+        """Count a site that was compiled into a graph; runs while tracing, so it must stay trivial."""
+        self.traced += 1
+
+    def freeze(self) -> None:
+        for table in self.tables:
+            table.frozen = True
+
+    def misses(self) -> dict[str, int]:
+        return {table.name: table.misses for table in self.tables if table.misses}
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return any(table.calls for table in self.tables) or self.traced > 0
+
+
+def propose(observation: Any, registry: Any, proposals: Any) -> None:
+    """Add a candidate for every registered kernel that some recognised site can use."""
+    from kpt.transaction.plan import Candidate
+
+    for registered in registry.specs("kpt_kernels"):
+        spec: KernelSpec = registered.spec
+        name = f"{spec.op}/{spec.name}"
+        reason = _unfit(spec, observation)
+        sites: list[Site] = []
+        if reason is None:
+            sites, reason = _supported(spec, observation)
+        if not sites:
+            proposals.skip(name, registered.plugin, "kernels", reason or f"the model has no {spec.op} site")
+            continue
+        make = functools.partial(KernelBehaviour, spec, tuple(sites))
+        for variant in make().propose(observation, observation.hardware):
+            proposals.candidates.append(
+                Candidate(
+                    variant=variant,
+                    phase="kernels",
+                    plugin=registered.plugin,
+                    source=name,
+                    make=make,
+                    level=spec.level,
+                    dtypes=spec.dtypes,
+                    provides=frozenset({f"kernel:{spec.op}"}),
+                    priority=spec.priority,
+                )
+            )
+
+
+def _unfit(spec: KernelSpec, observation: Any) -> str | None:
+    if LEVELS.index(spec.level) > LEVELS.index(observation.level):
+        return f"needs level={spec.level!r}"
+    if spec.hardware and not {observation.hardware.name, observation.device_type} & set(spec.hardware):
+        return f"needs {' or '.join(spec.hardware)}; this is {observation.hardware.name}"
+    if observation.training and not spec.backward:
+        return "has no backward"
+    return None
+
+
+def _supported(spec: KernelSpec, observation: Any) -> tuple[list[Site], str | None]:
+    """The sites of the spec's op that it supports, and the last reason for those that it does not."""
+    reason: str | None = None
+    sites: list[Site] = []
+    try:
+        supports = plugins.load(spec.supports) if spec.supports else None
+        for site in observation.sites:
+            if site.op != spec.op or site.kind == "graph":
+                continue
+            if observation.mode not in site.modes:
+                reason = f"{site.name} is proved for {', '.join(site.modes)} only"
+                continue
+            if spec.dtypes and not set(site.dtypes) & set(spec.dtypes):
+                reason = (
+                    f"{site.name} computes in {', '.join(site.dtypes)}; supported: {', '.join(spec.dtypes)}"
+                )
+                continue
+            refusal = supports(site) if supports is not None else None
+            if refusal is not None:
+                reason = f"{site.name}: {refusal}"
+                continue
+            sites.append(site)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a stranger's `supports` may raise anything; it loses this kernel only
+        return [], f"supports raised {type(error).__name__}: {error}"
+    return sites, reason

@@ -1,0 +1,52 @@
+"""The user's own measure of quality, which outranks the referee's tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric of the model and the largest drop that is acceptable.
+
+    ``metric(model)`` returns a number; higher is better unless ``higher_is_better=False``.
+    ``max_drop`` is absolute and in the metric's own unit.
+
+    Raises:
+        TypeError: ``metric`` is not callable.
+        ValueError: ``max_drop`` is negative or not finite.
+    """
+
+    metric: Callable[[torch.nn.Module], Any]
+    max_drop: float = 0.0
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.metric):
+            raise TypeError(
+                f"Accuracy(metric=...) got {type(self.metric).__name__}; pass a function that takes the "
+                "model and returns a number"
+            )
+        if not 0.0 <= float(self.max_drop) < float("inf"):
+            raise ValueError(f"Accuracy(max_drop={self.max_drop}) must be a finite number >= 0")
+
+    def measure(self, model: torch.nn.Module) -> float:
+        """The metric of ``model`` as a float; a result that is not a number is a TypeError."""
+        value = self.metric(model)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the accuracy metric returned {type(value).__name__}; it has to return one number"
+            ) from error
+
+    def drop(self, before: float, after: float) -> float:
+        """How much worse ``after`` is; infinite when ``after`` is not a number."""
+        if after != after:
+            return float("inf")
+        return before - after if self.higher_is_better else after - before

@@ -1,0 +1,218 @@
+"""The public functions: `optimize`, `report`, `restore`, `refresh`.
+
+The way of one run, top to bottom: `optimize` checks what it was given; `_run` observes, stores the
+baseline, asks for proposals, searches (or applies a cached recipe), commits and writes the receipt.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from kpt import plugins
+from kpt.specs import LEVELS, OBJECTIVES
+from kpt.transaction import dispatch, distributed
+from kpt.transaction.accuracy import Accuracy
+from kpt.transaction.receipt import Receipt
+from kpt.transaction.run import Request, execute
+
+if TYPE_CHECKING:
+    from kpt.specs import Level, Objective
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_lock = threading.RLock()
+_receipts: weakref.WeakKeyDictionary[torch.nn.Module, Receipt] = weakref.WeakKeyDictionary()
+_requests: weakref.WeakKeyDictionary[torch.nn.Module, Request] = weakref.WeakKeyDictionary()
+
+
+def optimize(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    level: Level = "production",
+    objective: Objective = "latency",
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None = None,
+    accuracy: Accuracy | None = None,
+    budget: float = 120.0,
+    plugins: Sequence[Any] | None = None,
+    trackers: Sequence[Any] = (),
+    cache: bool = True,
+    fuel: int | None = None,
+) -> Model:
+    """Make ``model`` faster on the hardware it is on, and prove that it is still right.
+
+    The same object is returned, changed in place by one reversible patch; if nothing pays for itself
+    it is returned as it was. `report` tells what was tried, kept and rejected.
+
+    Args:
+        model: any `torch.nn.Module`. Its mode decides what is optimised: training with gradients on,
+            else inference.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an
+            iterable of these (at most 8 are read). Without any, the first real call is observed,
+            answered by the original forward, and then optimised for.
+        level: "exact" keeps dtypes; "production" may compute in lower floating-point precision;
+            "aggressive" may quantise.
+        objective: "latency", "throughput" or "memory".
+        dynamic_shapes: dimensions that vary, as ``{"input_ids": {0: "batch", 1: "sequence"}}``.
+        accuracy: the user's own metric, which outranks the referee's tolerances.
+        budget: seconds that the search may take.
+        plugins: names of (or objects that are) the only plugins to use; one that is asked for by name
+            and is unavailable is an error.
+        trackers: names of trackers, or objects with ``record(receipt_dict)``.
+        cache: whether a recipe found earlier may be used and a new one is stored.
+        fuel: the most variants that a plan may hold, to find a bad one by bisection.
+
+    Raises:
+        TypeError, ValueError: an argument is of no known form; the message says what is expected.
+        kpt.plugins.PluginError: a plugin asked for by name is unavailable.
+    """
+    request = _request(
+        model,
+        level=level,
+        objective=objective,
+        dynamic_shapes=dynamic_shapes,
+        accuracy=accuracy,
+        budget=budget,
+        plugins=plugins,
+        trackers=trackers,
+        cache=cache,
+        fuel=fuel,
+    )
+    target = distributed.unwrap(model)
+    if example_inputs is None:
+        with _lock:
+            _restore_tree(target)
+            _defer(target, request)
+        return model
+    run(target, example_inputs, request)
+    return model
+
+
+def run(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:
+    """Optimise ``model`` for the examples now; one run at a time in a process."""
+    with _lock:
+        _restore_tree(model)
+        with torch.inference_mode(False):
+            receipt = execute(model, example_inputs, request)
+        _receipts[model] = receipt
+        _requests[model] = request
+        return receipt
+
+
+def report(model: torch.nn.Module) -> Receipt:
+    """The receipt of the last run on ``model``, with the calls counted since.
+
+    Raises:
+        ValueError: ``model`` was never optimised in this process.
+    """
+    target = distributed.unwrap(model)
+    receipt = _receipts.get(target)
+    plan = dispatch.plan_of(target)
+    if receipt is None:
+        if plan is not None:
+            return Receipt(
+                model=type(target).__name__,
+                mode="deferred",
+                level=_requests[target].level,
+                objective=_requests[target].objective,
+                reason="waiting for the first call",
+            )
+        raise ValueError(f"this {type(target).__name__} was not optimised; call kpt.optimize(model) first")
+    if isinstance(plan, dispatch.Plan):
+        receipt.calls = plan.calls()
+    return receipt
+
+
+def restore(model: Model) -> Model:
+    """Take the optimisation back: the original forward, with the current weights.
+
+    A model that carries no plan is returned as it is.
+
+    Raises:
+        RuntimeError: another library wrapped the forward since and cannot be unwound; it is named.
+    """
+    with _lock:
+        target = distributed.unwrap(model)
+        _take_back(target)
+        receipt = _receipts.get(target)
+        if receipt is not None and receipt.status == "optimized":
+            receipt.status, receipt.reason = "restored", "restored by the user"
+    return model
+
+
+def refresh(model: Model) -> Model:
+    """Apply the plan again to the current weights and structure, and judge it again.
+
+    Needed after writes that leave no trace (``tensor.data.mul_``), after merging adapters, after
+    ``.to()``, and to leave the original forward after weights changed. The cached recipe is used, so
+    that nothing is searched unless the model's structure changed.
+
+    Raises:
+        ValueError: ``model`` was never optimised in this process.
+    """
+    target = distributed.unwrap(model)
+    request = _requests.get(target)
+    if request is None:
+        raise ValueError(f"this {type(target).__name__} was not optimised; call kpt.optimize(model) first")
+    if request.examples is None:
+        return model  # deferred and not called yet: the first call will see the current weights
+    run(target, request.examples, request.again(_receipts.get(target)))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _request(model: Any, **options: Any) -> Request:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"kpt.optimize got {type(model).__name__}; expected a torch.nn.Module")
+    if options["level"] not in LEVELS:
+        raise ValueError(f"level={options['level']!r}; expected one of {', '.join(LEVELS)}")
+    if options["objective"] not in OBJECTIVES:
+        raise ValueError(f"objective={options['objective']!r}; expected one of {', '.join(OBJECTIVES)}")
+    if options["accuracy"] is not None and not isinstance(options["accuracy"], Accuracy):
+        raise TypeError(
+            f"accuracy got {type(options['accuracy']).__name__}; expected kpt.Accuracy(metric, max_drop=...)"
+        )
+    budget = options["budget"]
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < float("inf"):
+        raise ValueError(f"budget={budget!r}; expected a positive number of seconds")
+    fuel = options["fuel"]
+    if fuel is not None and (isinstance(fuel, bool) or not isinstance(fuel, int) or fuel < 0):
+        raise ValueError(f"fuel={fuel!r}; expected None or a number of variants >= 0")
+    shapes = options["dynamic_shapes"]
+    if shapes is not None and not isinstance(shapes, Mapping):
+        raise TypeError(
+            f"dynamic_shapes got {type(shapes).__name__}; expected a dict like "
+            "{'input_ids': {0: 'batch', 1: 'sequence'}}"
+        )
+    selection = options.pop("plugins")
+    if isinstance(selection, str):
+        raise TypeError(f"plugins={selection!r}; expected a list of names, as plugins=[{selection!r}]")
+    registry = plugins.registry(selection)
+    return Request(registry=registry, selection=selection, **options)
+
+
+def _defer(model: torch.nn.Module, request: Request) -> None:
+    from kpt.transaction.deferred import Deferred
+
+    _receipts.pop(model, None)
+    _requests[model] = request
+    Deferred(model, lambda target, call: run(target, call, request))
+
+
+def _take_back(model: torch.nn.Module) -> None:
+    plan = dispatch.plan_of(model)
+    if plan is not None:
+        plan.committed.take_back()
+
+
+def _restore_tree(model: torch.nn.Module) -> None:
+    """A model is optimised as a whole: plans of the model itself and of its children are taken back."""
+    for module in list(model.modules()):
+        _take_back(module)

@@ -1,0 +1,126 @@
+"""A plan applied to a workspace: what a trial judges and what a commit installs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import compiling
+from kpt.transaction import workspace
+
+if TYPE_CHECKING:
+    from kpt.transaction.plan import Candidate, Plan
+
+
+class StepFailed(Exception):
+    """One variant could not be applied, or had no effect; ``step`` names the culprit."""
+
+    def __init__(self, step: Candidate | None, rule: str, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+        self.rule = rule
+        self.reason = reason
+
+
+class Applied:
+    """A workspace of ``model`` with ``plan`` applied.
+
+    `close` undoes the plan, frees compiled code and drops the workspace.
+
+    Raises:
+        StepFailed: a variant's ``apply`` raised or returned no undo.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, *, training: bool) -> None:
+        self.plan = plan
+        self.module: torch.nn.Module | None = workspace.clone(model)
+        self.compiled: list[compiling.CompiledForward] = []
+        self._undos: list[tuple[Candidate, Callable[[], None]]] = []
+        self.behaviours: list[tuple[Candidate, Any]] = []
+        self.undo_errors: list[str] = []
+        flags = {module: module.training for module in self.module.modules()}
+        try:
+            with compiling.collect() as created:
+                for step in plan.steps:
+                    self._apply(step)
+            self.compiled = list(created)
+        except BaseException:
+            self.compiled = list(created)
+            self.close()
+            raise
+        for module, flag in flags.items():
+            module.training = flag
+
+    def _apply(self, step: Candidate) -> None:
+        try:
+            behaviour = step.make()
+            undo = behaviour.apply(self.module, step.variant)
+        except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a pass may raise anything, SystemExit included; its trial ends
+            raise StepFailed(step, "failed", f"apply raised {type(error).__name__}: {error}") from error
+        if not callable(undo):
+            raise StepFailed(
+                step, "failed", f"apply returned {type(undo).__name__}; expected a function that undoes it"
+            )
+        self._undos.append((step, undo))
+        self.behaviours.append((step, behaviour))
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        assert self.module is not None
+        return self.module.forward
+
+    @property
+    def executions(self) -> Callable[[], int] | None:
+        """Counts runs of compiled graphs, or None when the plan compiles nothing."""
+        if not self.compiled:
+            return None
+        if len(self.compiled) == 1:
+            only = self.compiled[0]
+            return lambda: only.executions
+        compiled = tuple(self.compiled)
+        return lambda: sum(item.executions for item in compiled)
+
+    def seal(self) -> None:
+        """From now on nothing is compiled and no kernel serves what it was not judged on."""
+        for compiled in self.compiled:
+            compiled.seal()
+        for _, behaviour in self.behaviours:
+            freeze = getattr(behaviour, "freeze", None)
+            if freeze is not None:
+                freeze()
+
+    def verify(self) -> None:
+        """Every step must have had an effect that can be observed.
+
+        Raises:
+            StepFailed: with the rule ``no-effect``.
+        """
+        for step, behaviour in self.behaviours:
+            try:
+                applied = behaviour.verify_applied(self.module)
+            except (KeyboardInterrupt, compiling.DeadlinePassed):
+                raise
+            except BaseException as error:  # noqa: BLE001 - as in `_apply`
+                raise StepFailed(
+                    step, "failed", f"verify_applied raised {type(error).__name__}: {error}"
+                ) from error
+            if not applied:
+                raise StepFailed(step, "no-effect", "the variant changed nothing that can be observed")
+
+    def close(self) -> None:
+        for step, undo in reversed(self._undos):
+            try:
+                undo()
+            except (KeyboardInterrupt, compiling.DeadlinePassed):
+                raise
+            except BaseException as error:  # noqa: BLE001 - the workspace is dropped anyway; the receipt says so
+                self.undo_errors.append(f"{step.name}: undo raised {type(error).__name__}: {error}")
+        self._undos.clear()
+        for compiled in self.compiled:
+            compiled.dispose()
+        self.compiled = []
+        self.module = None

@@ -1,0 +1,158 @@
+"""Stage 2: what is right, and how fast the untouched model is. Nothing is changed before this is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from kpt.judge import tree
+from kpt.judge.calls import Call
+from kpt.transaction import workspace
+from kpt.transaction.execution import Execution, Runner
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+
+#: The fp64 copy may take this share of the free memory.
+_MEMORY_SHARE = 0.25
+
+
+@dataclass
+class Expected:
+    """What one call has to give: the reference, and the eager model's own answer beside it.
+
+    ``given`` is the clone of ``call`` that the eager model was called with.
+    """
+
+    call: Call
+    given: Call
+    reference: Execution
+    eager: Execution
+    padded: bool = False
+    casts: dict[str, Execution] = field(default_factory=dict)
+
+
+class Baseline:
+    """The untouched model as a private copy, its fp64 twin, and fresh inputs for both.
+
+    ``reference_dtype`` is "float64", or the model's own when the fp64 copy does not fit or cannot
+    run; ``reference_note`` says why.
+    """
+
+    def __init__(self, observation: Observation, plain: torch.nn.Module, *, seed: int) -> None:
+        self.observation = observation
+        self.plain = plain
+        self.runner = Runner(plain, training=observation.training)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._exact: tuple[torch.nn.Module, Runner] | None = None
+        self._casts: dict[str, tuple[torch.nn.Module, Runner]] = {}
+        self.reference_dtype = "float64"
+        self.reference_note = ""
+        self._prepare_reference()
+
+    def _prepare_reference(self) -> None:
+        floats = [t for t in (*self.plain.parameters(), *self.plain.buffers()) if t.is_floating_point()]
+        need = sum(t.numel() * 8 for t in floats)
+        free = free_memory(self.observation.device_type)
+        if need > _MEMORY_SHARE * free:
+            self._no_reference(f"the fp64 copy needs {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free")
+            return
+        call = self.observation.calls[0]
+        try:
+            twin = workspace.cast_copy(self.plain, torch.float64)
+            runner = Runner(twin, training=self.observation.training)
+            result = runner.collect(twin.forward, cast_call(call, torch.float64))
+        except Exception as error:  # noqa: BLE001 - upstream code without an fp64 path; the receipt says so
+            self._no_reference(f"the model cannot run in fp64 ({type(error).__name__}: {str(error)[:120]})")
+            return
+        if not any(isinstance(t, torch.Tensor) for _, t in tree.walk(result.output)):
+            self._no_reference("the model returns no tensor")
+            return
+        self._exact = (twin, runner)
+
+    def _no_reference(self, note: str) -> None:
+        dtypes = sorted(self.observation.parameter_dtypes) or ["float32"]
+        self.reference_dtype = dtypes[0]
+        self.reference_note = note
+
+    def expected(self, call: Call, *, seed: int, padded: bool = False) -> Expected:
+        """Reference and eager results of ``call``.
+
+        Raises whatever eager raises: such a draw is dropped by the caller.
+        """
+        with seeded(seed):
+            given = call.clone()
+            eager = self.runner.collect(self.plain.forward, given, seed=seed)
+        reference = eager
+        if self._exact is not None:
+            twin, runner = self._exact
+            with seeded(seed):
+                reference = runner.collect(twin.forward, cast_call(call.clone(), torch.float64), seed=seed)
+        return Expected(call, given, reference, eager, padded)
+
+    def cast(self, expected: Expected, dtype: str, *, seed: int) -> Execution | None:
+        """What the plain eager model gives when it is cast to ``dtype``; None if it cannot run so."""
+        if dtype not in expected.casts:
+            if dtype not in self._casts:
+                module = workspace.cast_copy(self.plain, getattr(torch, dtype))
+                self._casts[dtype] = (module, Runner(module, training=self.observation.training))
+            module, runner = self._casts[dtype]
+            try:
+                with seeded(seed):
+                    expected.casts[dtype] = runner.collect(
+                        module.forward, cast_call(expected.call.clone(), getattr(torch, dtype)), seed=seed
+                    )
+            except Exception:  # noqa: BLE001 - this model has no such eager path: judged by the other rules alone
+                return None
+        return expected.casts[dtype]
+
+    def draw(self, *, sizes: dict[str, int] | None = None, padding: bool = False) -> Call:
+        """A fresh call like the examples."""
+        call = self.observation.spec.draw(self.generator, sizes=sizes, padding=padding)
+        return call
+
+    def close(self) -> None:
+        self._exact = None
+        self._casts.clear()
+
+
+def cast_call(call: Call, dtype: torch.dtype) -> Call:
+    """``call`` with its floating-point tensors in ``dtype``."""
+
+    return call.map(
+        lambda path, leaf: (
+            leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
+    )
+
+
+def free_memory(device_type: str) -> float:
+    """Free bytes on the device, within what the container may use on a CPU."""
+    if device_type != "cpu":
+        return float(torch.accelerator.get_memory_info()[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return float(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: the page count below is all there is
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) * 0.5
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which torch draws from ``seed``, so that two forwards draw the same numbers."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,116 @@
+"""Stage 6: install the best plan on the user's model, prove it once more there, or take it back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kpt.judge import clock
+from kpt.transaction import dispatch
+from kpt.transaction.guard import InputGuard
+from kpt.transaction.watch import Watch
+
+if TYPE_CHECKING:
+    import torch
+
+    from kpt.judge.clock import Timing
+    from kpt.transaction.trial import Outcome, Trials
+
+
+class Committed:
+    """A plan installed on a model. `take_back` gives the original forward again and frees everything."""
+
+    def __init__(self, model: torch.nn.Module, outcome: Outcome, trials: Trials) -> None:
+        applied = outcome.applied
+        if applied is None:
+            raise ValueError("only a plan whose workspace is alive can be committed")
+        observation = trials.observation
+        self.applied = applied
+        self.outcome = outcome
+        self.watch = Watch(model, weights=applied.plan.derives)
+        self.plan = dispatch.Plan(
+            model,
+            applied.forward,
+            InputGuard(list(observation.calls), observation.spec),
+            self.watch,
+            training=observation.training,
+            executions=applied.executions,
+            ambient=observation.ambient,
+        )
+        self.plan.committed = self
+        self._uninstall: Callable[[], None] | None = dispatch.install(model, self.plan)
+        self._finalizer = weakref.finalize(model, applied.close)
+        self._finalizer.atexit = False
+
+    def time(self, model: torch.nn.Module, trials: Trials) -> Timing:
+        """The untouched model against the installed one, end to end, our own overhead included."""
+        runner, plain = trials.baseline.runner, trials.baseline.plain
+        latency = max(trials.observation.baseline_seconds, 1e-5)
+        seconds = min(max(1.5, 24 * latency), 0.08 * trials.budget.seconds)
+        with runner.buffers_kept():
+            return clock.paired(
+                lambda *args, **kwargs: runner.run(plain.forward, args, kwargs),
+                lambda *args, **kwargs: runner.run(model.forward, args, kwargs),
+                trials.baseline.draw,
+                seconds=min(seconds, max(0.5, trials.budget.left())),
+                warmup=2,
+            )
+
+    def take_back(self) -> None:
+        """Remove the patch, the watch and the workspace.
+
+        Raises:
+            RuntimeError: the forward was wrapped by somebody else and cannot be unwound; nothing was
+                removed then.
+        """
+        if self._uninstall is not None:
+            self._uninstall()
+            self._uninstall = None
+        self.watch.close()
+        self.applied.close()
+        self._finalizer.detach()
+
+
+def commit(
+    model: torch.nn.Module, outcome: Outcome, trials: Trials, *, timed: bool = True
+) -> tuple[Committed | None, str, Timing | None]:
+    """Install ``outcome``'s plan and compare it end to end with the untouched model.
+
+    Returns the commitment, or None with the reason why the original came back, and the last timing.
+    """
+    applied = outcome.applied
+    assert applied is not None
+    with trials.untouched():
+        draws = trials.judgement.draws(touches_mask=applied.plan.touches_mask, thorough=True)
+        verdict = trials.judgement.judge(applied, draws)
+        for key, value in verdict.figures.items():
+            outcome.figures[key] = max(outcome.figures.get(key, value), value)
+        if not verdict.passed:
+            outcome.close()
+            return (
+                None,
+                f"the final judgement on fresh inputs rejected the plan ({verdict.rule}: {verdict.detail})",
+                None,
+            )
+    committed = Committed(model, outcome, trials)
+    if not timed:
+        return committed, "", None
+    try:
+        with trials.state_kept():
+            timing = committed.time(model, trials)
+    except BaseException:
+        committed.take_back()
+        raise
+    used = committed.plan.optimized_calls
+    committed.plan.reset_counters()
+    faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)
+    if used == 0 or not faster:
+        committed.take_back()
+        reason = (
+            "the guard let no call reach the plan: " + ", ".join(committed.plan.fallbacks.to_dict())
+            if used == 0
+            else f"end to end not faster beyond doubt ({timing.ratio:.2f}x, from {timing.low:.2f}x)"
+        )
+        return None, reason, timing
+    return committed, "", timing

@@ -1,0 +1,72 @@
+"""Optimising on the first real call, when no example inputs were given."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kpt.judge.calls import Call
+from kpt.transaction import dispatch
+from kpt.transaction.signature import Canonical
+
+
+class Deferred:
+    """Stands where a plan will stand, until a call can be observed.
+
+    The first call is answered by the original forward; then ``start(model, call)`` runs. A call made
+    while something traces the model, inside checkpoint recomputation, or while a search runs is
+    answered and not observed.
+    """
+
+    def __init__(self, model: torch.nn.Module, start: Callable[[torch.nn.Module, Any], Any]) -> None:
+        self.previous = dispatch._own_forward(model)
+        self._start = start
+        self._lock = threading.Lock()
+        self._uninstall: Callable[[], None] | None = None
+        self.committed = self
+        self._uninstall = dispatch.install(model, self)
+
+    def original(self, model: torch.nn.Module) -> Callable[..., Any]:
+        return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
+
+    def take_back(self) -> None:
+        if self._uninstall is not None:
+            self._uninstall()
+            self._uninstall = None
+
+    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        original = self.original(model)
+        if _unobservable() or not self._lock.acquire(blocking=False):
+            return original(*args, **kwargs)
+        try:
+            call = Call(*Canonical(original)(args, kwargs)).clone()
+            output = original(*args, **kwargs)
+            if self._uninstall is not None:
+                self._start(model, _outside_inference_mode(call))
+            return output
+        finally:
+            self._lock.release()
+
+
+def _unobservable() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._current_graph_task_id() != -1
+    )
+
+
+def _outside_inference_mode(call: Call) -> Call:
+    """Tensors made in inference mode cannot be used where gradients may be recorded."""
+    with torch.inference_mode(False):
+        return call.map(
+            lambda path, leaf: (
+                leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf
+            )
+        )

@@ -1,0 +1,343 @@
+"""The one patch on a user's model: a root forward that runs the plan where it was proven.
+
+A call takes the optimised path only if its inputs, the mode, the weights and the model's structure
+are those that the referee saw (or differ only in dimensions that were declared dynamic). Everything
+else runs the original forward and is counted with its reason.
+
+The patch is a bound method of a plain function named ``forward``; the plan hangs on the model in a
+handle that copies and pickles as empty. So a deep copy or a pickle of the model carries no plan and
+runs the original forward with its own weights, and a plan dies with its model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from kpt.transaction.lazy_backward import with_backward
+from kpt.transaction.signature import Canonical
+
+if TYPE_CHECKING:
+    from kpt.transaction.guard import InputGuard
+    from kpt.transaction.watch import Watch
+
+_MAX_KEYS = 4096
+_Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+_missing = object()
+
+
+def ambient_state() -> tuple[Any, ...]:
+    """What of torch's global state decides how a call computes."""
+    autocast: tuple[Any, ...] = ()
+    if _any_autocast():
+        autocast = tuple(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        )
+    return (autocast, _deterministic(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
+
+
+class Counter:
+    """Counts by reason, from any thread without a lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, itertools.count[int]] = {}
+
+    def add(self, reason: str) -> None:
+        counter = self._counts.get(reason)
+        if counter is None:
+            counter = self._counts.setdefault(reason, itertools.count())
+        next(counter)
+
+    def to_dict(self) -> dict[str, int]:
+        return {reason: _peek(counter) for reason, counter in sorted(self._counts.items())}
+
+    def total(self) -> int:
+        return sum(self.to_dict().values())
+
+
+def _peek(counter: itertools.count[int]) -> int:
+    return int(repr(counter)[6:-1])
+
+
+class Plan:
+    """A committed plan: the optimised forward, its guard, and its counters.
+
+    ``run`` is the workspace's root forward.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        run: Callable[..., Any],
+        inputs: InputGuard,
+        watch: Watch,
+        *,
+        training: bool,
+        executions: Callable[[], int] | None = None,
+        ambient: tuple[Any, ...] = (),
+    ) -> None:
+        self.run = run
+        self.previous = _own_forward(model)
+        self.inputs = inputs
+        self.watch = watch
+        self.training = training
+        self.fallbacks = Counter()
+        self.executions = executions
+        self._optimized = itertools.count()
+        self._canonical = Canonical(self.original(model))
+        self._known: dict[Any, str | None] = {}
+        self._ambient = ambient or ambient_state()
+        self._flags = (bool(self._ambient[0]), self._ambient[1])
+        self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
+        self.switched_off: str | None = None
+        self.committed: Any = None
+
+    def calls(self) -> dict[str, Any]:
+        """Calls so far: on the optimised path, on the original one, and why."""
+        reasons = self.fallbacks.to_dict()
+        return {"optimized": self.optimized_calls, "fallback": sum(reasons.values()), "reasons": reasons}
+
+    def reset_counters(self) -> None:
+        """Start counting from zero: calls made by the transaction itself are no calls of the user."""
+        self._optimized = itertools.count()
+        self.fallbacks = Counter()
+
+    @property
+    def optimized_calls(self) -> int:
+        return _peek(self._optimized)
+
+    def original(self, model: torch.nn.Module) -> Callable[..., Any]:
+        """The user's own forward."""
+        return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
+
+    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_compiling():
+            return self.original(model)(*args, **kwargs)
+        reason = self.watch.reason or self.switched_off
+        grad = _is_grad_enabled()
+        if reason is None:
+            if model.training is not self.training or (self.training and not grad):
+                reason = _mode_reason(model, self.training)
+            elif (_any_autocast(), _deterministic()) != self._flags or _function_modes() or _dispatch_modes():
+                reason = self._ambient_reason()
+            elif torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+                reason = "a global module hook is registered"
+            else:
+                if args:
+                    args, kwargs = self._canonical(args, kwargs)
+                reason = self._miss(args, kwargs) or self.watch.stale()
+        if reason is not None:
+            self.fallbacks.add(reason)
+            return self.original(model)(*args, **kwargs)
+        if self.executions is None:
+            next(self._optimized)
+            return self._optimised(model, args, kwargs, grad)
+        before = self.executions()
+        result = self._optimised(model, args, kwargs, grad)
+        if self.executions() == before:
+            self.fallbacks.add("the compiled code's own guard refused the call")
+        else:
+            next(self._optimized)
+        return result
+
+    def _optimised(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool
+    ) -> Any:
+        if self.training or not grad:
+            return self.run(*args, **kwargs)
+        given = (v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor) and v.requires_grad)
+        sources = self._parameters + tuple(given)
+        if not sources:
+            return self.run(*args, **kwargs)
+        original = self.original(model)
+        return with_backward(lambda: self.run(*args, **kwargs), lambda: original(*args, **kwargs), sources)
+
+    def _miss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why these inputs are outside of what was proven, or None."""
+        key: list[Any] = []
+        for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
+            if type(value) is _Tensor:
+                key.append((name, value.shape, value.dtype, value.device, value.is_contiguous()))
+            else:
+                part = _key(value)
+                if part is _missing:
+                    return f"argument {name!r} has an unsupported type {type(value).__name__}"
+                key.append((name, part))
+        hashed = tuple(key)
+        found = self._known.get(hashed, _missing)
+        if found is not _missing:
+            return found  # type: ignore[return-value]
+        reason = self.inputs.misfit(args, kwargs)
+        if len(self._known) >= _MAX_KEYS:
+            self._known.clear()
+        self._known[hashed] = reason
+        return reason
+
+    def _ambient_reason(self) -> str:
+        if _function_modes() or _dispatch_modes():
+            return "a torch function or dispatch mode is active"
+        now, then = ambient_state(), self._ambient
+        if now[0] != then[0]:
+            return "autocast differs from when the model was optimised"
+        return "torch's deterministic mode differs from when the model was optimised"
+
+
+def _mode_reason(model: torch.nn.Module, training: bool) -> str:
+    if model.training is not training:
+        return f"the model is in {'training' if model.training else 'evaluation'} mode"
+    return "gradients are off in training mode"
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in for an argument that is no plain tensor, or ``_missing``."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return (type(value), value)
+    if isinstance(value, torch.nn.Parameter):
+        return (value.shape, value.dtype, value.device, value.is_contiguous())
+    if type(value) in (list, tuple):
+        parts = tuple(
+            (item.shape, item.dtype, item.device, item.is_contiguous())
+            if type(item) is _Tensor
+            else _key(item)
+            for item in value
+        )
+        return _missing if _missing in parts else (type(value), parts)
+    if type(value) is dict:
+        parts = tuple((k, _key([v])) for k, v in value.items())
+        return _missing if any(part[1] is _missing for part in parts) else (dict, parts)
+    return _missing
+
+
+# ---------------------------------------------------------------------------------------------
+# Installing and removing
+
+
+HANDLE = "_kpt_plan"
+
+
+class Handle:
+    """Carries a plan on its model; copies and pickles carry none."""
+
+    def __init__(self, plan: Any = None) -> None:
+        self.plan = plan
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    handle = self.__dict__.get("_kpt_plan")
+    if handle is None or handle.plan is None:
+        return type(self).forward(self, *args, **kwargs)
+    return handle.plan(self, args, kwargs)
+
+
+def is_dispatcher(function: Any) -> bool:
+    return getattr(getattr(function, "__func__", None), "__kpt_dispatcher__", False) is True
+
+
+def plan_of(model: torch.nn.Module) -> Any:
+    """The plan that ``model`` carries (committed or deferred), or None."""
+    handle = model.__dict__.get(HANDLE)
+    return handle.plan if isinstance(handle, Handle) else None
+
+
+def _own_forward(model: torch.nn.Module) -> Any:
+    """A forward that somebody else set on the instance, or None."""
+    current = model.__dict__.get("forward")
+    return None if current is None or is_dispatcher(current) else current
+
+
+def original_forward(model: torch.nn.Module) -> Callable[..., Any]:
+    """The user's forward, whether or not a plan is installed."""
+    plan = plan_of(model)
+    if plan is not None:
+        return plan.original(model)  # type: ignore[no-any-return]
+    return _own_forward(model) or types.MethodType(type(model).forward, model)
+
+
+def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
+    """Route ``model.forward`` through ``plan``; return what takes it out again.
+
+    Raises (from the returned function):
+        RuntimeError: somebody wrapped the forward since, in a way that cannot be unwound.
+    """
+    previous = _own_forward(model)
+    original = plan.original(model)
+    signature = inspect.signature(original)
+    function = types.FunctionType(forward.__code__, forward.__globals__, "forward")
+    function.__kpt_dispatcher__ = True  # type: ignore[attr-defined]
+    function.__doc__ = getattr(original, "__doc__", None)
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[inspect.Parameter("self", _first_kind(signature)), *signature.parameters.values()]
+    )
+    installed = types.MethodType(function, model)
+    model.__dict__[HANDLE] = Handle(plan)
+    model.__dict__["forward"] = installed
+
+    def undo() -> None:
+        current = model.__dict__.get("forward")
+        if current is installed:
+            if previous is None:
+                del model.__dict__["forward"]
+            else:
+                model.__dict__["forward"] = previous
+        elif current is not None:
+            _unwind(model, current, installed, previous)
+        model.__dict__.pop(HANDLE, None)
+
+    return undo
+
+
+def _first_kind(signature: inspect.Signature) -> Any:
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    only = inspect.Parameter.POSITIONAL_ONLY
+    return only if only in kinds else inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any) -> None:
+    """Take the dispatcher out from under a wrapper that was put around it after the commit."""
+    replacement = previous if previous is not None else types.MethodType(type(model).forward, model)
+    for name, value in vars(model).items():
+        if value is installed and name != "forward":  # accelerate keeps the wrapped forward here
+            model.__dict__[name] = replacement
+            return
+    seen: set[int] = set()
+    pending = [wrapper]
+    while pending:
+        function = pending.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        for cell in getattr(function, "__closure__", None) or ():
+            if cell.cell_contents is installed:
+                cell.cell_contents = replacement
+                return
+            if callable(cell.cell_contents):
+                pending.append(cell.cell_contents)
+        for inner in (getattr(function, "__wrapped__", None), getattr(function, "func", None)):
+            if inner is installed and inner is getattr(function, "__wrapped__", None):
+                function.__wrapped__ = replacement
+            if callable(inner):
+                pending.append(inner)
+    raise RuntimeError(
+        f"{getattr(wrapper, '__qualname__', type(wrapper).__name__)} wraps the optimised forward and cannot "
+        "be unwound; remove that wrapper, then call kpt.restore(model) again"
+    )

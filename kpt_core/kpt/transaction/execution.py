@@ -1,0 +1,138 @@
+"""Running a forward as the mode demands, and collecting all that the referee compares.
+
+In training that is the outputs, the gradient of every parameter and the buffers that the forward
+moved; a run leaves buffers and ``.grad`` as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.judge import tree
+
+if TYPE_CHECKING:
+    from kpt.judge.calls import Call
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Execution:
+    """What one call produced; ``gradients`` and ``buffers`` are empty in inference."""
+
+    output: Any
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def scalar_loss(output: Any, seed: int) -> torch.Tensor | None:
+    """The loss that a training step differentiates, or None if nothing in ``output`` has a gradient.
+
+    The model's own ``loss`` if it returns one; else the sum of every differentiable output weighted
+    by a fixed random direction, so that no gradient can hide in a symmetric sum.
+    """
+    loss = getattr(output, "loss", None)
+    if loss is None and isinstance(output, dict):
+        loss = output.get("loss")
+    if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
+        return loss
+    leaves = [t for _, t in tree.walk(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not leaves:
+        return None
+    if len(leaves) == 1 and leaves[0].numel() == 1:
+        return leaves[0].reshape(())
+    generator = torch.Generator().manual_seed(seed)
+    total: torch.Tensor | None = None
+    for leaf in leaves:
+        direction = torch.randn(leaf.shape, generator=generator).to(leaf)
+        term = (leaf * direction).sum() / max(1, leaf.numel()) ** 0.5
+        total = term if total is None else total + term
+    return total
+
+
+class Runner:
+    """Executes forwards of one model in one mode.
+
+    ``module`` supplies names of parameters and buffers; the forwards it is given must use those
+    very tensors (or copies listed in ``parameters``).
+    """
+
+    def __init__(self, module: torch.nn.Module, *, training: bool) -> None:
+        self.training = training
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad} if training else {}
+        self.buffers = dict(module.named_buffers())
+
+    def step(self, forward: Forward, call: Call) -> Any:
+        """One call as the user makes it: the forward, and in training the backward."""
+        return self.run(forward, call.args, call.kwargs)
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `step`, with the arguments apart, so that nothing but the call is timed."""
+        if not self.training:
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        with torch.enable_grad():
+            output = forward(*args, **kwargs)
+            loss = scalar_loss(output, 0)
+            if loss is not None and self.parameters:
+                torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return output
+
+    def collect(self, forward: Forward, call: Call, *, seed: int = 0) -> Execution:
+        """One call with everything that is to be compared; buffers are put back afterwards."""
+        with self.buffers_kept() as before:
+            if not self.training:
+                with torch.no_grad():
+                    output = forward(*call.args, **call.kwargs)
+                return Execution(detached(output), {}, self._moved(before))
+            with torch.enable_grad():
+                output = forward(*call.args, **call.kwargs)
+                loss = scalar_loss(output, seed)
+                gradients: dict[str, torch.Tensor | None] = dict.fromkeys(self.parameters)
+                if loss is not None and self.parameters:
+                    found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                    gradients = {
+                        name: None if g is None else g.detach().clone()
+                        for name, g in zip(self.parameters, found)
+                    }
+            return Execution(detached(output), gradients, self._moved(before))
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Put every buffer that the block writes to back to its value."""
+        before = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
+        try:
+            yield before
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    if not same_bits(self.buffers[name], value):
+                        self.buffers[name].copy_(value)
+
+    def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in self.buffers.items()
+            if not same_bits(buffer, before[name])
+        }
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Bitwise equality; a NaN equals itself."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if torch.equal(left, right):
+        return True
+    if left.is_floating_point() or left.is_complex():
+        return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
+    return False
+
+
+def detached(output: Any) -> Any:
+    """``output`` with its tensors detached; storage stays shared, so that aliasing can be judged."""
+    return tree.rebuild(output, lambda path, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf)

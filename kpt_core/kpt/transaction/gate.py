@@ -1,0 +1,61 @@
+"""Kernels are judged alone before a plan may hold them, on inputs that a model run need not show:
+odd sizes, strided and misaligned tensors, poisoned outputs, two calls in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import compiling, ops, plugins
+from kpt.judge.referee import Verdict, passed, rejected
+
+if TYPE_CHECKING:
+    from kpt.ops.sites import Site
+    from kpt.transaction.plan import Candidate
+    from kpt.transaction.trial import Trials
+
+#: Sites of one kernel that differ in what they saw are judged apart, up to this many.
+_MOST_SITES = 3
+
+
+def judge(candidate: Candidate, trials: Trials) -> Verdict:
+    """Judge a kernel candidate on one site of each kind that it would serve."""
+    behaviour = candidate.make()
+    observation = trials.observation
+    distinct: dict[Any, Site] = {}
+    for site in behaviour.sites:
+        key = tuple((tuple(sorted(e.dtypes.items())), tuple(sorted(e.shapes.items()))) for e in site.examples)
+        distinct.setdefault(key, site)
+    try:
+        with trials.untouched(), trials.budget.limit(0.2 * trials.budget.seconds):
+            for site in list(distinct.values())[:_MOST_SITES]:
+                verdict = _judge_site(behaviour.spec, site, observation)
+                if not verdict.passed:
+                    return verdict
+    except KeyboardInterrupt:
+        raise
+    except compiling.DeadlinePassed:
+        return rejected("error", "judging the kernel alone took more than a fifth of the budget")
+    except BaseException as error:  # noqa: BLE001 - a stranger's kernel may raise anything
+        return rejected("error", f"{type(error).__name__}: {str(error)[:300]}")
+    return passed()
+
+
+def _judge_site(spec: Any, site: Site, observation: Any) -> Verdict:
+    from kpt.judge.kernels import judge_kernel
+
+    if spec.setup is not None:
+        kernel: Callable[..., Any] = plugins.load(spec.setup)(site)
+    else:
+        kernel = plugins.load(spec.entry)
+    with torch.no_grad():
+        return judge_kernel(
+            kernel,
+            ops.reference(site.op),
+            site,
+            level=spec.level,
+            backward=spec.backward and observation.training,
+            fixed_weights=spec.setup is not None,
+        )

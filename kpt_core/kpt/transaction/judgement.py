@@ -1,0 +1,158 @@
+"""What the referee looks at when it judges an applied plan, and in which order.
+
+Fresh inputs for every judgement: like the examples, then odd and boundary sizes of the declared
+dimensions, then padded ones for a plan that touches a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import compiling
+from kpt.judge import outputs, referee
+from kpt.judge.calls import Call
+from kpt.judge.referee import Verdict
+from kpt.transaction.baseline import seeded
+
+if TYPE_CHECKING:
+    from kpt.transaction.applied import Applied
+    from kpt.transaction.baseline import Baseline, Expected
+    from kpt.transaction.budget import Budget
+    from kpt.transaction.observe import Observation
+
+_STOPS = (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One fresh call and the rule that a failure on it is reported under."""
+
+    expected: Expected
+    rule: str
+    label: str
+    seed: int
+
+
+class Judgement:
+    """Judges applied plans of one observation against its baseline."""
+
+    def __init__(self, observation: Observation, baseline: Baseline, budget: Budget) -> None:
+        self.observation = observation
+        self.baseline = baseline
+        self.budget = budget
+        self._seed = 1000
+        self.dropped = 0
+
+    def draws(self, *, touches_mask: bool, thorough: bool) -> list[Draw]:
+        """Fresh calls with their expected results; draws that eager itself cannot run are dropped."""
+        observation = self.observation
+        kinds: list[tuple[str, str, dict[str, int] | None, bool]] = [
+            ("value", "like the example", None, False)
+        ] * 2
+        if observation.dynamic:
+            for sizes in observation.spec.sizes(self.baseline.generator, 4 if thorough else 2):
+                kinds.append(("size", ", ".join(f"{k}={v}" for k, v in sizes.items()), sizes, False))
+        if touches_mask or (observation.dynamic and self._has_mask()):
+            kinds.append(("mask", "padded", None, True))
+            if observation.dynamic:
+                sizes = next(iter(observation.spec.sizes(self.baseline.generator, 1)), None)
+                kinds.append(("mask", "padded, other sizes", sizes, True))
+        found = []
+        for rule, label, sizes, padding in kinds:
+            self._seed += 1
+            call = self.baseline.draw(sizes=sizes, padding=padding)
+            try:
+                expected = self.baseline.expected(call, seed=self._seed, padded=padding)
+            except _STOPS:
+                raise
+            except Exception:  # noqa: BLE001 - eager itself refuses this draw (a length beyond its table, say)
+                self.dropped += 1
+                if label == "like the example":
+                    raise
+                continue
+            found.append(Draw(expected, rule, label, self._seed))
+        return found
+
+    def _has_mask(self) -> bool:
+        return any(leaf.role == "mask" for leaf in self.observation.spec.leaves)
+
+    def judge(self, applied: Applied, draws: list[Draw]) -> Verdict:
+        """The first rejection over ``draws``, or an acceptance with the worst figures."""
+        figures: dict[str, float] = {}
+        kept: list[tuple[Draw, Any, Any]] = []
+        for draw in draws:
+            verdict, output = self._one(applied, draw)
+            for key, value in verdict.figures.items():
+                figures[key] = max(figures.get(key, value), value)
+            if not verdict.passed:
+                return Verdict(False, verdict.rule, f"{draw.label}: {verdict.detail}", figures)
+            kept.append((draw, output, _copied(output)))
+        for draw, output, copied in kept:
+            changed = outputs.identical(copied, output)
+            if changed is not None:
+                detail = f"output {changed} of one call was overwritten by a later call ({draw.label})"
+                return Verdict(False, "replay", detail, figures)
+        return Verdict(True, "ok", "", figures)
+
+    def _one(self, applied: Applied, draw: Draw) -> tuple[Verdict, Any]:
+        expected, plan = draw.expected, applied.plan
+        level, dtype = plan.level, plan.compute_dtype
+        given = expected.call.clone()
+        with seeded(draw.seed):
+            mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
+        modified = referee.judge_inputs(expected.given, given)
+        if not modified.passed:
+            return modified, mine.output
+        cast = (
+            self.baseline.cast(expected, dtype, seed=draw.seed) if dtype and level != "aggressive" else None
+        )
+        verdict = referee.judge(
+            mine.output,
+            expected.reference.output,
+            expected.eager.output,
+            level=level,
+            cast_eager=cast.output if cast else None,
+            compute_dtype=dtype,
+            mask=self._mask(expected.call) if plan.touches_mask else None,
+            rule=draw.rule,
+            inputs=given,
+            eager_inputs=expected.given,
+        )
+        if not verdict.passed:
+            return verdict, mine.output
+        for rule, own, eager, reference in (
+            ("gradient", mine.gradients, expected.eager.gradients, expected.reference.gradients),
+            ("buffer", mine.buffers, expected.eager.buffers, expected.reference.buffers),
+        ):
+            if not own and not eager:
+                continue
+            theirs = (cast.gradients if rule == "gradient" else cast.buffers) if cast else None
+            verdict = referee.judge_gradients(
+                own, reference, eager, level=level, cast_eager=theirs, compute_dtype=dtype
+            )
+            if not verdict.passed:
+                detail = (
+                    verdict.detail
+                    if rule == "gradient"
+                    else f"buffers that the forward moves: {verdict.detail}"
+                )
+                return Verdict(
+                    False, "gradient" if rule == "gradient" else "value", detail, verdict.figures
+                ), None
+        return verdict, mine.output
+
+    def _mask(self, call: Call) -> torch.Tensor | None:
+        names = {leaf.name for leaf in self.observation.spec.leaves if leaf.role == "mask"}
+        for name, tensor in call.tensors().items():
+            if name in names and tensor.dim() == 2:
+                return tensor
+        return None
+
+
+def _copied(output: Any) -> Any:
+    from kpt.judge import tree
+
+    return tree.rebuild(output, lambda path, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)

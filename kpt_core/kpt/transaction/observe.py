@@ -1,0 +1,228 @@
+"""Stage 1: what is to be optimised, for what calls, in which mode, on what hardware."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.judge.calls import Call, as_calls, check_devices
+from kpt.judge.draws import InputSpec
+from kpt.transaction import workspace
+from kpt.transaction.dispatch import ambient_state, original_forward
+from kpt.transaction.execution import Runner
+from kpt.transaction.signature import Canonical
+
+if TYPE_CHECKING:
+    from kpt.ops.sites import Site
+    from kpt.specs import HardwareProfile, Level, Mode, Objective
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unsuitable(Exception):
+    """The model cannot be optimised as it is; the message becomes the receipt's reason."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Facts about one model and its calls, as passes see them.
+
+    ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
+    floating-point operations as torch's flop counter sees them (matrix products and convolutions).
+    """
+
+    model: torch.nn.Module
+    calls: tuple[Call, ...]
+    spec: InputSpec
+    mode: Mode
+    level: Level
+    objective: Objective
+    hardware: HardwareProfile
+    device_type: str
+    sites: tuple[Site, ...] = ()
+    left_alone: tuple[tuple[str, str], ...] = ()
+    census: dict[str, int] = field(default_factory=dict)
+    parameter_bytes: int = 0
+    parameter_dtypes: frozenset[str] = frozenset()
+    baseline_seconds: float = 0.0
+    operations: float = 0.0
+    deterministic: bool = False
+    stochastic: bool = False
+    budget_left: float = 120.0
+    ambient: tuple[Any, ...] = ()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any dimension was declared dynamic."""
+        return any(leaf.dims for leaf in self.spec.leaves)
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of the model's first tensor; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
+    """The examples as calls in canonical form, copied, on the model's device.
+
+    Raises:
+        TypeError, ValueError: the examples are of no known form, or on another device than the model.
+    """
+    calls = as_calls(example_inputs)
+    check_devices(calls, model)
+    canonical = Canonical(original_forward(model))
+    return [Call(*canonical(call.args, call.kwargs)).clone() for call in calls]
+
+
+def mode_of(model: torch.nn.Module) -> Mode:
+    trains = model.training and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    return "training" if trains else "inference"
+
+
+def refuse_unsuitable(model: torch.nn.Module) -> None:
+    """Refuse what cannot be copied or must not be bypassed.
+
+    Raises:
+        Unsuitable: with the reason.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsuitable(
+                f"{name or 'the model'} is a scripted module, which has no Python forward to change"
+            )
+        if module is model:
+            continue
+        for hooks in _HOOKS:
+            if getattr(module, hooks, None):
+                raise Unsuitable(
+                    f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
+                    "remove it, or optimise the modules inside"
+                )
+    if "fsdp" in type(model).__module__.lower() or any("FSDP" in type(m).__name__ for m in model.modules()):
+        raise Unsuitable("the model is sharded (FSDP); optimise it before it is wrapped")
+    kinds = {type(t) for t in (*model.parameters(), *model.buffers())}
+    foreign = kinds - {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    if foreign:
+        raise Unsuitable(
+            f"parameters are {', '.join(sorted(k.__name__ for k in foreign))}; plain tensors are expected"
+        )
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
+        raise Unsuitable("parameters are on the meta device; load weights first")
+
+
+def observe(
+    model: torch.nn.Module,
+    calls: list[Call],
+    spec: InputSpec,
+    *,
+    level: Level,
+    objective: Objective,
+    hardware: HardwareProfile,
+    registry: Any,
+    deadline: Any,
+) -> tuple[Observation, torch.nn.Module]:
+    """Run the model once or twice and look at it; the second result is a plain workspace copy.
+
+    Raises:
+        Unsuitable: the forward keeps state in attributes, which a copy would not share.
+    """
+    refuse_unsuitable(model)
+    mode = mode_of(model)
+    plain = workspace.clone(model)
+    runner = Runner(plain, training=mode == "training")
+    seconds = _warm_up(runner, plain, calls)
+    _refuse_state(runner, plain, calls[0])
+    operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
+    from kpt import ops
+
+    recognition = ops.recognise(
+        plain, calls, registry=registry, deadline=time.monotonic() + 0.1 * deadline.left()
+    )
+    parameters = list(model.parameters())
+    return (
+        Observation(
+            model=model,
+            calls=tuple(calls),
+            spec=spec,
+            mode=mode,
+            level=level,
+            objective=objective,
+            hardware=hardware,
+            device_type=device_of(model).type,
+            sites=tuple(recognition.sites),
+            left_alone=tuple(recognition.left_alone),
+            census=dict(Counter(type(m).__name__ for m in model.modules())),
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameter_dtypes=frozenset(str(p.dtype).removeprefix("torch.") for p in parameters),
+            baseline_seconds=seconds,
+            operations=operations * (3.0 if mode == "training" else 1.0),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            budget_left=deadline.left(),
+            ambient=ambient_state(),
+        ),
+        plain,
+    )
+
+
+def _warm_up(runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> float:
+    """Run every example once (an example that eager cannot run is the user's error); time the first."""
+    with runner.buffers_kept():
+        for call in calls:
+            runner.step(plain.forward, call.clone())
+        start = time.perf_counter()
+        runner.step(plain.forward, calls[0].clone())
+        return time.perf_counter() - start
+
+
+def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, runner.buffers_kept(), torch.no_grad():
+        plain.forward(*call.clone().args, **call.clone().kwargs)
+    return float(counter.get_total_flops())
+
+
+def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
+    """A forward that assigns attributes would advance the copy's state and not the user's."""
+    before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
+    tensors = {name: dict(module._buffers) for name, module in plain.named_modules()}
+    with runner.buffers_kept():
+        runner.step(plain.forward, call.clone())
+    for name, module in plain.named_modules():
+        changed = [
+            key
+            for key, value in module.__dict__.items()
+            if key not in before[name]
+            or (before[name][key] is not value and not _equal(before[name][key], value))
+        ]
+        changed += [key for key, value in module._buffers.items() if tensors[name].get(key) is not value]
+        if changed:
+            raise Unsuitable(
+                f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
+                "such state cannot be shared with an optimised copy (write buffers in place instead)"
+            )
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+        return (
+            isinstance(left, torch.Tensor)
+            and isinstance(right, torch.Tensor)
+            and left.shape == right.shape
+            and left.dtype == right.dtype
+            and bool(torch.equal(left, right))
+        )
+    try:
+        return bool(left == right)
+    except Exception:  # noqa: BLE001 - an object without a usable comparison counts as changed
+        return False

@@ -1,0 +1,186 @@
+"""Candidates and plans: which variants exist, which go together, and in what order they are applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from kpt.specs import LEVELS, PHASES, WRAPPING, Phase, Variant
+
+if TYPE_CHECKING:
+    from kpt.specs import Level
+
+#: Phases of which a plan holds at most one variant.
+EXCLUSIVE = frozenset({"precision", "compile"})
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One variant together with who offers it.
+
+    ``make`` gives a new instance of the behaviour for each application, so that what an instance
+    remembers (tables, compiled functions) never mixes two trials. ``dtypes`` are those a kernel
+    computes in, empty for any.
+    """
+
+    variant: Variant
+    phase: Phase
+    plugin: str
+    source: str
+    make: Callable[[], Any]
+    level: Level = "exact"
+    dtypes: tuple[str, ...] = ()
+    provides: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    conflicts: frozenset[str] = frozenset()
+    priority: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}:{self.variant.name}" if self.variant.name != self.source else self.source
+
+    @property
+    def gain(self) -> float:
+        return float(self.variant.predicted_gain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as a recipe stores it."""
+        return {
+            "phase": self.phase,
+            "plugin": self.plugin,
+            "source": self.source,
+            "variant": {
+                **plain(asdict(replace(self.variant, params={}))),
+                "params": plain(self.variant.params),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Variants in the order in which they are applied."""
+
+    steps: tuple[Candidate, ...] = ()
+
+    @staticmethod
+    def of(candidates: Iterable[Candidate]) -> Plan:
+        """Order candidates by wrapping, then by their tags, then by priority and name."""
+        groups: dict[str, list[Candidate]] = {phase: [] for phase in WRAPPING}
+        for candidate in candidates:
+            groups[candidate.phase].append(candidate)
+        return Plan(tuple(step for phase in WRAPPING for step in _by_tags(groups[phase])))
+
+    @property
+    def key(self) -> str:
+        return " + ".join(step.name for step in self.steps) or "eager"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(step.name for step in self.steps)
+
+    @property
+    def derives(self) -> bool:
+        return any(step.variant.derives for step in self.steps)
+
+    @property
+    def touches_mask(self) -> bool:
+        return any(step.variant.touches_mask for step in self.steps)
+
+    @property
+    def level(self) -> Level:
+        """The strictest level whose rules allow every step."""
+        return max((step.level for step in self.steps), key=LEVELS.index, default="exact")
+
+    @property
+    def compute_dtype(self) -> str | None:
+        for step in self.steps:
+            if step.variant.compute_dtype:
+                return step.variant.compute_dtype
+        return None
+
+    def without(self, candidate: Candidate) -> Plan:
+        return Plan(tuple(step for step in self.steps if step is not candidate))
+
+    def with_(self, candidate: Candidate) -> Plan:
+        """The plan with ``candidate`` in place of whatever it excludes."""
+        return Plan.of([step for step in self.steps if excludes(step, candidate) is None] + [candidate])
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def excludes(left: Candidate, right: Candidate) -> str | None:
+    """Why two candidates cannot be in one plan, or None."""
+    if left.source == right.source and left.phase != "kernels":
+        return f"both are variants of {left.source}"
+    if left.phase == right.phase and left.phase in EXCLUSIVE:
+        return f"a plan holds one {left.phase} variant"
+    tags = (left.conflicts & (right.provides | {right.source})) | (
+        right.conflicts & (left.provides | {left.source})
+    )
+    if tags:
+        return f"they conflict over {', '.join(sorted(tags))}"
+    shared = (set(left.variant.sites) & set(right.variant.sites)) - {""}
+    if shared:
+        return f"both own {min(shared)}"
+    for kernel, other in ((left, right), (right, left)):
+        wanted = other.variant.compute_dtype
+        if kernel.dtypes and wanted and wanted not in kernel.dtypes:
+            return f"{kernel.name} computes in {', '.join(kernel.dtypes)} and {other.name} in {wanted}"
+    return None
+
+
+def assemble(candidates: Iterable[Candidate], *, limit: int | None = None) -> Plan:
+    """The stack of best predictions: greedily by predicted gain, skipping what is excluded."""
+    chosen: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (-c.gain, PHASES.index(c.phase), -c.priority, c.name)):
+        if limit is not None and len(chosen) >= limit:
+            break
+        if candidate.gain > 1.0 and all(excludes(candidate, other) is None for other in chosen):
+            chosen.append(candidate)
+    provided = frozenset(tag for c in chosen for tag in (c.source, *c.provides))
+    return Plan.of(c for c in chosen if c.requires <= provided)
+
+
+def _by_tags(group: list[Candidate]) -> list[Candidate]:
+    """Who requires a tag comes after those that provide it; else by priority, then name."""
+    waiting = sorted(group, key=lambda c: (c.priority, c.name))
+    ordered: list[Candidate] = []
+    while waiting:
+        open_tags = {tag for c in waiting for tag in c.provides}
+        ready = [c for c in waiting if not (c.requires & open_tags) or c.requires & open_tags <= c.provides]
+        ordered.append((ready or waiting)[0])
+        waiting.remove(ordered[-1])
+    return ordered
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON would give it back.
+
+    Raises:
+        TypeError: a variant's parameters hold something that is no JSON value.
+    """
+    if isinstance(value, Mapping):
+        value = dict(value)
+    return json.loads(json.dumps(value, default=_plain_default))
+
+
+def _plain_default(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"variant parameters must be JSON values; got {type(value).__name__}")
+
+
+@dataclass
+class Proposals:
+    """What plugins offered for one observation, and what they declined."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def skip(self, source: str, plugin: str, phase: str, reason: str) -> None:
+        self.skipped.append({"name": source, "plugin": plugin, "phase": phase, "reason": reason})

@@ -1,0 +1,133 @@
+"""Stage 3: ask every plugin what it offers for this observation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kpt import kernels, plugins
+from kpt.specs import LEVELS, PassSpec, Phase, PolicySpec, Skip, Variant
+from kpt.transaction.plan import Candidate, Plan, Proposals, plain
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+
+
+def propose(observation: Observation, registry: Any) -> Proposals:
+    """Candidates of all passes, precision policies and kernels that may serve here, and all skips.
+
+    An exception in one plugin's ``propose`` loses only that proposal.
+    """
+    proposals = Proposals()
+    for hook in ("kpt_passes", "kpt_precision_policies"):
+        for registered in registry.specs(hook):
+            _propose_one(registered, observation, proposals)
+    kernels.propose(observation, registry, proposals)
+    return proposals
+
+
+def _propose_one(registered: Any, observation: Observation, proposals: Proposals) -> None:
+    spec: PassSpec | PolicySpec = registered.spec
+    phase = spec.phase if isinstance(spec, PassSpec) else "precision"
+    reason = unfit(spec, observation)
+    if reason is not None:
+        proposals.skip(spec.name, registered.plugin, phase, reason)
+        return
+    try:
+        behaviour = plugins.instantiate(spec.entry)
+        offered = list(_checked(behaviour.propose(observation, observation.hardware)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it loses its own proposal only
+        proposals.skip(spec.name, registered.plugin, phase, f"propose raised {type(error).__name__}: {error}")
+        return
+    if not offered:
+        proposals.skip(spec.name, registered.plugin, phase, "nothing to offer")
+    for offer in offered:
+        if isinstance(offer, Skip):
+            proposals.skip(spec.name, registered.plugin, phase, offer.reason)
+            continue
+        level = offer.level or spec.level
+        if LEVELS.index(level) > LEVELS.index(observation.level):
+            proposals.skip(f"{spec.name}:{offer.name}", registered.plugin, phase, f"needs level={level!r}")
+            continue
+        proposals.candidates.append(_candidate(registered, offer, phase))
+
+
+def _candidate(registered: Any, variant: Variant, phase: Phase) -> Candidate:
+    spec = registered.spec
+    return Candidate(
+        variant=variant,
+        phase=phase,
+        plugin=registered.plugin,
+        source=spec.name,
+        make=functools.partial(plugins.instantiate, spec.entry),
+        level=variant.level or spec.level,
+        provides=frozenset(getattr(spec, "provides", ())),
+        requires=frozenset(getattr(spec, "requires", ())),
+        conflicts=frozenset(spec.conflicts),
+        priority=spec.priority,
+    )
+
+
+def unfit(spec: Any, observation: Observation) -> str | None:
+    """Why a spec does not apply to this observation at all, or None."""
+    if observation.mode not in getattr(spec, "modes", (observation.mode,)):
+        return f"not for {observation.mode}"
+    if spec.hardware and not {observation.hardware.name, observation.device_type} & set(spec.hardware):
+        return f"needs {' or '.join(spec.hardware)}; this is {observation.hardware.name}"
+    if LEVELS.index(spec.level) > LEVELS.index(observation.level):
+        return f"needs level={spec.level!r}"
+    return None
+
+
+def _checked(offered: Any) -> Iterable[Variant | Skip]:
+    for offer in offered or ():
+        if not isinstance(offer, (Variant, Skip)):
+            raise TypeError(f"propose returned {type(offer).__name__}; expected Variant or Skip")
+        if isinstance(offer, Variant):
+            plain(offer.params)
+        yield offer
+
+
+def rebuild(
+    data: dict[str, Any], observation: Observation, registry: Any
+) -> tuple[Plan, list[dict[str, str]]]:
+    """The plan of a recipe, from the plugins that are installed here, and what was skipped.
+
+    Raises:
+        RecipeError: a step names a plugin, pass or kernel that is not here or does not apply.
+    """
+    from kpt.transaction.recipe import RecipeError, variant_of
+
+    steps: list[Candidate] = []
+    offered = Proposals()
+    for step in data["steps"]:
+        variant = variant_of(step["variant"])
+        if step["phase"] == "kernels":
+            if not offered.candidates:
+                kernels.propose(observation, registry, offered)
+            found = [
+                c for c in offered.candidates if c.source == step["source"] and c.plugin == step["plugin"]
+            ]
+            if not found or found[0].variant.sites != variant.sites:
+                raise RecipeError(f"kernel {step['source']} has no such sites here")
+            steps.append(found[0])
+            continue
+        steps.append(_rebuilt(step, variant, observation, registry))
+    return Plan.of(steps), []
+
+
+def _rebuilt(step: dict[str, Any], variant: Variant, observation: Observation, registry: Any) -> Candidate:
+    from kpt.transaction.recipe import RecipeError
+
+    hook = "kpt_precision_policies" if step["phase"] == "precision" else "kpt_passes"
+    for registered in (*registry.specs(hook), *registry.specs("kpt_passes")):
+        spec = registered.spec
+        if spec.name == step["source"] and registered.plugin == step["plugin"]:
+            reason = unfit(spec, observation)
+            if reason is not None:
+                raise RecipeError(f"{spec.name}: {reason}")
+            return _candidate(registered, variant, step["phase"])
+    raise RecipeError(f"{step['source']} of plugin {step.get('plugin')!r} is not installed")

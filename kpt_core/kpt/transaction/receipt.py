@@ -1,0 +1,243 @@
+"""Stage 7: the record of a run, for people and for programs."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant that was kept, rejected or not tried.
+
+    ``gain`` is the measured ratio without / with this variant in the company of the others (for the
+    whole plan's only step: untouched / optimised); None when nothing was timed. ``rule`` names what
+    decided: a rule of the referee ("value", "gradient", …), "slower", "no-effect", "failed",
+    "budget", "deadline", or "kept".
+    """
+
+    name: str
+    phase: str
+    plugin: str
+    rule: str
+    reason: str
+    gain: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "phase": self.phase,
+            "plugin": self.plugin,
+            "rule": self.rule,
+            "reason": self.reason,
+            "gain": self.gain,
+            "figures": dict(self.figures),
+        }
+
+
+@dataclass
+class Receipt:
+    """What was tried, kept, rejected and why, with every number that decided.
+
+    Times are in seconds. ``speedup`` is the median of the paired ratios untouched / optimised with
+    its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back.
+    ``break_even_calls`` is set-up time over the time saved per call; None when nothing is saved.
+    """
+
+    model: str
+    mode: str
+    level: str
+    objective: str
+    status: str = "original"
+    reason: str = ""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    baseline: dict[str, Any] = field(default_factory=dict)
+    accepted: list[Entry] = field(default_factory=list)
+    rejected: list[Entry] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    left_alone: list[list[str]] = field(default_factory=list)
+    patches: list[str] = field(default_factory=list)
+    speedup: float = 1.0
+    speedup_low: float = 1.0
+    speedup_high: float = 1.0
+    seconds_before: float = 0.0
+    seconds_after: float = 0.0
+    setup_seconds: float = 0.0
+    search_seconds: float = 0.0
+    searched: bool = False
+    recipe: str = "none"
+    watched_tensors: int = 0
+    derived_bytes: int = 0
+    accuracy: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    created: str = ""
+    calls: dict[str, Any] = field(default_factory=dict)
+    recipe_data: dict[str, Any] | None = None
+
+    @property
+    def optimized(self) -> bool:
+        """Whether a plan is (or was, when this copy was taken) committed."""
+        return self.status == "optimized"
+
+    @property
+    def break_even_calls(self) -> int | None:
+        saved = self.seconds_before - self.seconds_after
+        if not self.optimized or saved <= 0.0:
+            return None
+        return math.ceil((self.setup_seconds + self.search_seconds) / saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: what ``to_json`` writes and trackers receive."""
+        data = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        data["accepted"] = [entry.to_dict() for entry in self.accepted]
+        data["rejected"] = [entry.to_dict() for entry in self.rejected]
+        data["schema"] = SCHEMA
+        data["optimized"] = self.optimized
+        data["break_even_calls"] = self.break_even_calls
+        return data
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The receipt as one JSON object; numbers that JSON lacks become null."""
+        return json.dumps(_finite(self.to_dict()), indent=indent, sort_keys=True, default=str)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Receipt:
+        """A receipt read back from `to_dict`'s data.
+
+        Raises:
+            ValueError: the data is of another schema version, or no receipt.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(
+                f"receipt schema {found!r} is not {SCHEMA}; write it again with this version of kpt"
+            )
+        known = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
+        for key in ("accepted", "rejected"):
+            known[key] = [Entry(**entry) for entry in known.get(key, [])]
+        return cls(**known)
+
+    # -- for people
+
+    def headline(self) -> str:
+        """The result in one sentence."""
+        if self.optimized:
+            before, after = _duration(self.seconds_before), _duration(self.seconds_after)
+            return (
+                f"{self.model}: {self.speedup:.2f}x faster ({before} -> {after} per call, "
+                f"95 % interval {self.speedup_low:.2f} to {self.speedup_high:.2f})"
+            )
+        return f"{self.model}: returned unoptimised - {self.reason or 'nothing paid for itself'}"
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        buffer = StringIO()
+        Console(file=buffer, width=110, no_color=True, highlight=False).print(self)
+        return buffer.getvalue().rstrip()
+
+    __repr__ = __str__
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        yield Text(self.headline(), style="bold green" if self.optimized else "bold yellow")
+        yield Text(self._facts())
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        for column in ("variant", "phase", "plugin"):
+            table.add_column(column)
+        table.add_column("gain", justify="right")
+        table.add_column("why", overflow="fold")
+        for mark, style, entries in (("kept", "green", self.accepted), ("no", "red", self.rejected)):
+            for entry in entries:
+                gain = "" if entry.gain is None else f"{entry.gain:.2f}x"
+                why = entry.reason if entry.rule in ("kept",) else f"{entry.rule}: {entry.reason}"
+                table.add_row(Text(mark, style=style), entry.name, entry.phase, entry.plugin, gain, why)
+        for skip in self.skipped:
+            table.add_row(
+                Text("skip", style="dim"),
+                skip["name"],
+                skip["phase"],
+                skip["plugin"],
+                "",
+                Text(skip["reason"], "dim"),
+            )
+        if table.row_count:
+            yield table
+        for line in (*self._calls(), *self.notes):
+            yield Text(line)
+
+    def _facts(self) -> str:
+        parts = [f"{self.mode}, level {self.level}, objective {self.objective}"]
+        if self.hardware.get("name"):
+            parts.append(str(self.hardware.get("details", {}).get("model") or self.hardware["name"]))
+        if self.baseline.get("reference_dtype"):
+            parts.append(f"judged against {self.baseline['reference_dtype']}")
+        spent = f"search {self.search_seconds:.1f} s" if self.searched else f"recipe {self.recipe}, no search"
+        parts.append(f"{spent}, set-up {self.setup_seconds:.1f} s")
+        if self.break_even_calls is not None:
+            parts.append(f"pays off after {self.break_even_calls} calls")
+        return " | ".join(parts)
+
+    def _calls(self) -> list[str]:
+        if not self.calls:
+            return []
+        lines = [f"calls since: {self.calls['optimized']} optimised, {self.calls['fallback']} original"]
+        lines += [f"  {count} x {reason}" for reason, count in self.calls.get("reasons", {}).items()]
+        return lines
+
+    def to_html(self) -> str:
+        """The receipt as an HTML fragment; every text is escaped."""
+        rows = []
+        for mark, entries in (("kept", self.accepted), ("rejected", self.rejected)):
+            for entry in entries:
+                gain = "" if entry.gain is None else f"{entry.gain:.2f}x"
+                rows.append(
+                    (mark, entry.name, entry.phase, entry.plugin, gain, f"{entry.rule}: {entry.reason}")
+                )
+        rows += [("skipped", s["name"], s["phase"], s["plugin"], "", s["reason"]) for s in self.skipped]
+        head = "".join(f"<th>{h}</th>" for h in ("", "variant", "phase", "plugin", "gain", "why"))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        facts = "<br>".join(html.escape(line) for line in (self._facts(), *self._calls(), *self.notes))
+        return (
+            f"<div class='kpt-receipt'><p><b>{html.escape(self.headline())}</b></p><p>{facts}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+
+    _repr_html_ = to_html
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1.0:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_finite(item) for item in value]
+    return value

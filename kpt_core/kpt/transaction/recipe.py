@@ -1,0 +1,258 @@
+"""Recipes: accepted plans as JSON in the user's cache, so that a second process need not search.
+
+A recipe is data. It names variants by plugin and pass; nothing executable is ever read. The folder
+must be the user's own, with mode 0700, and no link; whatever is odd about it is treated as a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.specs import LEVELS, PHASES, Variant
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+    from kpt.transaction.plan import Plan
+
+SCHEMA = 1
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where recipes are kept: ``KPT_CACHE_DIR``, or the user's cache folder."""
+    override = os.environ.get("KPT_CACHE_DIR")
+    if override:
+        return Path(override) / "recipes"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("kpt") / "recipes"
+
+
+def key_of(observation: Observation, registry: Any, facts: dict[str, Any]) -> str:
+    """A hash of everything that a plan's worth and rightness may depend on."""
+    text = json.dumps({**_identity(observation, registry), **facts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(observation: Observation, registry: Any) -> dict[str, Any]:
+    model = observation.model
+    return {
+        "schema": SCHEMA,
+        "structure": structure_hash(model),
+        "inputs": observation.spec.to_dict(),
+        "level": observation.level,
+        "objective": observation.objective,
+        "mode": observation.mode,
+        "ambient": observation.ambient,
+        "deterministic": observation.deterministic,
+        "tf32": [torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled],
+        "threads": [torch.get_num_threads(), _affinity()],
+        "world_size": _world_size(),
+        "hardware": [
+            observation.hardware.name,
+            observation.hardware.vendor,
+            observation.hardware.architecture,
+            observation.hardware.compute_units,
+            list(observation.hardware.features),
+        ],
+        "versions": versions(registry),
+    }
+
+
+def versions(registry: Any) -> dict[str, str]:
+    """Versions of Python, torch, Triton if it is installed, kpt and every plugin."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import kpt
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "kpt": kpt.__version__}
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found.update({f"plugin:{name}": str(value) for name, value in registry.fingerprint().items()})
+    return found
+
+
+def structure_hash(model: torch.nn.Module) -> str:
+    """A hash of the module tree: classes and their source, shapes, dtypes, attributes, trainability."""
+    digest = hashlib.sha256()
+    sources: dict[type, str] = {}
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls not in sources:
+            try:
+                sources[cls] = hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()
+            except (OSError, TypeError):
+                sources[cls] = "no source"
+        attributes = {
+            key: value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+        }
+        digest.update(
+            f"{name}|{cls.__module__}.{cls.__qualname__}|{sources[cls]}|{sorted(attributes.items())}".encode()
+        )
+        for kind in (module._parameters, module._buffers):
+            for key, tensor in kind.items():
+                if tensor is not None:
+                    digest.update(
+                        f"{key}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{tensor.requires_grad}".encode()
+                    )
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string(use_diff=False).encode())
+    return digest.hexdigest()
+
+
+def _affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def to_dict(plan: Plan, key: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A plan as a recipe."""
+    return {
+        "schema": SCHEMA,
+        "key": key,
+        "steps": [step.to_dict() for step in plan.steps],
+        "figures": figures,
+    }
+
+
+def check(data: Any) -> dict[str, Any]:
+    """``data`` if it is a well-formed recipe.
+
+    Raises:
+        RecipeError: another schema version, or fields that a recipe cannot have.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"a recipe is a JSON object; found {type(data).__name__}")
+    if data.get("schema") != SCHEMA:
+        raise RecipeError(f"recipe schema {data.get('schema')!r}; this version of kpt reads {SCHEMA}")
+    steps = data.get("steps")
+    if not isinstance(steps, list):
+        raise RecipeError("the recipe has no list of steps")
+    for step in steps:
+        if not isinstance(step, dict) or not isinstance(step.get("variant"), dict):
+            raise RecipeError("a step of the recipe is malformed")
+        if step.get("phase") not in PHASES or not isinstance(step.get("source"), str):
+            raise RecipeError(f"a step of the recipe names an unknown phase {step.get('phase')!r}")
+        variant_of(step["variant"])
+    return data
+
+
+def variant_of(data: dict[str, Any]) -> Variant:
+    """The variant that a step describes.
+
+    Raises:
+        RecipeError: unknown or mistyped fields.
+    """
+    unknown = set(data) - set(Variant.__dataclass_fields__)
+    if unknown or not isinstance(data.get("name"), str) or not isinstance(data.get("params", {}), dict):
+        raise RecipeError(
+            f"a variant of the recipe is malformed ({', '.join(sorted(unknown)) or 'name or params'})"
+        )
+    if data.get("level") not in (None, *LEVELS):
+        raise RecipeError(f"a variant of the recipe has an unknown level {data.get('level')!r}")
+    return Variant(**{**data, "sites": tuple(data.get("sites", ("",)))})
+
+
+def read(key: str) -> tuple[dict[str, Any] | None, str]:
+    """The recipe for ``key`` and "hit", or None and why there is none."""
+    folder = cache_folder()
+    reason = _untrusted_folder(folder)
+    if reason is not None:
+        return None, reason
+    path = folder / f"{key}.json"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        return None, "miss"
+    except OSError as error:
+        return None, f"refused ({path.name}: {error.strerror})"
+    with os.fdopen(descriptor, "rb") as file:
+        reason = _untrusted(os.fstat(file.fileno()), path.name)
+        if reason is not None:
+            return None, reason
+        raw = file.read()
+    try:
+        wrapped = json.loads(raw)
+        body = wrapped["recipe"]
+        if wrapped["sha256"] != _digest(body):
+            raise RecipeError("its checksum does not match")
+        data = check(body)
+        if data.get("key") != key:
+            raise RecipeError("it belongs to another model or setting")
+    except (ValueError, KeyError, TypeError) as error:
+        return None, f"refused ({path.name}: {error})"
+    return data, "hit"
+
+
+def write(key: str, recipe: dict[str, Any]) -> str | None:
+    """Store a recipe; return why it could not be stored, or None."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = _untrusted_folder(folder)
+        if reason is not None:
+            return reason
+        body = json.loads(json.dumps(recipe, default=str))
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as file:
+            json.dump({"sha256": _digest(body), "recipe": body}, file)
+        os.replace(file.name, folder / f"{key}.json")
+    except OSError as error:
+        return f"the recipe could not be stored in {folder}: {error.strerror or error}"
+    return None
+
+
+def forget(key: str) -> None:
+    """Remove a recipe that did not hold."""
+    (cache_folder() / f"{key}.json").unlink(missing_ok=True)
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _untrusted_folder(folder: Path) -> str | None:
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(status.st_mode):
+        return f"refused ({folder.name} is a symbolic link)"
+    return _untrusted(status, folder.name)
+
+
+def _untrusted(status: os.stat_result, name: str) -> str | None:
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        return f"refused ({name} belongs to another user)"
+    if status.st_mode & 0o022 and os.name == "posix":
+        return f"refused ({name} is writable by others)"
+    return None

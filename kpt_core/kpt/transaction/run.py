@@ -1,0 +1,363 @@
+"""One run: observe, baseline, propose, search or recipe, commit, receipt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import compiling, profiles
+from kpt.judge.calls import Call
+from kpt.judge.draws import InputSpec
+from kpt.judge.state import ModelState, untouched
+from kpt.transaction import distributed, memory, recipe
+from kpt.transaction.baseline import Baseline
+from kpt.transaction.budget import Budget, BudgetSpent
+from kpt.transaction.commit import Committed, commit
+from kpt.transaction.dispatch import original_forward
+from kpt.transaction.events import emit
+from kpt.transaction.observe import Observation, Unsuitable, device_of, mode_of, observe, prepare_calls
+from kpt.transaction.plan import Proposals
+from kpt.transaction.propose import propose, rebuild
+from kpt.transaction.receipt import Entry, Receipt
+from kpt.transaction.search import Found, Search
+from kpt.transaction.trial import Trials
+from kpt.transaction.workspace import WorkspaceError
+
+if TYPE_CHECKING:
+    from kpt.specs import Level, Objective
+    from kpt.transaction.accuracy import Accuracy
+
+
+@dataclass
+class Request:
+    """What the user asked for. ``examples`` are kept (copied) for `kpt.refresh`."""
+
+    registry: Any
+    selection: Sequence[Any] | None
+    level: Level
+    objective: Objective
+    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None
+    accuracy: Accuracy | None
+    budget: float
+    trackers: Sequence[Any]
+    cache: bool
+    fuel: int | None
+    examples: list[Call] | None = None
+    plan: dict[str, Any] | None = None
+
+    def again(self, receipt: Receipt | None) -> Request:
+        """The same request for the plan that was found before, if there was one."""
+        found = receipt.recipe_data if receipt is not None else None
+        return replace(self, plan=found)
+
+
+class Run:
+    """The state of one run; `execute` is its only user."""
+
+    def __init__(self, model: torch.nn.Module, request: Request) -> None:
+        self.model = model
+        self.request = request
+        self.budget = Budget(float(request.budget))
+        self.receipt = Receipt(
+            model=type(model).__name__,
+            mode=mode_of(model),
+            level=request.level,
+            objective=request.objective,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        self.key = ""
+        self.committed: Committed | None = None
+
+
+def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:
+    """Optimise ``model`` in place and return the receipt.
+
+    Raises:
+        TypeError, ValueError: the examples are of no known form, or on another device.
+        Exception: what the model itself raises on an example, or the user's metric raises. The model is
+            then as it was.
+    """
+    calls = prepare_calls(model, example_inputs)
+    spec = InputSpec.from_calls(calls, request.dynamic_shapes, original_forward(model))
+    request.examples = calls
+    run = Run(model, request)
+    started = time.perf_counter()
+    state = ModelState(model)
+    try:
+        with untouched():
+            _transact(run, calls, spec)
+    except (Unsuitable, WorkspaceError) as error:
+        run.receipt.reason = str(error)
+    except (BudgetSpent, compiling.DeadlinePassed):
+        run.receipt.reason = f"the budget of {run.budget.seconds:.0f} s was spent before a plan was proven"
+        _take_back(run)
+    except BaseException:
+        _take_back(run)
+        if state.differences():
+            state.restore()
+        raise
+    total = time.perf_counter() - started
+    run.receipt.search_seconds = max(0.0, total - run.receipt.setup_seconds)
+    emit("done", run.receipt.headline(), seconds=run.budget.spent(), budget=run.budget.seconds)
+    _track(run)
+    return run.receipt
+
+
+def _take_back(run: Run) -> None:
+    if run.committed is not None:
+        run.committed.take_back()
+        run.committed = None
+
+
+def _transact(run: Run, calls: list[Call], spec: InputSpec) -> None:
+    request, receipt, budget = run.request, run.receipt, run.budget
+    among = distributed.group(budget.seconds)
+    hardware = profiles.hardware(device_of(run.model), registry=request.registry)
+    emit("observe", f"observing {receipt.model}", seconds=budget.spent(), budget=budget.seconds)
+    observation, plain = observe(
+        run.model,
+        calls,
+        spec,
+        level=request.level,
+        objective=request.objective,
+        hardware=hardware,
+        registry=request.registry,
+        deadline=budget,
+    )
+    _describe(receipt, observation, request)
+    emit("baseline", "storing the reference", seconds=budget.spent(), budget=budget.seconds)
+    with budget.limit():
+        baseline = Baseline(observation, plain, seed=_seed(observation))
+    receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
+    trials = Trials(observation, baseline, budget, accuracy=request.accuracy)
+    try:
+        if among is not None:
+            _together(run, trials, among)
+        else:
+            _alone(run, trials)
+    finally:
+        baseline.close()
+        if trials.damage:
+            receipt.notes.append(
+                "put back after a trial had changed it: " + ", ".join(sorted(set(trials.damage))[:8])
+            )
+
+
+def _alone(run: Run, trials: Trials) -> None:
+    """The recipe if there is one that still holds, else the search."""
+    data = _recipe_for(run, trials.observation)
+    if data is not None and _apply_recipe(run, trials, data):
+        return
+    _search(run, trials)
+
+
+def _together(run: Run, trials: Trials, among: Any) -> None:
+    """Rank 0 decides; all apply the same recipe, or none does."""
+    found: dict[str, Any] | None = None
+    if distributed.rank() == 0:
+        _alone(run, trials)
+        found = run.receipt.recipe_data
+    found = distributed.broadcast(found, among)
+    if distributed.rank() != 0 and found is not None:
+        _apply_recipe(run, trials, found, timed=False)
+    agreed = distributed.all_agree(run.committed is not None or found is None, among)
+    if not agreed:
+        _take_back(run)
+        run.receipt.status = "original"
+        run.receipt.reason = "another rank could not apply the plan, so no rank does"
+        run.receipt.speedup = run.receipt.speedup_low = run.receipt.speedup_high = 1.0
+
+
+def _seed(observation: Observation) -> int:
+    """Fresh inputs in every run; fixed ones where the user demands determinism."""
+    return 0 if observation.deterministic else time.time_ns() % (1 << 31)
+
+
+def _describe(receipt: Receipt, observation: Observation, request: Request) -> None:
+    receipt.mode = observation.mode
+    receipt.hardware = profiles.to_dict(observation.hardware)
+    receipt.versions = recipe.versions(request.registry)
+    receipt.inputs = observation.spec.to_dict()
+    receipt.sites = [site.to_dict() for site in observation.sites]
+    receipt.left_alone = [list(entry) for entry in observation.left_alone]
+    receipt.baseline = {"seconds": observation.baseline_seconds, "operations": observation.operations}
+    receipt.seconds_before = receipt.seconds_after = observation.baseline_seconds
+
+
+def _recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
+    request, receipt = run.request, run.receipt
+    facts = {
+        "fuel": request.fuel,
+        "plugins": _selection_key(request.selection),
+        "accuracy": request.accuracy is not None,
+    }
+    run.key = recipe.key_of(observation, request.registry, facts)
+    if request.plan is not None:
+        receipt.recipe = "given"
+        return request.plan
+    if not request.cache:
+        receipt.recipe = "cache off"
+        return None
+    data, receipt.recipe = recipe.read(run.key)
+    if receipt.recipe not in ("hit", "miss"):
+        receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
+    return data
+
+
+def _selection_key(selection: Sequence[Any] | None) -> Any:
+    if selection is None:
+        return None
+    return [
+        item if isinstance(item, str) else f"{type(item).__qualname__}:{getattr(item, '__name__', '')}"
+        for item in selection
+    ]
+
+
+def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
+    """Apply a recipe and judge it, without searching; False when a search has to follow."""
+    try:
+        plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
+    except recipe.RecipeError as error:
+        run.receipt.notes.append(f"the recipe was not used: {error}")
+        return False
+    run.receipt.skipped = skipped
+    if not plan.steps:
+        run.receipt.reason = str(data.get("figures", {}).get("reason") or "nothing paid for itself before")
+        run.receipt.rejected = [Entry(**entry) for entry in data.get("figures", {}).get("rejected", [])]
+        run.receipt.recipe_data = data
+        return True
+    emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    outcome = trials.run(plan, keep=True, timed=False)
+    if not outcome.right or outcome.applied is None:
+        outcome.close()
+        run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
+        recipe.forget(run.key)
+        return False
+    figures = data.get("figures", {})
+    found = Found(best=outcome, gains=dict(figures.get("gains", {})))
+    found.rejected = [Entry(**entry) for entry in figures.get("rejected", [])]
+    _commit(run, trials, found, timed=timed)
+    return run.committed is not None or trials.observation.deterministic
+
+
+def _search(run: Run, trials: Trials) -> None:
+    request, receipt, budget = run.request, run.receipt, run.budget
+    emit("propose", "asking plugins for variants", seconds=budget.spent(), budget=budget.seconds)
+    with budget.limit(), trials.untouched():
+        proposals: Proposals = propose(trials.observation, request.registry)
+    receipt.skipped = proposals.skipped
+    receipt.searched = True
+    search = Search(trials, proposals, budget, fuel=request.fuel)
+    found = search.run()
+    receipt.rejected = found.rejected
+    receipt.notes.extend(found.notes)
+    receipt.trials = [outcome.to_dict() for outcome in trials.log]
+    if found.best is None:
+        receipt.reason = _why_nothing(receipt, proposals)
+    else:
+        _commit(run, trials, found)
+    _store(run, found)
+
+
+def _why_nothing(receipt: Receipt, proposals: Proposals) -> str:
+    if not proposals.candidates:
+        return "no plugin had anything to offer here"
+    wrong = sum(entry.rule not in ("slower", "budget", "deadline") for entry in receipt.rejected)
+    slow = sum(entry.rule == "slower" for entry in receipt.rejected)
+    total = len(receipt.rejected)
+    return f"of {total} variants none paid for itself: {slow} not faster, {wrong} not right or not applicable"
+
+
+def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:
+    receipt, best = run.receipt, found.best
+    assert best is not None
+    emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    committed, reason, timing = commit(run.model, best, trials, timed=timed)
+    if committed is None:
+        receipt.reason = reason
+        receipt.rejected = [
+            *found.rejected,
+            *(
+                Entry(s.name, s.phase, s.plugin, "slower", reason, found.gains.get(s.name))
+                for s in best.plan.steps
+            ),
+        ]
+        found.rejected = receipt.rejected
+        found.best = None
+        return
+    run.committed = committed
+    receipt.status, receipt.reason = "optimized", ""
+    receipt.accepted = [
+        Entry(
+            step.name,
+            step.phase,
+            step.plugin,
+            "kept",
+            step.variant.note or "right and faster",
+            found.gains.get(step.name),
+            dict(best.figures),
+        )
+        for step in best.plan.steps
+    ]
+    receipt.rejected = found.rejected
+    receipt.setup_seconds = best.setup_seconds
+    receipt.watched_tensors = committed.watch.tensors
+    receipt.derived_bytes = memory.derived_bytes(run.model, committed.applied.module)
+    receipt.patches = ["forward of the model"]
+    if timing is not None:
+        receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
+        receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
+    if trials.accuracy_before is not None:
+        receipt.accuracy = {
+            "before": trials.accuracy_before,
+            "after": trials.accuracy_after.get(best.plan.key, float("nan")),
+        }
+    receipt.recipe_data = recipe.to_dict(
+        best.plan,
+        run.key,
+        {
+            "gains": found.gains,
+            "rejected": [entry.to_dict() for entry in found.rejected],
+            "speedup": receipt.speedup,
+        },
+    )
+
+
+def _store(run: Run, found: Found) -> None:
+    """Keep what was found, nothing included: a second process need not search in vain."""
+    receipt = run.receipt
+    if receipt.recipe_data is None:
+        from kpt.transaction.plan import Plan
+
+        rejected = [asdict(entry) for entry in receipt.rejected]
+        receipt.recipe_data = recipe.to_dict(
+            Plan(), run.key, {"reason": receipt.reason, "rejected": rejected}
+        )
+    if not run.request.cache or run.request.plan is not None:
+        return
+    if any(entry.rule in ("budget", "deadline") for entry in receipt.rejected) and not receipt.optimized:
+        return  # a longer budget may still find something
+    problem = recipe.write(run.key, receipt.recipe_data)
+    if problem is not None:
+        receipt.notes.append(problem)
+
+
+def _track(run: Run) -> None:
+    """Give the receipt to every tracker; a tracker that raises is noted and harms nothing."""
+    from kpt import plugins
+
+    specs = {found.spec.name: found.spec for found in run.request.registry.specs("kpt_trackers")}
+    for tracker in run.request.trackers:
+        try:
+            if isinstance(tracker, str):
+                if tracker not in specs:
+                    raise LookupError(f"no tracker {tracker!r}; known: {', '.join(specs) or 'none'}")
+                tracker = plugins.instantiate(specs[tracker].entry)
+            tracker.record(run.receipt.to_dict())
+        except Exception as error:  # noqa: BLE001 - tracking must never end a run
+            run.receipt.notes.append(f"tracker {tracker!r} failed: {type(error).__name__}: {error}")

@@ -1,0 +1,277 @@
+"""Stage 4: find the best plan within the budget.
+
+First the whole stack of best predictions, since steps help each other (int8 alone may lose where
+int8 under a compiler wins). Then every step of the stack must pay for itself in company. Then
+alternatives for what was chosen, while their predicted gain is worth their trial.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kpt.transaction import gate
+from kpt.transaction.events import emit
+from kpt.transaction.plan import Candidate, Plan, assemble, excludes
+from kpt.transaction.receipt import Entry
+from kpt.transaction.trial import Outcome, Trials
+
+if TYPE_CHECKING:
+    from kpt.transaction.budget import Budget
+    from kpt.transaction.plan import Proposals
+
+#: Alternatives predicted to gain less than this over what is there are not tried.
+_WORTH = 1.02
+#: Share of the budget kept for the commit's own judgement and timing.
+_RESERVE = 0.1
+
+
+@dataclass
+class Found:
+    """The best plan's outcome (alive), or None, and what became of every candidate."""
+
+    best: Outcome | None = None
+    gains: dict[str, float] = field(default_factory=dict)
+    rejected: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Search:
+    """One search; `run` returns what it found.
+
+    ``fuel`` bounds how many candidates a plan may hold, best predictions first, so that a bad step
+    can be found by bisection.
+    """
+
+    def __init__(
+        self, trials: Trials, proposals: Proposals, budget: Budget, *, fuel: int | None = None
+    ) -> None:
+        self.trials = trials
+        self.budget = budget
+        self.fuel = fuel
+        self.open = list(proposals.candidates)
+        self.found = Found()
+        self._gone: set[Candidate] = set()
+        self._wrong_plans: set[str] = set()
+
+    def run(self) -> Found:
+        self._gate()
+        best = self._stack()
+        if best is None:
+            best = self._singles()
+        if best is not None:
+            best = self._ablate(best)
+            best = self._alternatives(best)
+        self._leftovers(best)
+        self.found.best = best
+        return self.found
+
+    # -- stages
+
+    def _gate(self) -> None:
+        """Kernels are judged alone first: a wrong one is named by what is wrong with it."""
+        for candidate in [c for c in self.open if c.phase == "kernels"]:
+            if self._time_for(0.0):
+                verdict = gate.judge(candidate, self.trials)
+                if not verdict.passed:
+                    self._reject(candidate, verdict.rule, verdict.detail, figures=verdict.figures)
+
+    def _stack(self) -> Outcome | None:
+        """The first stack that holds, dropping whatever is at fault until one does."""
+        while True:
+            plan = assemble(self._candidates(), limit=self.fuel)
+            if not plan.steps or plan.key in self._wrong_plans:
+                return None
+            outcome = self._try(plan)
+            if outcome.right and outcome.applied is not None:
+                if outcome.accepted:
+                    return outcome
+                outcome.close()
+                if len(plan) == 1:
+                    self._reject_outcome(plan.steps[0], outcome)
+                return None
+            if outcome.rule in ("budget", "deadline") and self.budget.left() < 0.2 * self.budget.seconds:
+                return None
+            if not self._blame(plan, outcome):
+                return None
+
+    def _blame(self, plan: Plan, outcome: Outcome) -> bool:
+        """Reject what made ``plan`` fail; False when nothing could be found at fault."""
+        if outcome.culprit is not None:
+            self._reject_outcome(outcome.culprit, outcome)
+            return True
+        if len(plan) == 1:
+            self._reject_outcome(plan.steps[0], outcome)
+            return True
+        if outcome.rule == "deadline":
+            slowest = max(plan.steps, key=lambda step: step.variant.setup_seconds)
+            self._reject_outcome(slowest, outcome)
+            return True
+        guilty = False
+        for step in sorted(plan.steps, key=lambda step: step.variant.setup_seconds):
+            if not self._time_for(step.variant.setup_seconds):
+                break
+            alone = self._try(Plan.of([step]), timed=False)
+            alone.close()
+            if not alone.right:
+                self._reject_outcome(step, alone)
+                guilty = True
+        if guilty:
+            return True
+        # Each is right alone, so it is their company that fails: leave the least promising one out.
+        self._wrong_plans.add(plan.key)
+        weakest = min(plan.steps, key=lambda step: step.gain)
+        self._reject(weakest, outcome.rule, f"in company of {plan.without(weakest).key}: {outcome.reason}")
+        return True
+
+    def _singles(self) -> Outcome | None:
+        """No stack was faster: the most promising candidates one by one, and the best of them."""
+        best: Outcome | None = None
+        for candidate in sorted(self._candidates(), key=lambda c: -c.gain):
+            if candidate.gain <= 1.0:
+                self._reject(candidate, "slower", f"predicted {candidate.gain:.2f}x, not tried")
+                continue
+            if not self._time_for(candidate.variant.setup_seconds):
+                continue
+            outcome = self._try(Plan.of([candidate]))
+            if not outcome.accepted:
+                outcome.close()
+                self._reject_outcome(candidate, outcome)
+                continue
+            if best is not None:
+                better, worse = (outcome, best) if _ratio(outcome) > _ratio(best) else (best, outcome)
+                worse.close()
+                loser = worse.plan.steps[0]
+                self._reject(
+                    loser,
+                    "slower",
+                    f"{_ratio(worse):.2f}x alone; {better.plan.key} gives {_ratio(better):.2f}x",
+                )
+                best = better
+            else:
+                best = outcome
+        return best
+
+    def _ablate(self, best: Outcome) -> Outcome:
+        """Drop every step without which the plan is not slower."""
+        if len(best.plan) == 1:
+            self.found.gains[best.plan.steps[0].name] = _ratio(best)
+            return best
+        for step in sorted(best.plan.steps, key=lambda step: step.gain):
+            if len(best.plan) == 1:
+                break
+            cost = self._cost(best.plan.without(step), best)
+            if not self._time_for(cost):
+                self.found.notes.append(f"{step.name} was not timed apart: no budget left for it")
+                continue
+            reduced = self._try(best.plan.without(step), against=best)
+            if not reduced.right or reduced.timing is None:
+                reduced.close()
+                continue
+            # The clock paired the full plan (baseline) with the reduced one (candidate).
+            share = 1.0 / reduced.timing.ratio
+            if reduced.timing.high < 1.0:
+                self.found.gains[step.name] = share
+                reduced.close()
+                continue
+            self._reject(
+                step,
+                "slower",
+                f"{share:.2f}x in company of {reduced.plan.key}: does not pay for itself",
+                share,
+            )
+            best.close()
+            reduced.rule, reduced.reason = "ok", ""
+            best = reduced
+        if len(best.plan) == 1 and best.plan.steps[0].name not in self.found.gains:
+            self.found.gains[best.plan.steps[0].name] = _ratio(best)
+        return best
+
+    def _alternatives(self, best: Outcome) -> Outcome:
+        """Try what was left out in place of (or beside) what was chosen, most promising first."""
+        for candidate in sorted(self._candidates(), key=lambda c: -c.gain):
+            if any(candidate is step for step in best.plan.steps):
+                continue
+            replaced = [step for step in best.plan.steps if excludes(step, candidate) is not None]
+            before = 1.0
+            for step in replaced:
+                before *= max(1.0, step.gain)
+            hope = candidate.gain / before
+            plan = best.plan.with_(candidate)
+            if self.fuel is not None and len(plan) > self.fuel:
+                continue
+            # Predictions are rough: an alternative is hopeless only if it is predicted clearly worse.
+            if candidate.gain <= 1.0 or hope < (0.75 if replaced else _WORTH):
+                self._reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
+                continue
+            if plan.key in self._wrong_plans or not self._time_for(self._cost(plan, best)):
+                continue
+            outcome = self._try(plan, against=best)
+            if outcome.accepted:
+                for step in replaced:
+                    self._reject(
+                        step, "slower", f"{candidate.name} in its place gives {_ratio(outcome):.2f}x"
+                    )
+                    self.found.gains.pop(step.name, None)
+                self.found.gains[candidate.name] = _ratio(outcome)
+                best.close()
+                best = outcome
+            else:
+                outcome.close()
+                self._reject_outcome(candidate, outcome)
+        return best
+
+    def _leftovers(self, best: Outcome | None) -> None:
+        chosen = set(best.plan.steps) if best is not None else set()
+        for candidate in self._candidates():
+            if candidate not in chosen:
+                self._reject(candidate, "budget", "not tried: no budget left, or excluded by what was chosen")
+
+    # -- helpers
+
+    def _candidates(self) -> list[Candidate]:
+        return [candidate for candidate in self.open if candidate not in self._gone]
+
+    def _cost(self, plan: Plan, best: Outcome) -> float:
+        """Expected seconds of a trial: predicted set-up, scaled by how the last prediction held."""
+        predicted = sum(step.variant.setup_seconds for step in plan.steps)
+        known = sum(step.variant.setup_seconds for step in best.plan.steps)
+        factor = best.setup_seconds / known if known > 0.5 and best.setup_seconds > 0.0 else 1.0
+        return predicted * min(factor, 3.0) + max(1.0, best.seconds - best.setup_seconds)
+
+    def _time_for(self, seconds: float) -> bool:
+        return self.budget.left() - _RESERVE * self.budget.seconds > seconds
+
+    def _try(self, plan: Plan, *, against: Outcome | None = None, timed: bool = True) -> Outcome:
+        emit("trial", f"trying {plan.key}", seconds=self.budget.spent(), budget=self.budget.seconds)
+        outcome = self.trials.run(
+            plan,
+            against=against.applied if against is not None else None,
+            keep=True,
+            timed=timed,
+            seconds=max(0.5, self.budget.left() - _RESERVE * self.budget.seconds),
+        )
+        text = f"{plan.key}: {outcome.rule}" + (f" ({_ratio(outcome):.2f}x)" if outcome.timing else "")
+        emit("trial", text, rule=outcome.rule, seconds=self.budget.spent(), budget=self.budget.seconds)
+        return outcome
+
+    def _reject_outcome(self, candidate: Candidate, outcome: Outcome) -> None:
+        gain = _ratio(outcome) if outcome.timing else None
+        self._reject(candidate, outcome.rule, outcome.reason, gain, outcome.figures)
+
+    def _reject(
+        self,
+        candidate: Candidate,
+        rule: str,
+        reason: str,
+        gain: float | None = None,
+        figures: dict[str, float] | None = None,
+    ) -> None:
+        self._gone.add(candidate)
+        self.found.rejected.append(
+            Entry(candidate.name, candidate.phase, candidate.plugin, rule, reason, gain, dict(figures or {}))
+        )
+
+
+def _ratio(outcome: Outcome) -> float:
+    return outcome.timing.ratio if outcome.timing is not None else 0.0

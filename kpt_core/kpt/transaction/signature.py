@@ -1,0 +1,55 @@
+"""One canonical form for a call, however the user writes it.
+
+``model(ids, mask)`` and ``model(input_ids=ids, attention_mask=mask)`` are the same call; a plan is
+proven, guarded and compiled for one form only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+_BINDABLE = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+class Canonical:
+    """Moves positional arguments to keywords where the forward's signature allows it.
+
+    A forward with ``*args`` or positional-only parameters keeps its positional arguments.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        try:
+            parameters = list(inspect.signature(forward).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        kinds = {parameter.kind for parameter in parameters}
+        self.by_name = bool(parameters) and not kinds & {
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.POSITIONAL_ONLY,
+        }
+        self.names = tuple(p.name for p in parameters if p.kind is _BINDABLE) if self.by_name else ()
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` in canonical form.
+
+        Raises:
+            TypeError: too many positional arguments, or one given twice, as Python itself says it.
+        """
+        if not args or not self.by_name:
+            return args, kwargs
+        if len(args) > len(self.names):
+            raise TypeError(
+                f"forward() takes {len(self.names)} positional arguments ({', '.join(self.names)}) "
+                f"but {len(args)} were given"
+            )
+        named = dict(zip(self.names, args))
+        for name in named:
+            if name in kwargs:
+                raise TypeError(f"forward() got multiple values for argument {name!r}")
+        named.update(kwargs)
+        return (), named

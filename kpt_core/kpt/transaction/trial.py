@@ -1,0 +1,284 @@
+"""Stage 5: apply, judge, time, undo. Whatever happens, a trial leaves no trace."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt import compiling
+from kpt.judge import clock
+from kpt.judge.state import ModelState, untouched
+from kpt.transaction import memory
+from kpt.transaction.applied import Applied, StepFailed
+from kpt.transaction.budget import BudgetSpent
+from kpt.transaction.judgement import Judgement
+
+if TYPE_CHECKING:
+    from kpt.judge.calls import Call
+    from kpt.judge.clock import Timing
+    from kpt.transaction.accuracy import Accuracy
+    from kpt.transaction.baseline import Baseline
+    from kpt.transaction.budget import Budget
+    from kpt.transaction.observe import Observation
+    from kpt.transaction.plan import Candidate, Plan
+
+_RULES_THAT_JUDGE = frozenset(
+    {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay"}
+)
+
+
+@dataclass
+class Outcome:
+    """How one trial ended. ``applied`` is alive only for an accepted trial, until it is closed."""
+
+    plan: Plan
+    rule: str = "ok"
+    reason: str = ""
+    timing: Timing | None = None
+    culprit: Candidate | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    setup_seconds: float = 0.0
+    seconds: float = 0.0
+    applied: Applied | None = None
+
+    @property
+    def right(self) -> bool:
+        """The referee accepted, whatever the clock said."""
+        return self.rule in ("ok", "slower")
+
+    @property
+    def accepted(self) -> bool:
+        return self.rule == "ok"
+
+    @property
+    def judged_wrong(self) -> bool:
+        return self.rule in _RULES_THAT_JUDGE
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": list(self.plan.names),
+            "rule": self.rule,
+            "reason": self.reason,
+            "timing": self.timing.to_dict() if self.timing else None,
+            "figures": self.figures,
+            "setup_seconds": self.setup_seconds,
+            "seconds": self.seconds,
+        }
+
+    def close(self) -> None:
+        if self.applied is not None:
+            self.applied.close()
+            self.applied = None
+
+
+class Trials:
+    """Runs trials of one observation; holds what they share."""
+
+    def __init__(
+        self,
+        observation: Observation,
+        baseline: Baseline,
+        budget: Budget,
+        *,
+        accuracy: Accuracy | None = None,
+    ) -> None:
+        self.observation = observation
+        self.baseline = baseline
+        self.budget = budget
+        self.accuracy = accuracy
+        self.accuracy_before: float | None = None
+        self.accuracy_after: dict[str, float] = {}
+        self.judgement = Judgement(observation, baseline, budget)
+        self.state = ModelState(observation.model)
+        self.log: list[Outcome] = []
+        self.damage: list[str] = []
+
+    def run(
+        self,
+        plan: Plan,
+        *,
+        against: Applied | None = None,
+        keep: bool = False,
+        seconds: float | None = None,
+        thorough: bool = False,
+        timed: bool = True,
+    ) -> Outcome:
+        """Try ``plan``; time it against ``against``, or the untouched model.
+
+        An accepted outcome keeps its workspace alive if ``keep``. ``seconds`` limits the trial below
+        what is left of the budget.
+        """
+        started = time.perf_counter()
+        outcome = Outcome(plan)
+        applied: list[Applied] = []
+        try:
+            with self.untouched(), self.budget.limit(seconds):
+                self._run(outcome, applied, against, thorough, timed)
+        except BudgetSpent as error:
+            outcome.rule, outcome.reason = "budget", str(error)
+        except compiling.DeadlinePassed:
+            outcome.rule, outcome.reason = "deadline", "the trial was stopped when its time was spent"
+        except StepFailed as error:
+            outcome.rule, outcome.reason, outcome.culprit = error.rule, error.reason, error.step
+        except MemoryError as error:
+            outcome.rule, outcome.reason = "memory", f"out of memory: {error}"
+        except KeyboardInterrupt:
+            _close_all(applied)
+            raise
+        except _AccuracyError as error:
+            _close_all(applied)
+            raise error.original from None
+        except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
+            outcome.rule = "memory" if _out_of_memory(error) else "failed"
+            outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
+        if not (keep and outcome.right and applied):
+            _close_all(applied)
+        elif applied:
+            outcome.applied = applied[0]
+        outcome.seconds = time.perf_counter() - started
+        self.log.append(outcome)
+        return outcome
+
+    def _run(
+        self, outcome: Outcome, holder: list[Applied], against: Applied | None, thorough: bool, timed: bool
+    ) -> None:
+        observation, plan = self.observation, outcome.plan
+        started = time.perf_counter()
+        applied = Applied(observation.model, plan, training=observation.training)
+        holder.append(applied)
+        runner = self.baseline.runner
+        draws = self.judgement.draws(touches_mask=plan.touches_mask, thorough=thorough)
+        began = time.perf_counter()
+        with runner.buffers_kept():
+            for call in self.warm_up_calls(plan):
+                runner.step(applied.forward, call)
+        applied.seal()
+        outcome.setup_seconds = time.perf_counter() - began + (began - started)
+        applied.verify()
+        verdict = self.judgement.judge(applied, draws)
+        outcome.figures = dict(verdict.figures)
+        if not verdict.passed:
+            outcome.rule, outcome.reason = verdict.rule, verdict.detail
+            return
+        self._judge_accuracy(outcome, applied)
+        if not outcome.right or not timed:
+            return
+        outcome.timing = self.time(applied, against)
+        if observation.objective == "memory":
+            self._judge_memory(outcome, applied)
+        elif not outcome.timing.faster:
+            outcome.rule = "slower"
+            outcome.reason = (
+                f"{outcome.timing.ratio:.2f}x, not faster beyond doubt (from {outcome.timing.low:.2f}x)"
+            )
+
+    def warm_up_calls(self, plan: Plan) -> list[Call]:
+        """Calls of every kind that the plan will serve: what compiles or packs does it on these."""
+        observation, baseline = self.observation, self.baseline
+        calls = [call.clone() for call in observation.calls]
+        if observation.dynamic:
+            for sizes in observation.spec.sizes(baseline.generator, 2):
+                try:
+                    call = baseline.draw(sizes=sizes)
+                    with torch.no_grad(), baseline.runner.buffers_kept():
+                        baseline.plain.forward(*call.clone().args, **call.clone().kwargs)
+                except Exception:  # noqa: BLE001, S112 - a size that eager refuses is no call to prepare for
+                    continue
+                calls.append(call)
+        if plan.touches_mask:
+            calls.append(baseline.draw(padding=True))
+        return calls
+
+    def time(self, applied: Applied, against: Applied | None = None, seconds: float | None = None) -> Timing:
+        """Pair ``applied`` with the untouched model, or with another applied plan."""
+        runner, baseline, observation = self.baseline.runner, self.baseline, self.observation
+        plain = against.forward if against is not None else baseline.plain.forward
+        latency = max(observation.baseline_seconds, 1e-5)
+        span = min(max(1.0, 16 * latency), 0.1 * self.budget.seconds) if seconds is None else seconds
+        with runner.buffers_kept():
+            return clock.paired(
+                lambda *args, **kwargs: runner.run(plain, args, kwargs),
+                lambda *args, **kwargs: runner.run(applied.forward, args, kwargs),
+                baseline.draw,
+                seconds=min(span, self.budget.left()),
+                warmup=2,
+            )
+
+    def _judge_accuracy(self, outcome: Outcome, applied: Applied) -> None:
+        if self.accuracy is None or applied.module is None:
+            return
+        try:
+            if self.accuracy_before is None:
+                self.accuracy_before = self.accuracy.measure(self.baseline.plain)
+            after = self.accuracy.measure(applied.module)
+        except (KeyboardInterrupt, compiling.DeadlinePassed):
+            raise
+        except BaseException as error:
+            raise _AccuracyError(error) from error
+        drop = self.accuracy.drop(self.accuracy_before, after)
+        self.accuracy_after[outcome.plan.key] = after
+        outcome.figures["accuracy_drop"] = drop
+        if drop > self.accuracy.max_drop:
+            outcome.rule = "accuracy"
+            outcome.reason = (
+                f"the metric fell by {drop:.4g} to {after:.4g}; at most {self.accuracy.max_drop:.4g} allowed"
+            )
+
+    def _judge_memory(self, outcome: Outcome, applied: Applied) -> None:
+        runner, plain = self.baseline.runner, self.baseline.plain
+        call = self.baseline.draw()
+        with runner.buffers_kept():
+            before = memory.peak_bytes(lambda: runner.step(plain.forward, call.clone()))
+            after = memory.peak_bytes(lambda: runner.step(applied.forward, call.clone()))
+        after += memory.derived_bytes(self.observation.model, applied.module)
+        weights = self.observation.parameter_bytes
+        outcome.figures.update(peak_bytes_before=weights + before, peak_bytes_after=weights + after)
+        assert outcome.timing is not None
+        if weights + after > 0.98 * (weights + before):
+            outcome.rule = "slower"
+            outcome.reason = f"peak memory {weights + after:.0f} bytes is not below {weights + before:.0f}"
+        elif outcome.timing.high < 1.0:
+            outcome.rule, outcome.reason = "slower", f"{outcome.timing.ratio:.2f}x"
+
+    @contextmanager
+    def state_kept(self) -> Iterator[None]:
+        """Global state is put back when the block ends; the model is being changed on purpose."""
+        with untouched():
+            yield
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Global state and the user's model are put back when the block ends, however it ends."""
+        try:
+            with untouched():
+                yield
+        finally:
+            differences = self.state.differences()
+            if differences:
+                self.damage.extend(differences)
+                self.state.restore()
+
+
+class _AccuracyError(Exception):
+    """The user's metric raised; the user gets the original exception."""
+
+    def __init__(self, original: BaseException) -> None:
+        super().__init__(str(original))
+        self.original = original
+
+
+def _close_all(applied: list[Applied]) -> None:
+    for item in applied:
+        item.close()
+    applied.clear()
+    gc.collect()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,265 @@
+"""Notices every change of the user's model that makes a committed plan stale.
+
+Three kinds of change, three mechanisms, because a call may only spend about a microsecond here:
+what torch announces (registration of parameters, buffers and modules) arrives through its global
+registration hooks; what passes through an object (hooks being registered, ``.to()``) through a
+replaced dictionary and an instance method; what leaves only a trace (weights written in place,
+attributes assigned) is compared on each call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torch_module
+
+_WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SCALARS = (bool, int, float, str, type(None))
+_version = attrgetter("_version")
+
+
+class Watch:
+    """Watches ``model`` from construction to `close`.
+
+    ``reason`` is None while the plan holds, else what changed. `stale` compares what has to be
+    compared and costs about 0.05 µs for each watched tensor.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, weights: bool) -> None:
+        self.reason: str | None = None
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._undo: list[Callable[[], None]] = []
+        modules = list(dict.fromkeys(model.modules()))
+        for module in modules:
+            self._watch_hooks(module, is_root=module is model)
+            self._watch_apply(module)
+        self._tensors: list[torch.Tensor] = list(_tensors(model)) if weights else []
+        self._versions = list(map(_version, self._tensors))
+        self._attributes = [pair for module in modules if (pair := _attribute_getter(module)) is not None]
+        self._values = [_frozen(getter(state)) for state, getter in self._attributes]
+        _registrations.add(self)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors are compared on each call."""
+        return len(self._tensors)
+
+    def stale(self) -> str | None:
+        """What changed since construction, or None."""
+        if self.reason is not None:
+            return self.reason
+        if self._tensors and list(map(_version, self._tensors)) != self._versions:
+            return "a weight was written in place (call kpt.refresh(model) to use the new weights)"
+        for (state, getter), value in zip(self._attributes, self._values):
+            try:
+                now = getter(state)
+            except KeyError:
+                return "an attribute of a submodule was deleted"
+            if now != value:
+                return "an attribute of a submodule changed"
+        return None
+
+    def registered(self, module: torch.nn.Module, kind: str, name: str) -> None:
+        path = self._names.get(id(module))
+        if path is not None and self.reason is None:
+            self.reason = f"{kind} {name!r} was registered on {path or 'the model'}"
+
+    def close(self) -> None:
+        """Leave nothing behind on the model."""
+        _registrations.discard(self)
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def _watch_hooks(self, module: torch.nn.Module, *, is_root: bool) -> None:
+        for name in _WATCHED_HOOKS:
+            if is_root and "forward" in name:
+                continue  # the root's own hooks run around the dispatcher
+            original = module.__dict__[name]
+            if original:
+                continue  # known when the plan was made, and handles refer to this very dictionary
+            watched = _HookDict()
+            watched.watch = self
+            watched.path = self._names[id(module)]
+            module.__dict__[name] = watched
+            self._undo.append(_restore_hooks(module, name, original))
+
+    def _watch_apply(self, module: torch.nn.Module) -> None:
+        if "_apply" in module.__dict__:
+            return
+        module.__dict__["_apply"] = types.MethodType(_apply, module)
+        _apply_watchers[module] = weakref.ref(self)
+        self._undo.append(_restore_apply(module))
+
+
+class _HookDict(OrderedDict):  # type: ignore[type-arg]
+    """A module's hook dictionary that tells its watch when a hook comes or goes.
+
+    Copies and pickles are plain dictionaries.
+    """
+
+    watch: Watch | None = None
+    path: str = ""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.watch is not None and self.watch.reason is None:
+            self.watch.reason = f"a hook was registered on {self.path or 'the model'}"
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (list(self.items()),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[Any, Any]:
+        import copy
+
+        return OrderedDict((key, copy.deepcopy(value, memo)) for key, value in self.items())
+
+    def copy(self) -> OrderedDict[Any, Any]:
+        return OrderedDict(self)
+
+
+def _restore_hooks(module: torch.nn.Module, name: str, original: Any) -> Callable[[], None]:
+    def undo() -> None:
+        current = module.__dict__.get(name)
+        if isinstance(current, _HookDict):
+            current.watch = None
+            # Handles of hooks that came meanwhile refer to the current dictionary weakly: with any
+            # hook in it, it has to stay, as the plain dictionary that it is without a watch.
+            if not current:
+                module.__dict__[name] = original
+
+    return undo
+
+
+def _restore_apply(module: torch.nn.Module) -> Callable[[], None]:
+    def undo() -> None:
+        _apply_watchers.pop(module, None)
+        current = module.__dict__.get("_apply")
+        if isinstance(current, types.MethodType) and current.__func__ is _apply:
+            del module.__dict__["_apply"]
+
+    return undo
+
+
+#: A watch refers to its model's dictionaries, so that a strong reference here would keep both alive.
+_apply_watchers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """``nn.Module._apply``, which ``.to()``, ``.half()`` and ``.cuda()`` go through, with a notice."""
+    reference = _apply_watchers.get(self)
+    watch = reference() if reference is not None else None
+    if watch is not None and watch.reason is None:
+        watch.reason = "the model was moved or converted (call kpt.refresh(model) to optimise it again)"
+    return type(self)._apply(self, fn, recurse)
+
+
+_apply.__qualname__ = "_apply"
+
+
+class _Registrations:
+    """torch's global registration hooks, present only while something is watched."""
+
+    def __init__(self) -> None:
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._handles: list[Any] = []
+
+    def add(self, watch: Watch) -> None:
+        self._watches.add(watch)
+        if not self._handles:
+            self._handles = [
+                torch_module.register_module_parameter_registration_hook(self._tell("parameter")),
+                torch_module.register_module_buffer_registration_hook(self._tell("buffer")),
+                torch_module.register_module_module_registration_hook(self._tell("module")),
+            ]
+
+    def discard(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+        if not self._watches:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def _tell(self, kind: str) -> Callable[[torch.nn.Module, str, Any], None]:
+        def told(module: torch.nn.Module, name: str, value: Any) -> None:
+            for watch in tuple(self._watches):
+                watch.registered(module, kind, name)
+
+        return told
+
+
+_registrations = _Registrations()
+
+
+def _tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
+    """Every parameter and buffer whose version torch tracks."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not tensor.is_inference():
+            yield tensor
+
+
+def _attribute_getter(
+    module: torch.nn.Module,
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]] | None:
+    """The module's dictionary and a getter of those of its plain attributes that its code reads."""
+    names = _names_read(type(module))
+    state = module.__dict__
+    keys = sorted(key for key, value in state.items() if key in names and _is_plain(value))
+    if not keys:
+        return None
+    return state, itemgetter(*keys)
+
+
+_names_cache: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _names_read(cls: type) -> frozenset[str]:
+    """Names that the methods and properties of ``cls`` mention, its bases up to nn.Module included."""
+    found = _names_cache.get(cls)
+    if found is not None:
+        return found
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base is torch.nn.Module or base is object:
+            break
+        for key, value in vars(base).items():
+            if key in ("__init__", "extra_repr", "reset_parameters", "__repr__"):
+                continue
+            functions = (value.fget,) if isinstance(value, property) else (value,)
+            for function in functions:
+                code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+                if code is not None:
+                    names |= _code_names(code)
+    result = frozenset(names)
+    _names_cache[cls] = result
+    return result
+
+
+def _code_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names) | {const for const in code.co_consts if isinstance(const, str)}
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= _code_names(const)
+    return names
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _SCALARS):
+        return True
+    if type(value) in (list, tuple):
+        return len(value) <= 16 and all(isinstance(item, _SCALARS) for item in value)
+    return False
+
+
+def _frozen(value: Any) -> Any:
+    """A copy that later changes of lists inside ``value`` do not reach."""
+    if type(value) is tuple:
+        return tuple(_frozen(item) for item in value)
+    return list(value) if type(value) is list else value

@@ -1,0 +1,176 @@
+"""A workspace: a private copy of a model's structure around the user's own tensors.
+
+Trials and committed plans live in a workspace, so that nothing a pass does reaches the user's
+modules: dropping the workspace undoes it. Module objects, their dictionaries and containers are new;
+parameters, buffers and every other tensor are the user's objects; hooks stay behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from kpt.transaction.dispatch import HANDLE, is_dispatcher
+
+_HOOK_DICTS = tuple(
+    name
+    for name in vars(torch.nn.Module())
+    if "hooks" in name and isinstance(vars(torch.nn.Module())[name], dict)
+)
+_STRUCTURE = ("_parameters", "_buffers", "_modules")
+_ATOMIC = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type, torch.Tensor)
+
+
+#: Attributes that kpt itself sets on an optimised model.
+OURS = ("forward", "_apply", HANDLE)
+
+
+class WorkspaceError(RuntimeError):
+    """The model's structure cannot be copied; the message names the module."""
+
+
+def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None) -> torch.nn.Module:
+    """A structural copy of ``model`` that shares its tensors and carries no hooks.
+
+    ``tensors`` maps ``id(original)`` to a replacement for tensors that must not be shared.
+
+    Raises:
+        WorkspaceError: a module cannot be copied (a scripted module, say).
+    """
+    replaced = tensors or {}
+    memo: dict[int, Any] = {}
+    kept_alive: list[Any] = []
+    modules = list(dict.fromkeys(model.modules()))
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WorkspaceError(
+                f"{type(module).__name__} is a scripted module, which has no Python forward to change"
+            )
+        memo[id(module)] = type(module).__new__(type(module))
+    copier = _Copier(memo, replaced, kept_alive)
+    for module in modules:
+        target = memo[id(module)]
+        state = target.__dict__
+        for name, value in module.__dict__.items():
+            if name in _HOOK_DICTS:
+                state[name] = OrderedDict()
+            elif name in _STRUCTURE:
+                state[name] = type(value)((key, copier(item)) for key, item in value.items())
+            elif name in OURS and (name != "forward" or is_dispatcher(value)):
+                continue
+            else:
+                state[name] = copier(value)
+    return memo[id(model)]
+
+
+class _Copier:
+    """Copies attribute values: containers anew, modules to their copies, all else shared.
+
+    Anything that is neither a container nor refers to a module is shared, so that configuration
+    objects stay live: a later edit of ``model.config`` is seen by the workspace too.
+    """
+
+    def __init__(self, memo: dict[int, Any], tensors: dict[int, torch.Tensor], kept_alive: list[Any]) -> None:
+        self.memo = memo
+        self.tensors = tensors
+        self.kept_alive = kept_alive
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.tensors.get(id(value), value)
+        if isinstance(value, _ATOMIC):
+            return value
+        found = self.memo.get(id(value))
+        if found is not None:
+            return found
+        if isinstance(value, torch.nn.Module):
+            # Reachable from an attribute but not registered below the root (a back reference or an
+            # owner outside): stays the user's.
+            return value
+        if type(value) in (list, set):
+            new = type(value)()
+            self._remember(value, new)
+            (new.extend if isinstance(new, list) else new.update)(self(item) for item in value)
+            return new
+        if type(value) in (dict, OrderedDict):
+            table = type(value)()
+            self._remember(value, table)
+            table.update((key, self(item)) for key, item in value.items())
+            return table
+        if type(value) is tuple:
+            return tuple(self(item) for item in value)
+        if isinstance(value, types.MethodType):
+            owner = self(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if isinstance(value, functools.partial):
+            return functools.partial(
+                self(value.func), *map(self, value.args), **{k: self(v) for k, v in value.keywords.items()}
+            )
+        if isinstance(value, types.FunctionType) and value.__closure__:
+            return self._function(value)
+        return value
+
+    def _remember(self, original: Any, new: Any) -> None:
+        self.memo[id(original)] = new
+        self.kept_alive.append(original)
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """A closure over a module (accelerate's hooks, say) has to close over its copy."""
+        cells = []
+        changed = False
+        for cell in function.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:
+                cells.append(cell)
+                continue
+            if isinstance(
+                content, (torch.nn.Module, types.MethodType, types.FunctionType, functools.partial)
+            ):
+                new = self(content)
+                if new is not content:
+                    cells.append(types.CellType(new))
+                    changed = True
+                    continue
+            cells.append(cell)
+        if not changed:
+            return function
+        new_function = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+        )
+        new_function.__kwdefaults__ = copy.copy(function.__kwdefaults__)
+        new_function.__dict__.update(function.__dict__)
+        return new_function
+
+
+def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The module at ``path`` ("" is the root)."""
+    return model.get_submodule(path) if path else model
+
+
+def cast_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A workspace whose floating-point tensors are copies in ``dtype``, the plain eager cast of the model.
+
+    Tied tensors stay tied. Buffers are copied whatever their dtype, so that running the copy leaves
+    the user's untouched.
+    """
+    replaced: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for tensor in store.values():
+                if tensor is None or id(tensor) in replaced:
+                    continue
+                floating = tensor.is_floating_point()
+                new = tensor.detach().to(dtype, copy=True) if floating else tensor.detach().clone()
+                if is_parameter:
+                    new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad and floating)
+                replaced[id(tensor)] = new
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and id(value) not in replaced:
+                replaced[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value
+    return clone(model, replaced)
