@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _KEPT_ELEMENTS = 1 << 20
 _CALL_IMPL = torch.nn.Module._call_impl.__code__
 #: Builtins worth a second run, because the profiler does not show their arguments.
-_BUILTINS: frozenset[Any] = frozenset({F.scaled_dot_product_attention})
+_BUILTINS: frozenset[Any] = frozenset({F.scaled_dot_product_attention, torch.softmax})
 _OWN_FILES = (torch.__path__[0],)
 
 
@@ -321,17 +321,21 @@ class _Watch:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: types.FrameType | None = None,
-    ) -> None:
+    ) -> Captured | None:
+        """Note a call; returns its captured site when the call was unlike those known."""
         key = (path, attribute, callee)
         captured = self.observation.functions.get(key)
         if captured is None:
             signature = builtin_signature(function)
             if signature is None:
-                return
+                return None
             captured = Captured(path, self.modules[path], signature, [], [], function, callee, attribute)
             self.observation.functions[key] = captured
-        if captured.function is function and captured.record(args, kwargs) is not None and frame is not None:
+        if captured.function is not function or captured.record(args, kwargs) is None:
+            return None
+        if frame is not None:
             self.pending[id(frame)] = (captured, len(captured.calls) - 1)
+        return captured
 
 
 def resolve_callee(callee: str, names: Mapping[str, Any], code: types.CodeType | None = None) -> Any:
@@ -352,6 +356,8 @@ def builtin_signature(function: Any) -> inspect.Signature | None:
     """The signature of a Python function, or of one of the few builtins that are watched."""
     if function is F.scaled_dot_product_attention:
         return inspect.signature(_sdpa_signature)
+    if function is torch.softmax:
+        return inspect.signature(_softmax_signature)
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -370,6 +376,10 @@ def _sdpa_signature(
     enable_gqa: bool = False,
 ) -> None:
     """The signature of ``scaled_dot_product_attention``, which is a builtin without one."""
+
+
+def _softmax_signature(input: Any, dim: Any, dtype: Any = None) -> None:
+    """The signature of ``torch.softmax``."""
 
 
 def _frame_arguments(frame: types.FrameType) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -396,6 +406,7 @@ class _Named(TorchFunctionMode):
         self.builtins: set[tuple[str, str]] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
         if func in _BUILTINS:
             frame = sys._getframe(1)
             path = self.watch._caller(frame)
@@ -404,8 +415,10 @@ class _Named(TorchFunctionMode):
                 callee = callee_name(frame.f_code, frame.f_globals, lambda value: value is func)
                 if callee is not None:
                     attribute = self.watch.methods[frame.f_code]
-                    self.watch.add_function(path, attribute, callee, func, args, dict(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+                    captured = self.watch.add_function(path, attribute, callee, func, args, dict(kwargs or {}))
+                    if captured is not None:
+                        captured.outputs[-1] = see(out)
+        return out
 
 
 def observe(model: torch.nn.Module, calls: Iterable[Call], limit: int = 4) -> Observation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from kpt.ops.capture import Captured, Seen
 from kpt.ops.clone import clone
-from kpt.ops.sites import Binding, Hypothesis
+from kpt.ops.sites import Anything, Binding, Hypothesis
 
 _PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
 _BIG = 1 << 18  # elements of parameters above which dimensions are shrunk
@@ -182,7 +183,15 @@ class Examples:
         parameters = self.captured.signature.parameters
         found = {}
         for name, value in self.captured.calls[0].items():
-            if parameters[name].kind in (parameters[name].VAR_KEYWORD, parameters[name].VAR_POSITIONAL):
+            if parameters[name].kind is parameters[name].VAR_KEYWORD:
+                given: dict[str, Any] = {}
+                for call in self.captured.calls:
+                    for key, item in call.get(name, {}).items():
+                        plain = isinstance(item, _PRIMITIVES) and given.get(key, item) == item
+                        given[key] = item if plain else Anything
+                found[name] = given
+                continue
+            if parameters[name].kind is parameters[name].VAR_POSITIONAL:
                 continue
             if name not in read and isinstance(value, _PRIMITIVES):
                 found[name] = value
@@ -197,6 +206,10 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = value * 0.625 + 0.03125
                 yield f"with another {name}", bound
+            elif self.captured.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD and value:
+                bound = self.draw(0, twin)
+                bound[name] = {}
+                yield f"without **{name}", bound
 
 
 def _seen(value: Any) -> Iterator[Seen]:

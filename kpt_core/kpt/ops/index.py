@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kpt.specs import OpSpec
 
 #: One module a family. Order matters only for reading.
-_FAMILIES = ("linear", "norms", "mlp")
+_FAMILIES = ("linear", "norms", "mlp", "rope", "attention", "softmax", "loss")
 
 
 @lru_cache(maxsize=1)

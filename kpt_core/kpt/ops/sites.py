@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Names with a meaning inside generated code, which a forward's parameters therefore may not have.
-RESERVED = frozenset({"_kernel", "_otherwise", "_same", "result", "torch"})
+RESERVED = frozenset({"_kernel", "_otherwise", "_same", "_only", "result", "torch"})
 
 
 class SiteMismatch(RuntimeError):
@@ -56,6 +56,19 @@ class Example:
     shapes: Mapping[str, tuple[int, ...]]
     strides: Mapping[str, tuple[int, ...]]
     device: str
+
+
+class Anything:
+    """Stands for a value that the proof showed to be without influence."""
+
+
+def _only(given: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    for name in given:
+        if name not in known:
+            return False
+        if known[name] is not Anything and not _same(given[name], known[name]):
+            return False
+    return True
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -129,7 +142,10 @@ class Binding:
     def _condition(self, namespace: dict[str, Any]) -> str:
         terms = list(self.hypothesis.conditions)
         for name, value in self.constants.items():
-            if value is None or isinstance(value, bool):
+            if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                namespace[f"_constant_{name}"] = value
+                terms.append(f"_only({name}, _constant_{name})")
+            elif value is None or isinstance(value, bool):
                 terms.append(f"{name} is {value}")
             else:
                 namespace[f"_constant_{name}"] = value
@@ -152,7 +168,7 @@ class Binding:
     def _build(self, kind: str, **names: Any) -> Callable[..., Any]:
         import torch
 
-        namespace: dict[str, Any] = {"torch": torch, "_same": _same, "__builtins__": __builtins__, **names}
+        namespace: dict[str, Any] = {"torch": torch, "_same": _same, "_only": _only, "__builtins__": __builtins__, **names}
         declared, passed = self._parameters(namespace)
         condition = self._condition(namespace)
         declared = f", {declared}" if declared else ""

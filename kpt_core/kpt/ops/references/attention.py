@@ -1,0 +1,161 @@
+"""attention (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from kpt.ops.capture import Seen
+from kpt.ops.hypotheses import attribute
+from kpt.ops.sites import Hypothesis
+from kpt.specs import OpSpec
+
+if TYPE_CHECKING:
+    from kpt.ops.capture import Captured
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Softmax attention of ``q`` (B, H, S, D) over ``k`` (B, Hkv, L, D) and ``v`` (B, Hkv, L, Dv).
+
+    H is a multiple of Hkv (grouped queries). ``mask`` broadcasts to (B, H, S, L): True keeps, or it
+    is added. ``is_causal`` keeps keys up to the query's own index, counted from the start;
+    ``window`` keeps the last ``window`` keys up to it. ``scale`` is 1/sqrt(D) by default, ``softcap``
+    bounds scores to (-softcap, softcap) before the mask, and ``sinks`` (H,) are scores that take part
+    in the softmax without a value. A query that sees no key gives zeros. Returns (B, H, S, Dv).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if is_causal or window is not None:
+        index = torch.arange(scores.shape[-2], device=q.device)[:, None]
+        other = torch.arange(scores.shape[-1], device=q.device)[None, :]
+        seen = other <= index
+        if window is not None:
+            seen = seen & (other > index - window)
+        scores = scores.masked_fill(~seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    blind = (wide == -math.inf).all(-1, keepdim=True)
+    if sinks is not None:
+        column = sinks.to(wide.dtype).view(1, -1, 1, 1).expand(*wide.shape[:-1], 1)
+        weights = F.softmax(torch.cat((wide, column), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = F.softmax(wide, dim=-1).masked_fill(blind, 0.0)
+    return weights.to(v.dtype) @ v
+
+
+class Attentions:
+    """Proposes attention for a function of queries, keys and values, whatever else it takes."""
+
+    def function_hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
+        call = captured.calls[0]
+        tensors = {n: t for n, t in captured.tensors().items()}
+        four = [n for n, t in tensors.items() if len(t.shape) == 4 and t.dtype.is_floating_point]
+        if len(four) < 3:
+            return
+        q, k, v = four[:3]
+        one, other, third = (tensors[name].shape for name in (q, k, v))
+        if one[-1] != other[-1] or other[:3] != third[:3] or one[0] != other[0] or one[1] % max(other[1], 1):
+            return
+        shape = getattr(_first(captured.output), "shape", None)
+        outputs = []
+        result = "result"
+        if shape == (one[0], one[2], one[1], third[-1]):
+            outputs.append("result.transpose(1, 2)")
+        if shape == (*one[:3], third[-1]):
+            outputs.append("result")
+        if type(captured.output) is tuple:
+            rest = captured.output[1:]
+            if any(item is not None for item in rest):
+                return  # attention weights are asked for, and a fused kernel has none
+            result = "({}, " + "None, " * len(rest) + ")"
+        else:
+            result = "{}"
+        for masks, conditions in _masks(captured, (q, k, v), one[2]):
+            for scale in _scales(captured):
+                for softcap in _softcaps(call):
+                    for sinks in _sinks(module, one[1]):
+                        arguments = {"q": q, "k": k, "v": v, **masks, **scale, **softcap, **sinks}
+                        for output in outputs:
+                            yield Hypothesis("attention", arguments, result.format(output), conditions)
+
+
+def _first(value: object) -> object:
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _masks(
+    captured: Captured, used: tuple[str, ...], length: int
+) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """How a mask and causality reach the op; a mask that was never seen is made a condition."""
+    names = [n for n in captured.names if n not in used and "mask" in n] or [
+        n for n, t in captured.tensors().items() if n not in used and len(t.shape) == 4
+    ]
+    mask = names[0] if names else None
+    values = [call.get(mask) for call in captured.calls] if mask else []
+    given = {"mask": mask} if mask and any(isinstance(v, Seen) for v in values) else {}
+    conditions: tuple[str, ...] = ()
+    if mask and all(v is None for v in values):
+        conditions = (f"{mask} is None",)
+    elif mask and all(isinstance(v, Seen) for v in values):
+        conditions = (f"{mask} is not None",)
+    flags = [n for n, v in captured.calls[0].items() if "causal" in n and isinstance(v, bool)]
+    for flag in flags:
+        yield {**given, "is_causal": flag}, conditions
+        if mask:
+            # what transformers computes from its flag: only a prefill without a mask is causal
+            yield {**given, "is_causal": f"{flag} and {mask} is None and {used[0]}.shape[2] > 1"}, conditions
+    yield given, conditions
+    if mask:
+        yield {**given, "is_causal": f"{mask} is None and {used[0]}.shape[2] > 1"}, conditions
+    else:
+        yield {**given, "is_causal": f"{used[0]}.shape[2] > 1"}, conditions
+
+
+def _scales(captured: Captured) -> list[dict[str, str]]:
+    found = [
+        {"scale": name}
+        for name, value in captured.calls[0].items()
+        if type(value) is float and "drop" not in name and "cap" not in name
+    ]
+    return [*found, {}, {"scale": "1.0"}]
+
+
+def _softcaps(call: dict[str, object]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = [{"softcap": n} for n, v in call.items() if type(v) is float and "cap" in n]
+    return [{}, *found]
+
+
+def _sinks(module: torch.nn.Module, heads: int) -> list[dict[str, str]]:
+    found = [{"sinks": attribute(n)} for n, p in module.named_parameters(recurse=False) if p.shape == (heads,)]
+    return [{}, *found]
+
+
+_HOME = "kpt.ops.references.attention"
+SPECS = (
+    OpSpec(
+        "attention",
+        "(q, k, v, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, window=None) -> y",
+        f"{_HOME}:attention",
+        f"{_HOME}:Attentions",
+        "softmax attention, with grouped queries, masks, soft cap, sinks and window",
+    ),
+)
