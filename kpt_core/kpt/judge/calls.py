@@ -69,7 +69,7 @@ class Call:
                 digest.update(f"{leaf.dtype} {tuple(leaf.shape)} {leaf.device}".encode())
                 digest.update(raw_bytes(leaf))
             else:
-                digest.update(f"{type(leaf).__qualname__} {leaf!r}".encode() if tree.is_atom(leaf) else b"object")
+                digest.update(f"{type(leaf).__qualname__} {leaf!r}".encode() if tree.is_atom(leaf) else b"?")
         return digest.hexdigest()
 
 
@@ -79,8 +79,8 @@ def copied_leaf(leaf: Any) -> Any:
         return leaf
     try:
         return copy.deepcopy(leaf)
-    except (TypeError, copy.Error, RuntimeError):  # an object that cannot be copied (a lock, a handle) is shared
-        return leaf
+    except (TypeError, copy.Error, RuntimeError):
+        return leaf  # a lock or a handle
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -107,7 +107,13 @@ def clone_tensor(tensor: torch.Tensor) -> torch.Tensor:
     Subclasses and sparse tensors are cloned by their own means.
     """
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    if not plain or tensor.is_quantized or tensor.device.type == "meta" or tensor.is_conj() or tensor.is_neg():
+    if (
+        not plain
+        or tensor.is_quantized
+        or tensor.device.type == "meta"
+        or tensor.is_conj()
+        or tensor.is_neg()
+    ):
         duplicate = tensor.detach().clone()
     else:
         source = tensor.detach()
@@ -174,7 +180,9 @@ def _as_call(value: Any, where: str, *, element: bool) -> Call | None:
     elif isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:
-            raise TypeError(f"{where} is a dict whose key {wrong[0]!r} is no string; its keys name keyword arguments")
+            raise TypeError(
+                f"{where} is a dict whose key {wrong[0]!r} is no string; its keys name keyword arguments"
+            )
         call = Call((), dict(value))
     elif isinstance(value, tuple):
         if value and all(isinstance(item, Call) for item in value):

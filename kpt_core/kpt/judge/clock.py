@@ -213,7 +213,11 @@ def _passed(deadline: float | None, timer: Callable[[], float]) -> bool:
 def _repeats(seconds: float, fallback: int) -> int:
     if seconds <= 0.0:
         return MAX_REPEATS
-    return max(fallback, min(MAX_REPEATS, math.ceil(SPAN_SECONDS / seconds))) if seconds < SPAN_SECONDS else fallback
+    return (
+        max(fallback, min(MAX_REPEATS, math.ceil(SPAN_SECONDS / seconds)))
+        if seconds < SPAN_SECONDS
+        else fallback
+    )
 
 
 def _append(times: tuple[list[float], list[float]], pair: tuple[float, float]) -> None:

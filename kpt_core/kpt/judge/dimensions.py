@@ -168,7 +168,9 @@ def observe_dimensions(
             known = bounds.setdefault(name, declaration)
             for mine, theirs in ((known.low, declaration.low), (known.high, declaration.high)):
                 if mine is not None and theirs is not None and mine != theirs:
-                    raise ValueError(f"dimension {name!r} is declared with two ranges; the second is on {leaf} axis {axis}")
+                    raise ValueError(
+                        f"dimension {name!r} is declared with two ranges; the second is on {leaf} axis {axis}"
+                    )
             bounds[name] = Declaration(
                 name,
                 known.low if known.low is not None else declaration.low,
@@ -203,7 +205,7 @@ def _dimension(declaration: Declaration, observed: list[int]) -> Dimension:
 
 
 def drawn_sizes(dimensions: Iterable[Dimension], number: int, choose: random.Random) -> list[dict[str, int]]:
-    """At most ``number`` distinct assignments: an odd one first, then one dimension at a time at its bounds."""
+    """At most ``number`` distinct assignments: odd ones, then one dimension at a time at its bounds."""
     known = list(dimensions)
     if not known:
         return []

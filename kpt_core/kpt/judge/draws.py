@@ -65,7 +65,7 @@ class LeafSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LeafSpec:
         """The inverse of `to_dict`."""
-        form = {
+        form: dict[str, Any] = {
             key: tuple(tuple(item) if isinstance(item, list) else item for item in value)
             if isinstance(value, (list, tuple))
             else value
@@ -128,7 +128,12 @@ class InputSpec:
         top_level = [leaf_name(("args", index), parameters) for index in range(len(calls[0].args))]
         axes = declared_axes(dynamic_shapes, ranks, [*top_level, *calls[0].kwargs])
         shapes = [
-            {name: tuple(t.shape) for name, seen in observed.items() for _, t, where in seen if where == number}
+            {
+                name: tuple(t.shape)
+                for name, seen in observed.items()
+                for _, t, where in seen
+                if where == number
+            }
             for number in range(len(calls))
         ]
         dimensions = observe_dimensions(axes, shapes)
@@ -208,7 +213,9 @@ class InputSpec:
             if isinstance(leaf, torch.Tensor):
                 dynamic = dims.get(name, {})
                 static = tuple((axis, size) for axis, size in enumerate(leaf.shape) if axis not in dynamic)
-                parts.append((name, str(leaf.dtype), str(leaf.device), leaf.dim(), static, leaf.requires_grad))
+                parts.append(
+                    (name, str(leaf.dtype), str(leaf.device), leaf.dim(), static, leaf.requires_grad)
+                )
             else:
                 parts.append((name, type(leaf).__qualname__, leaf if _hashable(leaf) else repr(leaf)))
         return tuple(parts)
@@ -505,7 +512,9 @@ def _rebuilt(data: Mapping[str, Any]) -> Any:
         return {key: _rebuilt(child) for key, child in content.items()}
     if kind in ("list", "tuple"):
         return tuple(map(_rebuilt, content)) if kind == "tuple" else list(map(_rebuilt, content))
-    raise ValueError(f"the stored call holds a {content}, which is not stored; build the spec from example calls")
+    raise ValueError(
+        f"the stored call holds a {content}, which is not stored; build the spec from example calls"
+    )
 
 
 def _stand_in(leaf: Any, spec: LeafSpec | None) -> Any:

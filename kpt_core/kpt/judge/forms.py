@@ -8,7 +8,7 @@ keeps what the examples have in common; where nothing is recognised, values are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,19 +54,19 @@ def observe_floats(tensors: Sequence[torch.Tensor]) -> Form:
     if flat.numel() == 0:
         return Form("normal", mean=0.0, std=1.0, low=-1.0, high=1.0)
     mean, std = float(flat.mean()), float(flat.std(correction=0))
-    bounds = {"mean": mean, "std": std, "low": float(flat.min()), "high": float(flat.max())}
-    if bounds["low"] == bounds["high"]:
-        return Form("constant", **bounds)
-    if all(t.dim() >= 2 and t.shape[-1] > 1 for t in tensors) and bounds["low"] >= 0.0:
+    plain = Form("normal", mean=mean, std=std, low=float(flat.min()), high=float(flat.max()))
+    if plain.low == plain.high:
+        return replace(plain, kind="constant")
+    if all(t.dim() >= 2 and t.shape[-1] > 1 for t in tensors) and plain.low >= 0.0:
         rows = torch.cat([_rows(t) for t in tensors if not t.is_complex()] or [torch.zeros(1, 1)])
         if bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(-1) == 1).all()):
-            return Form("one-hot", **bounds)
+            return replace(plain, kind="one-hot")
         if bool(((rows.sum(-1) - 1.0).abs() < 1e-2).all()):
-            return Form("simplex", **bounds)
+            return replace(plain, kind="simplex")
     distinct = flat.unique()
     if distinct.numel() <= 16 and flat.numel() >= 8 * distinct.numel():
-        return Form("values", values=_pool(flat), **bounds)
-    return Form("normal", **bounds)
+        return replace(plain, kind="values", values=_pool(flat))
+    return plain
 
 
 def observe_integers(
@@ -80,26 +80,24 @@ def observe_integers(
     flat = torch.cat([_sample(t).to(torch.int64) for t in tensors])
     if flat.numel() == 0:
         return Form("constant")
-    bounds = {"low": float(flat.min()), "high": float(flat.max())}
+    plain = Form("pool", low=float(flat.min()), high=float(flat.max()))
     lower = name.lower()
     ordered = any(part in lower for part in _ORDERED_NAMES)
-    if bounds["low"] == bounds["high"]:
-        return Form("constant", values=(int(flat[0]),), **bounds)
+    if plain.low == plain.high:
+        return replace(plain, kind="constant", values=(int(flat[0]),))
     if all(_is_arange(t) for t in tensors) and (ordered or not sole):
-        return Form("arange", values=(int(tensors[0].reshape(-1)[0]),), **bounds)
+        return replace(plain, kind="arange", values=(int(tensors[0].reshape(-1)[0]),))
     if any(part in lower for part in _LENGTH_NAMES) and tensors[0].dim() == 1:
-        return Form("lengths", values=_pool(flat), **bounds)
+        return replace(plain, kind="lengths", values=_pool(flat))
     if ordered:
-        return Form("keep", **bounds)
+        return replace(plain, kind="keep")
     if tensors[0].dim() >= 3 and tensors[0].shape[-1] <= 16 and len({t.shape[-1] for t in tensors}) == 1:
         vectors = torch.cat([t.reshape(-1, t.shape[-1]).cpu().to(torch.int64) for t in tensors])[:POOL]
-        return Form("vectors", values=tuple(tuple(row) for row in vectors.tolist()), **bounds)
-    return _tokens(tensors, masks, bounds)
+        return replace(plain, kind="vectors", values=tuple(tuple(row) for row in vectors.tolist()))
+    return _tokens(tensors, masks, plain)
 
 
-def _tokens(
-    tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], bounds: dict[str, float]
-) -> Form:
+def _tokens(tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], plain: Form) -> Form:
     """Values resampled by position: a first and a last token that all rows share stay where they are."""
     valid, padding, firsts, lasts = [], [], set(), set()
     rows = 0
@@ -125,19 +123,18 @@ def _tokens(
             inner = inner[inner != special]
     if inner.numel() == 0:
         inner = everything
-    return Form(
-        "pool",
+    return replace(
+        plain,
         values=_pool(inner),
         padding_values=tuple(torch.cat(padding).unique().tolist()[:POOL]),
         head=head,
         tail=tail,
-        **bounds,
     )
 
 
 def observe_mask(name: str, tensors: Sequence[torch.Tensor]) -> Form | None:
     """The form of a mask, or None if the values are no mask's."""
-    values = set()
+    values: set[float] = set()
     for tensor in tensors:
         distinct = tensor.detach().unique()
         if distinct.numel() > 2:
@@ -270,7 +267,7 @@ def draw_integers(
     keep: torch.Tensor | None = None,
     bound: int | None = None,
 ) -> torch.Tensor:
-    """Fresh int64 values [*shape]; ``keep`` flags the valid positions, ``bound`` is the size that lengths fill."""
+    """Fresh int64 values [*shape]; ``keep`` flags the valid positions, ``bound`` the size to fill."""
     size = tuple(shape)
     if form.kind == "constant":
         return torch.full(size, form.values[0] if form.values else 0, dtype=torch.int64)
@@ -312,7 +309,7 @@ def draw_mask(
     lengths: torch.Tensor | None,
     side: str,
 ) -> torch.Tensor:
-    """Flags [*shape] of kept positions; ``lengths`` [batch] are the valid ones of each row, None for no padding."""
+    """Flags [*shape] of kept positions; ``lengths`` [batch] are those of each row, None without padding."""
     size = tuple(shape)
     if form.kind == "keep":
         return keep_flags(stretch(example, size), form.kept)
@@ -329,7 +326,7 @@ def draw_mask(
 
 
 def ragged_lengths(batch: int, sequence: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Valid lengths [batch] with at least one shorter than ``sequence`` and, of several, one of full length."""
+    """Valid lengths [batch]: at least one shorter than ``sequence`` and, of several, one full."""
     shortest = max(1, min(sequence - 1, int(share * sequence)))
     lengths = torch.randint(shortest, sequence + 1, (batch,), generator=generator)
     if batch > 1:

@@ -68,7 +68,7 @@ class Verdict:
         return self.passed
 
     def named(self, rule: str, detail: str = "") -> Verdict:
-        """The same verdict, a rejection renamed to the circumstance that revealed it (``size``, ``stride``)."""
+        """The same verdict, a rejection renamed to what revealed it (``size``, ``stride``)."""
         if self.passed:
             return self
         return replace(self, rule=rule, detail=f"{detail}: {self.detail}" if detail else self.detail)
@@ -106,7 +106,9 @@ class _Terms:
     rule: str = "value"
 
     def is_logits(self, name: str, tensor: torch.Tensor) -> bool:
-        return (name in self.logits or outputs.is_logits(name)) and tensor.dim() >= 1 and tensor.shape[-1] >= 2
+        return (
+            (name in self.logits or outputs.is_logits(name)) and tensor.dim() >= 1 and tensor.shape[-1] >= 2
+        )
 
 
 def judge(
@@ -135,7 +137,7 @@ def judge(
         mask: flags [batch, sequence] of the positions that count, or several by input name, as
             `InputSpec.padding_masks` gives them; other positions are judged by shape only.
         logits: names of further leaves that hold unnormalised scores.
-        rule: the name under which wrong values are rejected ("size", "mask", ... where such a call reveals them).
+        rule: the name under which wrong values are rejected ("size", "mask", where such a call reveals it).
         inputs, eager_inputs: the call that each was given, to find outputs that alias an input.
     """
     _check_level(level)
@@ -155,7 +157,9 @@ def judge(
             continue
         expected = wide.get(mine.name)
         if expected is None or expected.shape != own.value.shape:
-            return rejected("structure", f"the reference has no {mine.name} of shape {tuple(own.value.shape)}")
+            return rejected(
+                "structure", f"the reference has no {mine.name} of shape {tuple(own.value.shape)}"
+            )
         verdict = _judge_leaf(mine.name, mine.value, expected, own.value, cast.get(mine.name), terms)
         _keep_worst(figures, verdict.figures)
         if not verdict.passed:
@@ -200,7 +204,8 @@ def judge_gradients(
         if mine.shape != own.shape or mine.dtype != own.dtype:
             return rejected(
                 "gradient",
-                f"the gradient of {name} is {mine.dtype} {tuple(mine.shape)}, eager's {own.dtype} {tuple(own.shape)}",
+                f"the gradient of {name} is {mine.dtype} {tuple(mine.shape)}, "
+                f"eager's {own.dtype} {tuple(own.shape)}",
                 figures,
             )
         if expected is None:
@@ -258,7 +263,9 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     name = dtype.removeprefix("torch.")
     found = getattr(torch, {"tf32": "float32"}.get(name, name), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"unknown compute dtype {dtype!r}; expected a name such as 'bfloat16', 'int8' or 'tf32'")
+        raise ValueError(
+            f"unknown compute dtype {dtype!r}; expected a name such as 'bfloat16', 'int8' or 'tf32'"
+        )
     return found
 
 
@@ -272,13 +279,17 @@ def _judge_structure(candidate: Any, eager: Any) -> Verdict | None:
         return rejected("structure", _difference(candidate, eager))
     for mine, own in zip(outputs.leaves(candidate), outputs.leaves(eager), strict=True):
         if mine.is_tensor != own.is_tensor:
-            return rejected("structure", f"{mine.name} is {type(mine.value).__name__}, eager's {type(own.value).__name__}")
+            return rejected(
+                "structure", f"{mine.name} is {type(mine.value).__name__}, eager's {type(own.value).__name__}"
+            )
         if not mine.is_tensor:
             if tree.is_atom(own.value) and not _equal(mine.value, own.value):
                 return rejected("value", f"{mine.name} is {mine.value!r}, eager's {own.value!r}")
             continue
         if mine.value.shape != own.value.shape:
-            return rejected("shape", f"{mine.name} is {tuple(mine.value.shape)}, eager's {tuple(own.value.shape)}")
+            return rejected(
+                "shape", f"{mine.name} is {tuple(mine.value.shape)}, eager's {tuple(own.value.shape)}"
+            )
         if mine.value.dtype != own.value.dtype:
             return rejected("dtype", f"{mine.name} is {mine.value.dtype}, eager's {own.value.dtype}")
         if mine.value.device != own.value.device or mine.value.layout != own.value.layout:
@@ -300,7 +311,9 @@ def _difference(candidate: Any, eager: Any) -> str:
     mine = {tree.spell(path): type(leaf).__name__ for path, leaf in tree.walk(candidate)}
     own = {tree.spell(path): type(leaf).__name__ for path, leaf in tree.walk(eager)}
     if mine == own:
-        return f"the output is a {type(candidate).__name__}, eager's a {type(eager).__name__}, or differs inside"
+        return (
+            f"the output is a {type(candidate).__name__}, eager's a {type(eager).__name__}, or differs inside"
+        )
     names = [name for name in {**mine, **own} if mine.get(name) != own.get(name)]
     return f"the outputs differ at {', '.join(names[:5])}"
 
@@ -332,7 +345,9 @@ def _judge_leaf(
         detail = f"{name} has {measured.misfits} NaN or infinite elements where the reference has none"
         return rejected("nan", detail, figures)
     if measured.mismatches:
-        return rejected(terms.rule, f"{name} differs at {measured.mismatches} NaN or infinite elements", figures)
+        return rejected(
+            terms.rule, f"{name} differs at {measured.mismatches} NaN or infinite elements", figures
+        )
     if terms.level == "aggressive" and terms.compute_dtype is not None:
         return _aggressive(name, candidate, reference, measured, figures, terms)
     if terms.level == "production" and terms.compute_dtype is not None:
@@ -402,8 +417,8 @@ def _production(
         if not theirs.misfits and measured.error > limit:
             return rejected(
                 terms.rule,
-                f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); eager in "
-                f"{terms.compute_dtype} has {theirs.error:.3g} and {limit:.3g} is allowed",
+                f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); "
+                f"eager in {terms.compute_dtype} has {theirs.error:.3g} and {limit:.3g} is allowed",
                 figures,
             )
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
@@ -419,7 +434,9 @@ def _production(
         detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
         return rejected(terms.rule, detail, figures)
     return rejected(
-        terms.rule, f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed", figures
+        terms.rule,
+        f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed",
+        figures,
     )
 
 
@@ -448,7 +465,9 @@ def _aggressive(
     if terms.is_logits(name, candidate):
         figures["kl"] = outputs.kl_divergence(candidate, reference)
         if figures["kl"] > AGGRESSIVE_KL:
-            return rejected(terms.rule, f"{name} has KL {figures['kl']:.3g}; {AGGRESSIVE_KL} is allowed", figures)
+            return rejected(
+                terms.rule, f"{name} has KL {figures['kl']:.3g}; {AGGRESSIVE_KL} is allowed", figures
+            )
     return passed(figures=figures)
 
 
