@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,16 +22,18 @@ _ALLOCATIONS = frozenset(
     }
 )
 #: All bits set: NaN in every IEEE format (fp8 included), -1 as an integer.
-_NAN_BYTE = 0xFF
+NAN_BYTE = 0xFF
 #: Blocks of each size that are poisoned: an allocator hands out the last one freed, and a call may
 #: need several of a size.
 _BLOCKS = 4
 
 
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill ``tensor`` with NaN, or the largest value of an integer type, and return it."""
+def poison(tensor: torch.Tensor, fill: float = math.nan) -> torch.Tensor:
+    """Fill ``tensor`` with ``fill`` and return it; for NaN, integers get the largest value of their type."""
+    if not math.isnan(fill):
+        return tensor.fill_(fill)
     if tensor.is_floating_point() or tensor.is_complex():
-        return tensor.fill_(float("nan"))
+        return tensor.fill_(fill)
     if tensor.dtype == torch.bool:
         return tensor.fill_(True)
     try:
@@ -46,27 +49,31 @@ class PoisonMode(TorchDispatchMode):
     `poisoned_everywhere` reach these.
     """
 
+    def __init__(self, fill: float = math.nan) -> None:
+        super().__init__()
+        self.fill = fill
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name == "aten::resize_":
-            return _poisoned_resize(func, args, kwargs or {})
+            return _poisoned_resize(func, args, kwargs or {}, self.fill)
         result = func(*args, **(kwargs or {}))
         if name in _ALLOCATIONS and isinstance(result, torch.Tensor) and result.device.type != "meta":
-            poison(result)
+            poison(result, self.fill)
         return result
 
 
-def _poisoned_resize(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+def _poisoned_resize(func: Any, args: Any, kwargs: Any, fill: float) -> torch.Tensor:
     tensor = args[0]
     before = tensor.numel()
     result = func(*args, **kwargs)
     if result.numel() > before and result.is_contiguous():
-        poison(result.view(-1)[before:])
+        poison(result.view(-1)[before:], fill)
     return result
 
 
-def poisoned_memory(like: Iterable[torch.Tensor]) -> None:
-    """Fill free memory of the sizes of ``like`` with NaN bytes, so that the next allocations get it.
+def poisoned_memory(like: Iterable[torch.Tensor], byte: int = NAN_BYTE) -> None:
+    """Fill free memory of the sizes of ``like`` with ``byte``, so that the next allocations get it.
 
     A caching allocator reuses freed blocks of a size, and so does malloc in general.
     """
@@ -76,15 +83,18 @@ def poisoned_memory(like: Iterable[torch.Tensor]) -> None:
         if tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel()
     }
     for size, device in sizes:
-        blocks = [torch.full((size,), _NAN_BYTE, dtype=torch.uint8, device=device) for _ in range(_BLOCKS)]
+        blocks = [torch.full((size,), byte, dtype=torch.uint8, device=device) for _ in range(_BLOCKS)]
         del blocks
 
 
 @contextmanager
-def poisoned(like: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """Poison allocations made inside, and free memory of the sizes of ``like`` (the expected outputs)."""
-    poisoned_memory(like)
-    with PoisonMode():
+def poisoned(like: Iterable[torch.Tensor] = (), fill: float = math.nan) -> Iterator[None]:
+    """Poison allocations made inside, and free memory of the sizes of ``like`` (the expected outputs).
+
+    With a ``fill`` of 0 memory is cleared instead, which tells what was not written from what is NaN.
+    """
+    poisoned_memory(like, NAN_BYTE if math.isnan(fill) else 0)
+    with PoisonMode(fill):
         yield
 
 

@@ -1,0 +1,507 @@
+"""Judge one kernel against its op's reference, on inputs that look for what kernels get wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from kpt.judge import outputs, tree
+from kpt.judge.calls import Call
+from kpt.judge.draws import InputSpec
+from kpt.judge.layouts import LAYOUTS, with_layout
+from kpt.judge.poison import poisoned, poisoned_everywhere, poisoned_memory
+from kpt.judge.referee import Verdict, as_dtype, judge, judge_gradients, passed, rejected
+from kpt.specs import Level
+
+#: Draws an op's arguments by name, given a generator and a number of rows (None: as at the site).
+MakeInputs = Callable[[torch.Generator, "int | None"], Mapping[str, Any]]
+
+#: Rows that are tried: one, and odd numbers that no power-of-two block divides.
+ROWS = (1, 7, 33)
+#: Factors on the activations: small inputs reveal a wrong epsilon, large ones an overflow.
+SCALES = (1e-2, 8.0)
+_WEIGHT_NAMES = ("weight", "bias", "scale", "offset", "gamma", "beta", "sinks")
+
+
+def is_weight(name: str) -> bool:
+    """Whether an op's argument is named as a parameter rather than an activation."""
+    return any(part in name.lower() for part in _WEIGHT_NAMES)
+
+
+def inputs_like(
+    arguments: Mapping[str, Any],
+    *,
+    fixed: Collection[str] = (),
+    dims: Mapping[str, Mapping[int, str]] | None = None,
+) -> MakeInputs:
+    """A `MakeInputs` that draws arguments like ``arguments`` (an op's, by name).
+
+    Args:
+        fixed: names that are passed on as they are, for a kernel that packed these weights.
+        dims: dimensions by argument and axis, the ones that vary with the rows. By default every axis
+            but the last of the first activation, and axes of equal position and size of the others.
+    """
+    drawn = {name: value for name, value in arguments.items() if name not in fixed}
+    kept = {name: arguments[name] for name in fixed if name in arguments}
+    axes = _row_axes(drawn) if dims is None else {name: dict(named) for name, named in dims.items()}
+    spec = InputSpec.from_calls([Call((), dict(drawn))], axes)
+
+    def make(generator: torch.Generator, rows: int | None) -> Mapping[str, Any]:
+        sizes = None
+        if rows is not None and spec.dimensions:
+            names = list(spec.dimensions)
+            sizes = {name: spec.dimensions[name].observed[0] for name in names}
+            # The innermost axis varies; with one row, all do.
+            sizes.update(dict.fromkeys(names, 1) if rows == 1 else {names[-1]: rows})
+        return {**spec.draw(generator, sizes=sizes).kwargs, **kept}
+
+    return make
+
+
+def _row_axes(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    activations = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.dim() >= 1 and not is_weight(name)
+    }
+    first = next((value for value in activations.values() if value.is_floating_point()), None)
+    if first is None or first.dim() < 2:
+        return {}
+    return {
+        name: named
+        for name, value in activations.items()
+        if (
+            named := {
+                axis: f"rows{axis}"
+                for axis in range(min(first.dim() - 1, value.dim()))
+                if value.shape[axis] == first.shape[axis] and (axis < value.dim() - 1 or value.dim() == 1)
+            }
+        )
+    }
+
+
+def judge_kernel(
+    run: Callable[..., Any],
+    reference: Callable[..., Any],
+    make_inputs: MakeInputs,
+    *,
+    level: Level = "exact",
+    backward: bool = False,
+    dtypes: Sequence[torch.dtype] = (),
+    compute_dtype: torch.dtype | str | None = None,
+    fixed: Collection[str] = (),
+    rows: Sequence[int] = ROWS,
+    layouts: Sequence[str] = LAYOUTS,
+    scales: Sequence[float] = SCALES,
+    reproducible: bool = False,
+    seed: int = 0,
+) -> Verdict:
+    """Judge ``run``, which has the op's signature, against ``reference`` in fp64.
+
+    Every probe draws its inputs afresh. The first rejection is returned: ``value``, ``nan``,
+    ``shape``, ``dtype``, ``structure`` or ``error`` on ordinary inputs; ``unwritten`` where memory that
+    was never written is part of the result; ``input-modified``; ``replay`` where a result follows an
+    earlier call or is overwritten by a later one; ``size`` and ``stride`` where only other row numbers or
+    memory layouts go wrong; ``gradient``; ``nondeterministic`` if ``reproducible`` was promised.
+
+    Args:
+        make_inputs: see `MakeInputs`; arguments that the reference cannot run are dropped.
+        backward: judge gradients of every floating-point argument that is not ``fixed``.
+        dtypes: dtypes to cast floating-point arguments to, each judged; by default as drawn.
+        compute_dtype: the dtype that the kernel's arithmetic drops to, see `judge`.
+        fixed: names of arguments that are passed on untouched (packed weights).
+
+    Raises:
+        ValueError: the reference cannot run the ordinary inputs.
+    """
+    figures: dict[str, float] = {"probes": 0.0}
+    for dtype in tuple(dtypes) or (None,):
+        trial = _Trial(
+            run, reference, make_inputs, level, as_dtype(compute_dtype), frozenset(fixed), dtype, seed
+        )
+        probes: list[Callable[[], Verdict | None]] = [trial.plain, trial.unwritten, trial.replay]
+        probes += [partial(trial.scaled, factor) for factor in scales]
+        probes += [partial(trial.sized, number) for number in rows]
+        probes += [partial(trial.strided, layout) for layout in layouts]
+        if reproducible:
+            probes.append(trial.repeated)
+        if backward:
+            probes += [trial.gradients, trial.expanded_gradients, trial.partial_gradients]
+            probes += [partial(trial.gradients, number) for number in rows[1:2]]
+            probes += [partial(trial.gradients, None, layout) for layout in layouts]
+        for probe in probes:
+            verdict = probe()
+            if verdict is None:
+                continue
+            figures["probes"] += 1
+            for name, value in verdict.figures.items():
+                figures[name] = max(figures.get(name, -math.inf), value)
+            if not verdict.passed:
+                detail = f"{verdict.detail} ({dtype})" if dtype is not None else verdict.detail
+                return Verdict(False, verdict.rule, detail, figures)
+    return passed(figures=figures)
+
+
+class _Dropped(Exception):
+    """The reference itself cannot run these inputs."""
+
+
+class _Trial:
+    """The probes of one kernel in one dtype. Each returns a verdict, or None if its inputs were dropped."""
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        reference: Callable[..., Any],
+        make_inputs: MakeInputs,
+        level: Level,
+        compute_dtype: torch.dtype | None,
+        fixed: frozenset[str],
+        dtype: torch.dtype | None,
+        seed: int,
+    ) -> None:
+        self.run, self.reference, self.make_inputs = run, reference, make_inputs
+        self.level, self.compute_dtype, self.fixed, self.dtype = level, compute_dtype, fixed, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    # -- probes ---------------------------------------------------------------------------------
+
+    def plain(self) -> Verdict:
+        inputs = self._inputs()
+        try:
+            verdict = self._judged(inputs, "value")
+        except _Dropped as dropped:
+            raise ValueError(
+                f"the reference cannot run the arguments {', '.join(inputs)}: {dropped.__cause__}"
+            ) from dropped
+        if verdict.rule in ("value", "nan"):  # memory that was never written is NaN or anything
+            unwritten = self.unwritten()
+            return unwritten if not unwritten.passed else verdict
+        return verdict
+
+    def unwritten(self) -> Verdict:
+        """Fill uninitialised memory with NaN, first from Python code's allocations, then torch's own."""
+        inputs = self._inputs()
+        with torch.no_grad():
+            like = list(outputs.tensors(self._reference(inputs)).values())
+            cleared = self._attempt(inputs, like, fill=0.0)
+            filled = self._attempt(inputs, like, fill=math.nan)
+            with poisoned_everywhere():
+                everywhere = self._attempt(inputs, like, fill=None)
+        if cleared is None:
+            return passed()  # it does not run under a dispatch mode; ordinary runs are judged
+        for output in (filled, everywhere):
+            if output is None or tree.structure(output) != tree.structure(cleared):
+                continue
+            for name, tensor in outputs.tensors(output).items():
+                other = outputs.tensors(cleared)[name]
+                if tensor.shape != other.shape or not tensor.is_floating_point():
+                    continue
+                holes = torch.isnan(tensor) & ~torch.isnan(other)
+                if bool(holes.any()):
+                    return rejected("unwritten", f"{int(holes.sum())} elements of {name} were never written")
+        return passed()
+
+    def replay(self) -> Verdict | None:
+        """Two calls in a row, then one with the first call's tensors refilled in place."""
+        first, second, third = self._inputs(), self._inputs(), self._inputs()
+        second = {**second, **{name: first[name] for name in self.fixed if name in first}}
+        with torch.no_grad():
+            kept = self.run(**first)
+            copy = tree.rebuild(kept, _cloned)
+            again = self.run(**second)
+        changed = outputs.identical(kept, copy)
+        if changed is not None:
+            return rejected("replay", f"the next call overwrote {changed}")
+        if outputs.identical(again, copy) is None and self._differ(first, second):
+            return rejected("replay", "another call's inputs gave the same outputs")
+        verdict = self._judged(second, "replay")
+        if not verdict.passed:
+            return verdict
+        if any(
+            tensor.shape != _tensor(third, name).shape or 0 in tensor.stride()
+            for name, tensor in _tensors(first).items()
+        ):
+            return verdict  # an expanded tensor cannot be refilled
+        with torch.no_grad():
+            for name, tensor in _tensors(first).items():
+                if name not in self.fixed:
+                    tensor.copy_(_tensor(third, name))
+        verdict = self._judged(first, "replay")
+        return verdict.named("replay", "after its inputs changed in place") if not verdict.passed else verdict
+
+    def scaled(self, factor: float) -> Verdict | None:
+        inputs = {
+            name: value * factor if _is_float(value) and not is_weight(name) else value
+            for name, value in self._inputs().items()
+        }
+        return self._judged_or_dropped(inputs, "value", f"inputs scaled by {factor:g}")
+
+    def sized(self, rows: int) -> Verdict | None:
+        inputs = self._inputs(rows)
+        return self._judged_or_dropped(inputs, "size", f"with {_shapes(inputs)}")
+
+    def strided(self, layout: str) -> Verdict | None:
+        """All floating-point arguments in ``layout``, then each alone: a guard may look at one of them."""
+        for inputs in self._with_layout(self._inputs(), layout):
+            verdict = self._judged_or_dropped(inputs, "stride", f"on {layout} inputs")
+            if verdict is None or not verdict.passed:
+                return verdict
+        return passed()
+
+    def repeated(self) -> Verdict:
+        inputs = self._inputs()
+        with torch.no_grad():
+            first, second = self.run(**inputs), self.run(**inputs)
+        changed = outputs.identical(first, second)
+        if changed is None:
+            return passed()
+        return rejected("nondeterministic", f"{changed} differs between two runs of the same inputs")
+
+    def gradients(self, rows: int | None = None, layout: str | None = None) -> Verdict | None:
+        inputs = self._inputs(rows)
+        if layout is not None:
+            inputs = next(iter(self._with_layout(inputs, layout)))
+        where = f"on {layout} inputs" if layout else f"with {_shapes(inputs)}" if rows else ""
+        return self._gradients(inputs, where)
+
+    def expanded_gradients(self) -> Verdict | None:
+        """The upstream gradient of a sum is one number, repeated by stride 0."""
+        return self._gradients(self._inputs(), "with an expanded upstream gradient", expanded=True)
+
+    def partial_gradients(self) -> Verdict | None:
+        """Only the first activation, then only the weights, require gradients."""
+        inputs = self._inputs()
+        names = self._differentiable(inputs)
+        for wanted in ([n for n in names if not is_weight(n)][:1], [n for n in names if is_weight(n)]):
+            if wanted and wanted != names:
+                verdict = self._gradients(self._inputs(), f"of {', '.join(wanted)} alone", names=wanted)
+                if verdict is not None and not verdict.passed:
+                    return verdict
+        return passed()
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _inputs(self, rows: int | None = None) -> dict[str, Any]:
+        drawn = dict(self.make_inputs(self.generator, rows))
+        if self.dtype is None:
+            return drawn
+        return {
+            name: value.to(self.dtype) if _is_float(value) and name not in self.fixed else value
+            for name, value in drawn.items()
+        }
+
+    def _with_layout(self, inputs: dict[str, Any], layout: str) -> list[dict[str, Any]]:
+        names = [name for name, value in inputs.items() if _is_float(value) and name not in self.fixed]
+        together = {
+            name: with_layout(value, layout) if name in names else value for name, value in inputs.items()
+        }
+        alone = [{**inputs, name: together[name]} for name in names] if 1 < len(names) <= 4 else []
+        return [together, *alone]
+
+    def _reference(self, inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:
+        """The reference's outputs, its floating-point arguments cast to ``dtype``.
+
+        Raises:
+            _Dropped: it does not run these arguments.
+        """
+        cast = {
+            name: value.to(dtype) if dtype is not None and _is_float(value) else value
+            for name, value in inputs.items()
+        }
+        try:
+            return self.reference(**cast)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            raise _Dropped from error
+
+    def _judged_or_dropped(self, inputs: dict[str, Any], rule: str, where: str) -> Verdict | None:
+        try:
+            verdict = self._judged(inputs, rule)
+        except _Dropped:
+            return None
+        return verdict.named(verdict.rule, where)
+
+    def _judged(self, inputs: dict[str, Any], rule: str) -> Verdict:
+        """Judge one call; what is wrong is rejected under ``rule``, except for modified inputs."""
+        with torch.no_grad():
+            mine = Call((), inputs)
+            given = mine.clone()
+            copy = mine.clone()
+            eager = self._reference(given.kwargs)
+            wide = self._reference(given.kwargs, torch.float64)
+            cast = self._cast(given.kwargs)
+            versions = _versions(inputs)
+            poisoned_memory(outputs.tensors(eager).values())
+            candidate, failure = _attempted(partial(self.run, **inputs))
+            if failure is not None:
+                return rejected("error" if rule == "value" else rule, f"it raises {failure}")
+            verdict = _modified(copy, mine, versions)
+            if verdict is not None:
+                return verdict
+            verdict = judge(
+                candidate,
+                wide,
+                eager,
+                level=self.level,
+                cast_eager=cast,
+                compute_dtype=self.compute_dtype,
+                inputs=mine,
+                eager_inputs=given,
+            )
+        return verdict if verdict.passed or rule == "value" else verdict.named(rule)
+
+    def _cast(self, inputs: Mapping[str, Any]) -> Any:
+        if self.compute_dtype is None or not self.compute_dtype.is_floating_point:
+            return None
+        try:
+            return self._reference(inputs, self.compute_dtype)
+        except _Dropped:
+            return None
+
+    def _attempt(self, inputs: dict[str, Any], like: list[torch.Tensor], fill: float | None) -> Any:
+        """The kernel's outputs on a copy of ``inputs``, or None if it does not run under poison."""
+        copy = Call((), inputs).clone().kwargs
+        copy.update({name: inputs[name] for name in self.fixed if name in inputs})
+        if fill is None:
+            return _attempted(partial(self.run, **copy))[0]
+        with poisoned(like, fill):  # a failure under poison is no fault: the other probes judge without
+            return _attempted(partial(self.run, **copy))[0]
+
+    def _differ(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+        """Whether the reference's outputs for two calls differ."""
+        with torch.no_grad():
+            mine = self._reference(first, torch.float64)
+            yours = self._reference(second, torch.float64)
+        return outputs.identical(mine, yours) is not None
+
+    def _differentiable(self, inputs: Mapping[str, Any]) -> list[str]:
+        return [name for name, value in inputs.items() if _is_float(value) and name not in self.fixed]
+
+    def _gradients(
+        self,
+        inputs: dict[str, Any],
+        where: str,
+        names: list[str] | None = None,
+        expanded: bool = False,
+    ) -> Verdict | None:
+        wanted = self._differentiable(inputs) if names is None else names
+        mine = Call((), inputs)
+        copy, given = mine.clone(), mine.clone()
+        try:
+            with torch.no_grad():
+                template = self._reference(given.kwargs)
+            upstream = [
+                torch.randn((1,) * t.dim() if expanded else t.shape, generator=self.generator)
+                .to(t.device)
+                .expand(t.shape)
+                for t in outputs.tensors(template).values()
+            ]
+            eager, _ = _backward(self._reference, given.kwargs, wanted, upstream)
+            wide, _ = _backward(self._reference, _widened(given.kwargs, torch.float64), wanted, upstream)
+        except _Dropped:
+            return None
+        cast = None
+        if self.compute_dtype is not None and self.compute_dtype.is_floating_point:
+            try:
+                lowered = _widened(given.kwargs, self.compute_dtype)
+                cast, _ = _backward(self._reference, lowered, wanted, upstream)
+            except (_Dropped, RuntimeError):
+                cast = None
+
+        def through_kernel(arguments: Mapping[str, Any]) -> Any:
+            return self.run(**arguments)
+
+        with poisoned(outputs.tensors(template).values()):
+            result, failure = _attempted(partial(_backward, through_kernel, inputs, wanted, upstream))
+        if failure is not None:
+            return rejected("gradient", f"backward raises {failure}").named("gradient", where)
+        found, kept = result
+        if not kept or outputs.identical(copy.kwargs, mine.kwargs) is not None:
+            return rejected("input-modified", "backward modified an input")
+        verdict = judge_gradients(
+            found, wide, eager, level=self.level, cast_eager=cast, compute_dtype=self.compute_dtype
+        )
+        return verdict.named("gradient", where)
+
+
+def _attempted(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What a kernel of any origin returned, or None and what it raised."""
+    try:
+        return function(), None
+    except Exception as error:  # noqa: BLE001 - whatever it raises is its verdict
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _backward(
+    function: Callable[[Mapping[str, Any]], Any],
+    inputs: Mapping[str, Any],
+    wanted: list[str],
+    upstream: list[torch.Tensor],
+) -> tuple[dict[str, torch.Tensor | None], bool]:
+    """Gradients by name, and whether no input's version counter moved."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    arguments = {**inputs, **leaves}
+    versions = _versions(arguments)
+    with torch.enable_grad():
+        result = function(arguments)
+        pairs = [
+            (tensor, grad.to(tensor.dtype))
+            for tensor, grad in zip(outputs.tensors(result).values(), upstream, strict=True)
+            if tensor.requires_grad
+        ]
+        grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
+        if pairs:
+            grads = torch.autograd.grad(
+                [tensor for tensor, _ in pairs],
+                list(leaves.values()),
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
+    return dict(zip(wanted, grads, strict=True)), versions == _versions(arguments)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _tensors(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def _tensor(inputs: Mapping[str, Any], name: str) -> torch.Tensor:
+    value = inputs[name]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _cloned(path: tree.Path, leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _shapes(inputs: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {tuple(t.shape)}" for name, t in _tensors(inputs).items() if not is_weight(name)
+    )
+
+
+def _widened(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: value.to(dtype) if _is_float(value) else value for name, value in inputs.items()}
+
+
+def _versions(inputs: Mapping[str, Any]) -> dict[str, int]:
+    """Version counters by name; tensors made in inference mode have none."""
+    return {name: t._version for name, t in _tensors(inputs).items() if not t.is_inference()}
+
+
+def _modified(before: Call, after: Call, versions: Mapping[str, int]) -> Verdict | None:
+    changed = outputs.identical(before.kwargs, after.kwargs)
+    if changed is not None:
+        return rejected("input-modified", f"the kernel changed its input {changed}")
+    for name, version in _versions(after.kwargs).items():
+        if version != versions[name]:
+            return rejected("input-modified", f"the kernel wrote to its input {name}")
+    return None
