@@ -189,9 +189,9 @@ def _name_conflict(status: PluginStatus, first: PluginStatus) -> PluginStatus:
 
 def _without_conflicts(plugins: list[_Plugin]) -> list[_Plugin]:
     """Drop what clashes with an earlier plugin; that one is never touched by a later one."""
-    from kpt.plugins.validation import cycle
+    from kpt.plugins.validation import CORE_OPS, cycle
 
-    owners: dict[tuple[str, ...], str] = {}
+    owners: dict[tuple[str, ...], str] = {("kpt_ops", name): "kpt-core" for name in CORE_OPS}
     passes: list[Any] = []
     kept: list[_Plugin] = []
     for plugin in plugins:

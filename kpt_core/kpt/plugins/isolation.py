@@ -1,8 +1,8 @@
 """Calls into a plugin's code that cannot take the host down.
 
 A plugin may raise anything while it is imported or called: `SystemExit` from an argument parser,
-`OSError` from a missing shared library, a `BaseException` of its own. Everything except
-`KeyboardInterrupt`, which is the user's, becomes a value.
+`OSError` from a missing shared library, a `BaseException` of its own. Everything becomes a value,
+except `KeyboardInterrupt`, which is the user's, and `DeadlinePassed`, which ends a whole trial.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
+from kpt.interruption import DeadlinePassed
 from kpt.plugins.status import PluginError, install_command, one_line
 
 T = TypeVar("T")
@@ -30,10 +31,10 @@ class Outcome(Generic[T]):
 
 
 def attempt(call: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
-    """Run ``call`` and return what it returned or raised; only `KeyboardInterrupt` gets through."""
+    """Run ``call`` and return what it returned or raised; the user's and the clock's get through."""
     try:
         return Outcome(value=call(*args, **kwargs))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DeadlinePassed):
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it becomes a status
         return Outcome(error=error)

@@ -41,6 +41,8 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.\-]*", re.ASCII)
 _REFERENCES = frozenset({"probe", "reference", "recogniser", "entry", "supports", "setup"})
 _DTYPE_FIELDS = frozenset({"dtypes", "compute_dtype", "storage_dtype"})
 _CHOICES: dict[str, tuple[str, ...]] = {"Level": LEVELS, "Mode": MODES, "Phase": PHASES}
+#: The ops of the core's own catalogue, which imports torch; a test keeps the two equal.
+CORE_OPS = "linear layer_norm rms_norm add_rms_norm gated_mlp rope attention softmax cross_entropy".split()
 #: More specs than any plugin has; what an endless generator runs into.
 SPEC_LIMIT = 10_000
 
@@ -207,6 +209,11 @@ def _text_fault(name: str, kind: str, value: Any) -> str:
     if name in ("name", "op") and not _NAME.fullmatch(value):
         return f"{name}={value!r} is not a name; use letters, digits, '_', '-' and '.'"
     return ""
+
+
+def is_reference(name: str) -> bool:
+    """Whether the spec field ``name`` holds a ``"module:attr"`` reference."""
+    return name in _REFERENCES
 
 
 def cycle(passes: Sequence[PassSpec]) -> list[str]:

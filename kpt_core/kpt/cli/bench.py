@@ -1,0 +1,155 @@
+"""``kpt bench``: the user's model under every contender that is installed."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kpt.cli import options
+from kpt.cli.output import Output, note, usage
+from kpt.specs import LEVELS
+
+if TYPE_CHECKING:
+    from kpt.cli.contest import Entrant
+    from kpt.cli.sources import Source
+
+Names = Annotated[str, typer.Option(metavar="NAME,…", help="Only these contenders, besides eager.")]
+Seconds = Annotated[float, typer.Option(metavar="SECONDS", help="How long all of them are timed together.")]
+
+
+def command(
+    context: typer.Context,
+    model: options.ModelPath,
+    arch: options.Arch = "",
+    inputs: options.Inputs = [],  # noqa: B006 - typer makes a new list for each call
+    contenders: Names = "",
+    level: options.Level = "production",
+    dynamic: options.Dynamic = [],  # noqa: B006
+    budget: options.Budget = 120.0,
+    seconds: Seconds = 20.0,
+    device: options.Device = "",
+    trust_model: options.Trust = False,
+    plugins: options.Plugins = "",
+    no_plugins: options.NoPlugins = False,
+    as_json: options.Json = False,
+) -> None:
+    """Time a model under every installed contender: eager, kpt, and those that plugins bring.
+
+    All of them run in one interleaved loop on the same fresh inputs. The figures hold for this
+    machine, these versions and this moment, and are printed with them.
+    """
+    output: Output = context.obj
+    options.one_of("--level", level, LEVELS)
+    from kpt.cli.contest import contest
+    from kpt.cli.inputs import dynamic_shapes
+    from kpt.cli.sources import open_source
+
+    shapes = dynamic_shapes(dynamic)
+    selected = options.selection(plugins, no_plugins)
+    source = open_source(model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected)
+    entrants = _chosen(
+        source, contenders, level=level, dynamic_shapes=shapes, budget=budget, plugins=selected
+    )
+    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds, tell=note)
+    data = {
+        "model": str(model),
+        "machine": machine(source),
+        "versions": versions(source),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "contenders": [entrant.to_dict() for entrant in entrants],
+    }
+    output.result(data, None if output.json else _table(data))
+
+
+def _chosen(source: Source, names: str, **ours: Any) -> list[Entrant]:
+    from kpt.cli.contest import eager, installed
+    from kpt.cli.contest import ours as kpt_itself
+
+    found = [kpt_itself(source.inputs, **ours), *installed(source.registry)]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = [entrant.name for entrant in found]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise usage(f"--contenders {', '.join(unknown)}: unknown.", f"Known are {', '.join(known)}.")
+    return [eager(), *(entrant for entrant in found if not wanted or entrant.name in wanted)]
+
+
+def _drawing(source: Source, shapes: Any) -> Callable[[], Any]:
+    """A function that draws fresh inputs like the examples."""
+    import torch
+
+    from kpt.judge.calls import as_calls
+    from kpt.judge.draws import InputSpec
+
+    spec = InputSpec.from_calls(as_calls(source.inputs), shapes, source.model.forward)
+    generator = torch.Generator().manual_seed(0)
+    return lambda: spec.draw(generator)
+
+
+def machine(source: Source) -> dict[str, Any]:
+    """What the figures were measured on."""
+    from kpt.profiles import hardware, to_dict
+
+    profile = to_dict(hardware(source.device, measure=False, registry=source.registry))
+    return {"device": source.device, "profile": profile, "system": platform.platform()}
+
+
+def versions(source: Source) -> dict[str, str]:
+    """The versions that the figures depend on: Python, torch, the core, plugins, contenders' packages."""
+    import importlib_metadata
+    import torch
+
+    from kpt import __version__
+    from kpt.plugins.isolation import attempt
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "kpt-core": __version__}
+    found.update(source.registry.fingerprint())
+    for registered in source.registry.specs("kpt_contenders"):
+        for name in registered.spec.requires:
+            version = attempt(importlib_metadata.version, name.partition(".")[0]).value
+            if version is not None:
+                found[name] = str(version)
+    return found
+
+
+def _table(data: dict[str, Any]) -> Any:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("contender")
+    table.add_column("level")
+    for column in ("per call", "vs eager", "95 % interval", "error", "set-up"):
+        table.add_column(column, justify="right")
+    for entry in data["contenders"]:
+        if entry["state"] != "ran":
+            table.add_row(entry["name"], entry["level"], f"{entry['state']}: {entry['reason']}")
+            continue
+        error = "?" if entry["error"] is None else f"{entry['error']:.1e}"
+        table.add_row(
+            entry["name"],
+            entry["level"],
+            _duration(entry["seconds"]),
+            f"{entry['ratio']:.2f}x",
+            f"{entry['ratio_low']:.2f} to {entry['ratio_high']:.2f}",
+            error,
+            f"{entry['setup_seconds']:.1f} s",
+        )
+    profile = data["machine"]["profile"]
+    facts = f"{profile['name']}, {profile['compute_units']} compute units, {data['machine']['system']}"
+    return Group(table, facts, _pairs(list(data["versions"].items())), data["date"])
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in pairs)
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1.0:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"

@@ -1,0 +1,258 @@
+"""One interleaved run of several contenders on the same fresh inputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from kpt.plugins import instantiate
+from kpt.plugins.isolation import attempt
+from kpt.plugins.status import one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from kpt.judge.calls import Call
+    from kpt.plugins import Registered, Registry
+    from kpt.specs import ContenderSpec
+
+#: A timed span is at least this long, so that the timer and the loop do not count.
+SPAN_SECONDS = 5e-3
+MAX_REPEATS = 1000
+
+Inputs = Mapping[str, Any]
+Run = Callable[[Inputs], Any]
+
+
+@dataclass
+class Entrant:
+    """One contender: how it is prepared, and what came of it.
+
+    ``error`` is the root mean square of its difference from eager's outputs, relative to theirs;
+    None where the outputs cannot be compared. ``ratio`` is eager's time over its own, the median of
+    the paired ratios with its 95 % interval.
+    """
+
+    name: str
+    prepare: Callable[[torch.nn.Module, Inputs], Run]
+    level: str = "exact"
+    absent: str = ""
+    failed: str = ""
+    setup_seconds: float = 0.0
+    run: Run | None = None
+    spans: list[float] = field(default_factory=list)
+    error: float | None = None
+    ratio: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.spans) if self.spans else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        state = "absent" if self.absent else "failed" if self.failed else "ran"
+        return {
+            "name": self.name,
+            "level": self.level,
+            "state": state,
+            "reason": self.absent or self.failed,
+            "setup_seconds": self.setup_seconds,
+            "seconds": self.seconds,
+            "ratio": self.ratio,
+            "ratio_low": self.low,
+            "ratio_high": self.high,
+            "error": self.error,
+            "spans": len(self.spans),
+        }
+
+
+def installed(registry: Registry) -> list[Entrant]:
+    """The contenders that plugins offer; those whose packages are missing are marked as absent."""
+    return [_entrant(registered) for registered in registry.specs("kpt_contenders")]
+
+
+def _entrant(registered: Registered[ContenderSpec]) -> Entrant:
+    spec = registered.spec
+    missing = [name for name in spec.requires if attempt(find_spec, name).value is None]
+
+    def prepare(model: torch.nn.Module, example: Inputs) -> Run:
+        run: Run = instantiate(spec.entry).prepare(model, example)
+        return run
+
+    return Entrant(spec.name, prepare, spec.level, absent=f"needs {', '.join(missing)}" if missing else "")
+
+
+def eager() -> Entrant:
+    """The untouched model, which everybody is compared with."""
+    return Entrant("eager", lambda model, example: lambda inputs: _call(model, inputs))
+
+
+def ours(examples: Any, **options: Any) -> Entrant:
+    """`kpt.optimize` on the same examples."""
+
+    def prepare(model: torch.nn.Module, example: Inputs) -> Run:
+        import kpt
+
+        optimized = kpt.optimize(model, examples, **options)
+        return lambda inputs: _call(optimized, inputs)
+
+    return Entrant("kpt", prepare, str(options.get("level", "production")))
+
+
+def _call(model: torch.nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs)
+
+
+def by_name(model: torch.nn.Module, call: Call) -> dict[str, Any]:
+    """The arguments of ``call`` by the names of the model's forward."""
+    signature = inspect.signature(model.forward)
+    bound: dict[str, Any] = {}
+    for name, value in signature.bind(*call.args, **call.kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(value)
+        elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise ValueError(f"the argument {name!r} has no name that contenders could use; name the inputs")
+        else:
+            bound[name] = value
+    return bound
+
+
+def contest(
+    model: torch.nn.Module,
+    entrants: Sequence[Entrant],
+    draw: Callable[[], Call],
+    *,
+    seconds: float,
+    rounds: int = 200,
+    tell: Callable[[str], None],
+) -> None:
+    """Prepare every entrant on its own copy of ``model``, then time all of them in one loop.
+
+    Each round draws fresh inputs and calls the entrants in random order, so that drift and noise hit
+    all of them alike. ``seconds`` bounds the timing, not the preparation.
+    """
+    import torch
+
+    from kpt.judge.clock import synchroniser
+
+    wait = synchroniser()
+    reference = entrants[0]
+    with torch.no_grad():
+        first = by_name(model, draw())
+        for entrant in entrants:
+            if not entrant.absent:
+                tell(f"preparing {entrant.name}")
+                _prepare(entrant, model, first, wait)
+        running = [entrant for entrant in entrants if entrant.run is not None]
+        if reference.run is None:
+            raise RuntimeError(f"the model itself does not run: {reference.failed}")
+        _compare(running, by_name(model, draw().clone()))
+        running = [entrant for entrant in running if entrant.run is not None]
+        tell(f"timing {', '.join(entrant.name for entrant in running)}")
+        repeats = _repeats(reference.run, first, wait)
+        order = random.Random(0)
+        end = time.perf_counter() + seconds
+        for number in range(rounds):
+            if number >= 5 and time.perf_counter() >= end:
+                break
+            calls = [draw() for _ in range(repeats)]
+            for entrant in order.sample(running, len(running)):
+                _time(entrant, [by_name(model, call.clone()) for call in calls], wait)
+    for entrant in running:
+        _rate(entrant, reference)
+
+
+def _prepare(entrant: Entrant, model: torch.nn.Module, example: Inputs, wait: Callable[[], None]) -> None:
+    start = time.perf_counter()
+
+    def prepared() -> Run:
+        run = entrant.prepare(copy.deepcopy(model), example)
+        run(example)  # the first call compiles, and belongs to the preparation
+        wait()
+        return run
+
+    outcome = attempt(prepared)
+    entrant.setup_seconds = time.perf_counter() - start
+    if outcome.error is not None:
+        entrant.failed = one_line(outcome.error)
+    else:
+        entrant.run = outcome.value
+
+
+def _compare(running: Sequence[Entrant], inputs: Inputs) -> None:
+    outputs: dict[str, list[Any]] = {}
+    for entrant in running:
+        assert entrant.run is not None
+        outcome = attempt(entrant.run, inputs)
+        if outcome.error is not None:
+            entrant.failed, entrant.run = f"on fresh inputs: {one_line(outcome.error)}", None
+        else:
+            outputs[entrant.name] = list(_tensors(outcome.value))
+    expected = outputs[running[0].name]
+    for entrant in running:
+        if entrant.name in outputs:
+            entrant.error = _relative_error(outputs[entrant.name], expected)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of an output, in order; other libraries' arrays become tensors."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value.detach().double().cpu()
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+    elif hasattr(value, "__array__"):
+        yield from _tensors(torch.as_tensor(value))
+
+
+def _relative_error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float | None:
+    pairs = list(zip(found, expected, strict=False))
+    if not pairs or any(one.shape != other.shape for one, other in pairs):
+        return None
+    return max(
+        float((one - other).square().mean().sqrt() / other.square().mean().sqrt().clamp_min(1e-30))
+        for one, other in pairs
+    )
+
+
+def _repeats(run: Run, inputs: Inputs, wait: Callable[[], None]) -> int:
+    start = time.perf_counter()
+    run(inputs)
+    wait()
+    spent = max(time.perf_counter() - start, 1e-7)
+    return min(MAX_REPEATS, math.ceil(SPAN_SECONDS / spent))
+
+
+def _time(entrant: Entrant, calls: Sequence[Inputs], wait: Callable[[], None]) -> None:
+    run = entrant.run
+    assert run is not None
+    wait()
+    start = time.perf_counter()
+    for inputs in calls:
+        run(inputs)
+    wait()
+    entrant.spans.append((time.perf_counter() - start) / len(calls))
+
+
+def _rate(entrant: Entrant, reference: Entrant) -> None:
+    from kpt.judge.clock import interval
+
+    ratios = [theirs / own for theirs, own in zip(reference.spans, entrant.spans, strict=True)]
+    entrant.ratio = statistics.median(ratios)
+    entrant.low, entrant.high = interval(ratios)

@@ -1,0 +1,112 @@
+"""``kpt explain``: the reasons behind a result, or what kpt sees in a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kpt.cli import options
+from kpt.cli.output import CommandError, Output, usage
+
+ReceiptPath = Annotated[Path, typer.Argument(help="An artifact's folder, or a receipt as JSON.")]
+OptionalModel = Annotated[
+    Path,
+    typer.Option("--model", "-m", help="A model file or folder, to list the ops that are recognised in it."),
+]
+
+
+def command(
+    context: typer.Context,
+    path: ReceiptPath = Path(),
+    model: OptionalModel = Path(),
+    arch: options.Arch = "",
+    inputs: options.Inputs = [],  # noqa: B006 - typer makes a new list for each call
+    device: options.Device = "",
+    trust_model: options.Trust = False,
+    plugins: options.Plugins = "",
+    no_plugins: options.NoPlugins = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say what was tried, kept and rejected and why (PATH), or which ops a model computes (--model)."""
+    output: Output = context.obj
+    if (path == Path()) == (model == Path()):
+        raise usage(
+            "kpt explain takes an artifact or receipt, or a model.", "kpt explain DIR, or --model FILE."
+        )
+    if path != Path():
+        receipt = read_receipt(path)
+        output.result(receipt.to_dict(), receipt)
+        return
+    from kpt.cli.sources import open_source
+
+    source = open_source(
+        model,
+        arch=arch,
+        inputs=inputs,
+        device=device,
+        trust=trust_model,
+        plugins=options.selection(plugins, no_plugins),
+    )
+    data = sites_of(source)
+    output.result(data, _table(data))
+
+
+def read_receipt(path: Path) -> Any:
+    """The receipt of an artifact's folder or in a JSON file. Raises `CommandError`."""
+    from kpt.cli.sources import require_torch
+
+    require_torch()
+    from kpt.transaction.receipt import Receipt
+
+    file = path / "receipt.json" if path.is_dir() else path
+    if not file.is_file():
+        what = "has no receipt.json, so it is no artifact" if path.is_dir() else "does not exist"
+        raise usage(f"{path} {what}.", "Pass what kpt optimize wrote.")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and isinstance(data.get("receipt"), dict):
+            data = data["receipt"]  # what `kpt optimize --json` printed
+        return Receipt.from_dict(data)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CommandError("bad-receipt", f"{file} is not a receipt: {error}.", "Write it again.") from error
+
+
+def sites_of(source: Any) -> dict[str, Any]:
+    """The ops that are recognised in a model, and what was left alone and why."""
+    from kpt import ops
+    from kpt.judge.calls import as_calls
+
+    recognition = ops.recognise(source.model, as_calls(source.inputs), registry=source.registry)
+    return {
+        "model": type(source.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
+        "sites": [
+            {"op": site.op, "path": site.path, "kind": site.kind, "arguments": dict(site.binding.arguments)}
+            for site in recognition.sites
+        ],
+        "left_alone": [list(entry) for entry in recognition.left_alone],
+    }
+
+
+def _table(data: dict[str, Any]) -> Any:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    sites = data["sites"]
+    counts: dict[str, int] = {}
+    for site in sites:
+        counts[site["op"]] = counts.get(site["op"], 0) + 1
+    found = ", ".join(f"{number} × {op}" for op, number in sorted(counts.items())) or "no known op"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("op", "at", "kind", "with"):
+        table.add_column(column, overflow="fold")
+    for site in sites:
+        arguments = ", ".join(f"{name}={text}" for name, text in site["arguments"].items())
+        table.add_row(site["op"], site["path"] or "(the model)", site["kind"], arguments)
+    alone = [f"left alone: {where}: {reason}" for where, reason in data["left_alone"]]
+    head = f"{data['model']} ({data['parameters']:,} parameters): {found}"
+    return Group(head, *([table] if sites else []), *alone)

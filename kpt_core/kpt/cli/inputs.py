@@ -1,0 +1,185 @@
+"""Example inputs and dynamic dimensions, as they are written on the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpt.cli.output import CommandError, note, usage
+
+if TYPE_CHECKING:
+    import torch
+
+_SPEC = re.compile(
+    r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,\s]*)\](?::(?P<values>\S+))?", re.ASCII
+)
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)")
+_EXAMPLE = "for instance --inputs 'input_ids=int64[1,128]:0..30522 attention_mask=int64[1,128]:ones'"
+_FILES = (".pt", ".pth", ".safetensors", ".json")
+_ELEMENT_LIMIT = 2**31
+
+
+def dynamic_shapes(texts: Sequence[str]) -> dict[str, dict[int, str]] | None:
+    """``["input_ids:0=batch,1=sequence"]`` as ``{"input_ids": {0: "batch", 1: "sequence"}}``."""
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        for part in text.split():
+            name, colon, axes = part.partition(":")
+            pairs = [pair.partition("=") for pair in axes.split(",")]
+            if not colon or not name or not all(_is_axis(axis) and symbol for axis, _, symbol in pairs):
+                raise usage(
+                    f"--dynamic {part!r} cannot be read.",
+                    "Write NAME:AXIS=SYMBOL,… as in input_ids:0=batch,1=sequence.",
+                )
+            found.setdefault(name, {}).update({int(axis): symbol for axis, _, symbol in pairs})
+    return found or None
+
+
+def _is_axis(text: str) -> bool:
+    return text.removeprefix("-").isdigit()
+
+
+def example_inputs(texts: Sequence[str], seed: int = 0) -> Any:
+    """What `kpt.optimize` takes as example inputs, from specs or from one file."""
+    files = [text for text in texts if text.endswith(_FILES) and "[" not in text]
+    if files:
+        if len(texts) > 1:
+            raise usage("--inputs takes one file, or specs.", "Put several examples as a list into one file.")
+        return _from_file(Path(files[0]))
+    items = [item for text in texts for item in re.split(r"[\s;]+(?![^\[]*\])", text) if item]
+    return _from_specs(items, seed)
+
+
+def _from_specs(items: list[str], seed: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    named: dict[str, torch.Tensor] = {}
+    positional: list[torch.Tensor] = []
+    for item in items:
+        match = _SPEC.fullmatch(item)
+        if match is None:
+            raise usage(f"--inputs {item!r} cannot be read.", f"Write NAME=DTYPE[SHAPE]:VALUES, {_EXAMPLE}.")
+        tensor = _tensor(item, match["dtype"], match["shape"], match["values"], generator)
+        if match["name"] is None:
+            positional.append(tensor)
+        elif match["name"] in named:
+            raise usage(f"--inputs names {match['name']!r} twice.")
+        else:
+            named[match["name"]] = tensor
+    if named and positional:
+        raise usage("--inputs mixes named and unnamed tensors.", "Name all of them, or none.")
+    if named:
+        return named
+    return tuple(positional)
+
+
+def _tensor(
+    item: str, dtype_name: str, shape_text: str, values: str | None, generator: torch.Generator
+) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise usage(
+            f"--inputs {item!r}: {dtype_name!r} is not a dtype.",
+            "Known are float32, bfloat16, int64, bool, …",
+        )
+    shape = tuple(int(size) for size in shape_text.split(",") if size.strip())
+    elements = 1
+    for size in shape:
+        elements *= size
+    if elements > _ELEMENT_LIMIT:
+        raise usage(f"--inputs {item!r} has {elements} elements.", "Is the shape meant?")
+    if values in ("ones", "zeros"):
+        return (torch.ones if values == "ones" else torch.zeros)(shape, dtype=dtype)
+    limits = _RANGE.fullmatch(values) if values is not None else None
+    if values is not None and limits is None:
+        raise usage(f"--inputs {item!r}: {values!r} is neither LOW..HIGH nor ones nor zeros.", _EXAMPLE)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    if dtype.is_floating_point:
+        if limits is None:
+            return torch.randn(shape, generator=generator).to(dtype)
+        low, high = float(limits[1]), float(limits[2])
+        return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
+    if limits is None:
+        raise usage(f"--inputs {item!r}: integers need their range LOW..HIGH (HIGH excluded).", _EXAMPLE)
+    low, high = int(float(limits[1])), int(float(limits[2]))
+    if high <= low:
+        raise usage(f"--inputs {item!r}: the range {low}..{high} is empty.")
+    return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+
+def _from_file(path: Path) -> Any:
+    import torch
+
+    if not path.is_file():
+        raise usage(f"--inputs {path}: there is no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if path.suffix == ".json":
+            return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        # Tensors in containers need no code; a pickle that does is no list of inputs.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CommandError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        raise CommandError(
+            "bad-inputs",
+            f"--inputs {path} cannot be read: {type(error).__name__}: {first}",
+            "Save a tensor, a tuple, a dict of tensors, or a list of these with torch.save.",
+        ) from error
+
+
+def _from_json(value: Any) -> Any:
+    """A JSON object is one example by name; an array of objects is several examples."""
+    import torch
+
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return [_from_json(entry) for entry in value]
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("expected an object of arrays by name, or an array of such objects")
+    return {
+        name: torch.tensor(entry["data"], dtype=getattr(torch, entry["dtype"]))
+        if isinstance(entry, dict)
+        else torch.tensor(entry)
+        for name, entry in value.items()
+    }
+
+
+def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
+    """Example inputs that the model's library knows. Raises a usage error where nobody knows any."""
+    import inspect
+
+    from kpt.plugins import instantiate
+    from kpt.plugins.isolation import attempt
+    from kpt.plugins.status import one_line
+
+    def ask(entry: str) -> Any:
+        adapter = instantiate(entry)
+        return adapter.example_inputs(model) if adapter.matches(model) else None
+
+    for registered in plugins.specs("kpt_model_adapters"):
+        outcome = attempt(ask, registered.spec.entry)
+        if outcome.error is not None:
+            note(f"{registered.owner} has no example inputs: {one_line(outcome.error)}")
+        elif outcome.value:
+            note(f"The example inputs are those of {registered.owner}.")
+            return outcome.value
+    dummy = attempt(getattr, model, "dummy_inputs", None).value
+    if isinstance(dummy, Mapping) and dummy:
+        note("The example inputs are the model's own dummy_inputs; give real shapes with --inputs.")
+        return dict(dummy)
+    names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
+    raise usage(
+        f"{type(model).__name__} needs example inputs; its forward takes {', '.join(names) or 'no names'}.",
+        f"Give them with --inputs, {_EXAMPLE}.",
+    )

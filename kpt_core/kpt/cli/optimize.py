@@ -1,0 +1,127 @@
+"""``kpt optimize``: a model file in, an artifact with its receipt out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kpt.cli import options
+from kpt.cli.output import CommandError, Output, note, usage
+from kpt.specs import LEVELS, OBJECTIVES
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="The artifact's folder; default: <model>-kpt.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Search even if a recipe is known, and keep none.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
+
+
+def command(
+    context: typer.Context,
+    model: options.ModelPath,
+    arch: options.Arch = "",
+    inputs: options.Inputs = [],  # noqa: B006 - typer makes a new list for each call
+    level: options.Level = "production",
+    objective: options.Objective = "latency",
+    dynamic: options.Dynamic = [],  # noqa: B006
+    budget: options.Budget = 120.0,
+    out: Out = Path(),
+    device: options.Device = "",
+    trust_model: options.Trust = False,
+    plugins: options.Plugins = "",
+    no_plugins: options.NoPlugins = False,
+    no_cache: NoCache = False,
+    overwrite: Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Optimise a model file, prove that it is still right, and write an artifact with its receipt.
+
+    The receipt is printed; it names what was tried, kept and rejected. If nothing pays for itself the
+    artifact holds the model as it was.
+    """
+    output: Output = context.obj
+    options.one_of("--level", level, LEVELS)
+    options.one_of("--objective", objective, OBJECTIVES)
+    if not 0 < budget < float("inf"):
+        raise usage(f"--budget {budget} is not a number of seconds above 0.")
+    from kpt.cli.inputs import dynamic_shapes
+    from kpt.cli.sources import open_source
+
+    shapes = dynamic_shapes(dynamic)
+    folder = out if out != Path() else Path.cwd() / f"{model.resolve().stem or 'model'}-kpt"
+    _check_folder(folder, overwrite)
+    selected = options.selection(plugins, no_plugins)
+    source = open_source(model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected)
+    import kpt
+
+    with progress(budget):
+        optimized = kpt.optimize(
+            source.model,
+            source.inputs,
+            level=level,  # type: ignore[arg-type]
+            objective=objective,  # type: ignore[arg-type]
+            dynamic_shapes=shapes,
+            budget=budget,
+            plugins=selected,
+            cache=not no_cache,
+        )
+    receipt = kpt.report(optimized)
+    save(optimized, folder, source.loaded.build)
+    note(f"Artifact: {folder}   (kpt.load({str(folder)!r}); kpt explain {folder})")
+    output.result(
+        {"artifact": str(folder), "speedup": receipt.speedup, "receipt": receipt.to_dict()}, receipt
+    )
+
+
+def save(model: Any, folder: Path, build: Any) -> None:
+    """Write the artifact; an error of the file system says that the search was not lost on a retry."""
+    import kpt
+
+    try:
+        kpt.save(model, folder)
+    except OSError as error:
+        raise CommandError(
+            "not-saved",
+            f"The artifact cannot be written to {folder}: {error}.",
+            "Choose another --out; the recipe is cached, so that the search is not repeated.",
+        ) from error
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse before the search, not after it, to replace what is there."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise usage(f"--out {folder} is a file.", "Choose another --out.")
+    if any(folder.iterdir()):
+        if not (folder / "recipe.json").is_file():
+            raise usage(f"--out {folder} holds something that is not an artifact.", "Choose another --out.")
+        if not overwrite:
+            raise usage(
+                f"--out {folder} holds an artifact already.", "Pass --overwrite, or choose another --out."
+            )
+
+
+@contextmanager
+def progress(budget: float) -> Iterator[None]:
+    """Show on a terminal what the search is doing; elsewhere nothing is printed."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    from kpt.transaction.events import listen
+
+    console = Console(file=sys.stderr)
+    with console.status("Observing the model", spinner="dots") as status:
+
+        def show(event: dict[str, Any]) -> None:
+            spent = event.get("seconds")
+            clock = "" if spent is None else f" [dim]{spent:.0f} of {event.get('budget', budget):.0f} s[/dim]"
+            status.update(f"{event.get('kind', '')}: {event.get('text', '')}{clock}")
+
+        with listen(show):
+            yield

@@ -1,0 +1,85 @@
+"""From the options of a command to a model and its example inputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpt.cli.output import CommandError, note, usage
+
+if TYPE_CHECKING:
+    from kpt.modelfiles import LoadedModel
+    from kpt.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in eval mode on its device, with example inputs on the same device."""
+
+    loaded: LoadedModel
+    inputs: Any
+    registry: Registry
+    device: str
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+
+def open_source(
+    model: Path,
+    *,
+    arch: str,
+    inputs: Sequence[str],
+    device: str,
+    trust: bool,
+    plugins: list[str] | None,
+) -> Source:
+    """Load ``model`` and make or load its inputs; errors say which option mends them."""
+    require_torch()
+    import torch
+
+    from kpt.modelfiles import load_model
+    from kpt.plugins import registry
+
+    # Python puts a script's folder on the path, not the user's; a factory usually lives in the latter.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = registry(plugins)
+    loaded = load_model(model, arch=arch or None, trust=trust, registry=found, notice=note)
+    from kpt.cli.inputs import default_inputs, example_inputs
+
+    examples = example_inputs(inputs) if inputs else default_inputs(loaded.model, found)
+    if device:
+        try:
+            target = torch.device(device)
+            loaded.model.to(target)
+        except RuntimeError as error:
+            raise usage(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
+    where = str(tensors[0].device) if tensors else (device or "cpu")
+    return Source(loaded, _moved(examples, where), found, where)
+
+
+def require_torch() -> None:
+    """Raise a clear error where torch is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise CommandError("missing-package", "PyTorch is not installed.", "To mend it: pip install torch")
+
+
+def _moved(value: Any, device: str) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(entry, device) for entry in value)
+    return value

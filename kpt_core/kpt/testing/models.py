@@ -1,0 +1,99 @@
+"""Small models and op arguments that standard tests try plugins on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+ROWS, HIDDEN, HEADS, HEAD = 6, 32, 4, 8
+
+
+class TinyEncoder(nn.Module):
+    """Embedding, one attention block with a mask, a feed-forward and a head: [B, S] → [B, S, 11]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, HIDDEN)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.out = nn.Linear(HIDDEN, HIDDEN)
+        self.feed = nn.Sequential(nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, 64), nn.GELU(), nn.Linear(64, HIDDEN))
+        self.head = nn.Linear(HIDDEN, 11)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        batch, sequence, _ = x.shape
+        q, k, v = (
+            part.view(batch, sequence, HEADS, HEAD).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
+        )
+        mask = attention_mask.bool()[:, None, None, :]
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, sequence, HIDDEN))
+        return self.head(x + self.feed(x))
+
+
+class TinyVision(nn.Module):
+    """Convolutions, batch norm and a classifier: [B, 3, 16, 16] → [B, 5]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+        self.classifier = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x))
+
+
+def tiny_models() -> dict[str, tuple[nn.Module, Any]]:
+    """(model in eval mode, example inputs) by name; weights are random, with a fixed seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mask = torch.ones(2, ROWS, dtype=torch.int64)
+        mask[1, 4:] = 0
+        encoder_inputs = {"input_ids": torch.randint(0, 50, (2, ROWS)), "attention_mask": mask}
+        mlp = nn.Sequential(
+            nn.Linear(16, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 4), nn.Softmax(dim=-1)
+        )
+        return {
+            "mlp": (mlp.eval(), torch.randn(3, 16)),
+            "vision": (TinyVision().eval(), torch.randn(2, 3, 16, 16)),
+            "encoder": (TinyEncoder().eval(), encoder_inputs),
+        }
+
+
+def op_arguments(op: str, generator: torch.Generator) -> Mapping[str, Any] | None:
+    """Typical arguments of a catalogued op in fp32, by name; None for an op that is not ours."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight = randn(2, ROWS, HIDDEN), randn(HIDDEN)
+    q, k, v = (randn(2, HEADS, ROWS, HEAD) for _ in range(3))
+    angles = randn(ROWS, HEAD // 2).repeat(1, 2)
+    arguments: dict[str, Mapping[str, Any]] = {
+        "linear": {"x": x, "weight": randn(48, HIDDEN), "bias": randn(48)},
+        "layer_norm": {"x": x, "weight": weight, "bias": randn(HIDDEN), "eps": 1e-5},
+        "rms_norm": {"x": x, "weight": weight, "eps": 1e-6, "offset": 0.0},
+        "add_rms_norm": {"x": x, "residual": randn(2, ROWS, HIDDEN), "weight": weight, "eps": 1e-6},
+        "gated_mlp": {
+            "x": x,
+            "gate_weight": randn(48, HIDDEN) / 6,
+            "up_weight": randn(48, HIDDEN) / 6,
+            "down_weight": randn(HIDDEN, 48) / 7,
+            "activation": "silu",
+        },
+        "rope": {"q": q, "k": k, "cos": angles.cos()[None, None], "sin": angles.sin()[None, None]},
+        "attention": {"q": q, "k": k, "v": v, "is_causal": True},
+        "softmax": {"x": x, "dim": -1},
+        "cross_entropy": {
+            "logits": randn(2 * ROWS, 11),
+            "target": torch.randint(0, 11, (2 * ROWS,), generator=generator),
+        },
+    }
+    return arguments.get(op)
