@@ -87,10 +87,10 @@ def observe_integers(
         return replace(plain, kind="constant", values=(int(flat[0]),))
     if all(_is_arange(t) for t in tensors) and (ordered or not sole):
         return replace(plain, kind="arange", values=(int(tensors[0].reshape(-1)[0]),))
-    if any(part in lower for part in _LENGTH_NAMES) and tensors[0].dim() == 1:
-        return replace(plain, kind="lengths", values=_pool(flat))
     if ordered:
         return replace(plain, kind="keep")
+    if any(part in lower for part in _LENGTH_NAMES) and tensors[0].dim() == 1:
+        return replace(plain, kind="lengths", values=_pool(flat))
     if tensors[0].dim() >= 3 and tensors[0].shape[-1] <= 16 and len({t.shape[-1] for t in tensors}) == 1:
         vectors = torch.cat([t.reshape(-1, t.shape[-1]).cpu().to(torch.int64) for t in tensors])[:POOL]
         return replace(plain, kind="vectors", values=tuple(tuple(row) for row in vectors.tolist()))

@@ -1,0 +1,342 @@
+"""The referee: each way of being wrong is rejected under its rule, and eager's own error is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kpt.judge import outputs
+from kpt.judge.calls import Call
+from kpt.judge.referee import RULES, judge, judge_dropout, judge_gradients, judge_inputs, rejected
+
+
+def problem(rows: int = 64, width: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matmul's fp64 reference, its eager fp32 result, and the result in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, dtype=torch.float64, generator=generator)
+    w = torch.randn(width, 32, dtype=torch.float64, generator=generator)
+    return x @ w, x.float() @ w.float(), (x.bfloat16() @ w.bfloat16()).float()
+
+
+REFERENCE, EAGER, CAST = problem()
+
+
+def test_the_same_outputs_pass_and_every_level_is_known() -> None:
+    for level in ("exact", "production", "aggressive"):
+        assert judge(EAGER.clone(), REFERENCE, EAGER, level=level)
+    with pytest.raises(ValueError, match="levels are exact, production, aggressive"):
+        judge(EAGER, REFERENCE, EAGER, level="fast")
+    with pytest.raises(ValueError, match="unknown rule"):
+        rejected("speed", "")
+
+
+@pytest.mark.parametrize("level", ["exact", "production", "aggressive"])
+def test_a_plan_that_keeps_dtypes_is_judged_exactly_at_every_level(level: Any) -> None:
+    for wrong in (EAGER * 1.01, EAGER + 1e-4, CAST):
+        verdict = judge(wrong, REFERENCE, EAGER, level=level)
+        assert (verdict.passed, verdict.rule) == (False, "value")
+        assert verdict.figures["limit_ratio"] > 1.0
+
+
+def test_a_candidate_closer_to_the_reference_than_eager_passes() -> None:
+    assert judge(REFERENCE.float(), REFERENCE, EAGER, level="exact")
+
+
+def test_eagers_own_error_is_the_measure() -> None:
+    poor = EAGER * (1.0 + 1e-3)
+    assert judge(EAGER * (1.0 - 1.5e-3), REFERENCE, poor, level="exact")
+    assert not judge(EAGER * (1.0 - 1.5e-3), REFERENCE, EAGER, level="exact")
+
+
+def test_a_model_in_bf16_is_judged_against_bf16() -> None:
+    eager = REFERENCE.bfloat16()
+    assert judge((REFERENCE * (1 + 1e-4)).bfloat16(), REFERENCE, eager, level="exact")
+    assert judge((REFERENCE * 1.02).bfloat16(), REFERENCE, eager, level="exact").rule == "value"
+
+
+def test_production_allows_the_cast_eagers_error_and_no_more() -> None:
+    terms: dict[str, Any] = {"level": "production", "cast_eager": CAST, "compute_dtype": "bfloat16"}
+    assert judge(CAST, REFERENCE, EAGER, **terms)
+    assert judge(REFERENCE.float() + 1.4 * (CAST - REFERENCE.float()), REFERENCE, EAGER, **terms)
+    verdict = judge(REFERENCE.float() + 3.0 * (CAST - REFERENCE.float()), REFERENCE, EAGER, **terms)
+    assert verdict.rule == "value" and "eager in torch.bfloat16" in verdict.detail
+    assert judge(EAGER * 1.02, REFERENCE, EAGER, **terms).rule == "value"
+
+
+def test_production_without_a_cast_eager_is_bounded_by_relative_error() -> None:
+    terms: dict[str, Any] = {"level": "production", "compute_dtype": torch.bfloat16}
+    assert judge(EAGER * 1.04, REFERENCE, EAGER, **terms)
+    assert judge(EAGER * 1.06, REFERENCE, EAGER, **terms).rule == "value"
+
+
+def test_logits_are_judged_by_what_they_predict() -> None:
+    noisy = EAGER * 0.01 + 1e-3 * torch.randn(EAGER.shape, generator=torch.Generator().manual_seed(1))
+    reference, eager = REFERENCE * 0.01, EAGER * 0.01
+    terms: dict[str, Any] = {"level": "production", "compute_dtype": "bfloat16"}
+    assert judge(
+        {"logits": noisy + 0.5}, {"logits": reference}, {"logits": eager}, **terms
+    )  # softmax ignores shifts
+    assert judge({"hidden": noisy + 0.5}, {"hidden": reference}, {"hidden": eager}, **terms).rule == "value"
+    assert judge({"s": noisy + 0.5}, {"s": reference}, {"s": eager}, logits=("s",), **terms)
+    verdict = judge({"logits": -eager}, {"logits": reference}, {"logits": eager}, **terms)
+    assert verdict.rule == "value" and verdict.figures["top1"] < 0.1
+
+
+def test_top1_counts_only_rows_that_eager_decides() -> None:
+    reference = torch.tensor([[1.0, 1.0 + 1e-9, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
+    eager = torch.tensor([[1.0 + 1e-6, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    assert outputs.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [3.0, 0, 0]]), reference, eager) == 1.0
+    assert outputs.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0]]), reference, eager) == 0.0
+
+
+def test_aggressive_bounds_direction_norm_and_divergence() -> None:
+    terms: dict[str, Any] = {"level": "aggressive", "compute_dtype": "int8"}
+    noise = torch.randn(EAGER.shape, generator=torch.Generator().manual_seed(2)) * EAGER.std()
+    assert judge(EAGER + 0.1 * noise, REFERENCE, EAGER, **terms)
+    assert judge(EAGER + 0.3 * noise, REFERENCE, EAGER, **terms).rule == "value"
+    assert judge(EAGER * 2.0, REFERENCE, EAGER, **terms).rule == "value"  # cosine 1, but twice as long
+    verdict = judge({"logits": EAGER + 0.1 * noise}, {"logits": REFERENCE}, {"logits": EAGER}, **terms)
+    assert verdict.rule == "value" and verdict.figures["kl"] > 0.05
+    loss = torch.tensor(2.0)
+    assert judge(loss * 1.01, loss.double(), loss, **terms)
+    assert not judge(loss * 1.3, loss.double(), loss, **terms)
+
+
+def test_nan_and_infinity_are_no_wildcards() -> None:
+    wrong = EAGER.clone()
+    wrong[3, 4] = math.nan
+    for level in ("exact", "production", "aggressive"):
+        assert judge(wrong, REFERENCE, EAGER, level=level, compute_dtype="bfloat16").rule == "nan"
+    wrong[3, 4] = math.inf
+    assert judge(wrong, REFERENCE, EAGER, level="exact").rule == "nan"
+
+
+def test_infinities_of_the_reference_have_to_be_there() -> None:
+    reference, eager = REFERENCE.clone(), EAGER.clone()
+    reference[0], eager[0] = -math.inf, -math.inf
+    assert judge(eager.clone(), reference, eager, level="exact")
+    assert judge(EAGER.clone(), reference, eager, level="exact").rule == "value"
+    opposite = eager.clone()
+    opposite[0] = math.inf
+    assert judge(opposite, reference, eager, level="exact").rule == "value"
+
+
+def test_where_eager_itself_overflows_nothing_is_asked() -> None:
+    eager = EAGER.clone()
+    eager[0, 0] = math.inf
+    assert judge(eager.clone(), REFERENCE, eager, level="exact")
+    assert judge(EAGER.clone(), REFERENCE, eager, level="exact")
+
+
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """Like a model library's output class."""
+
+
+@dataclass
+class Result:
+    value: torch.Tensor
+    extra: Any = None
+
+
+@pytest.mark.parametrize(
+    ("candidate", "eager", "rule"),
+    [
+        ((EAGER,), EAGER, "structure"),
+        ([EAGER], (EAGER,), "structure"),
+        ({"a": EAGER}, {"b": EAGER}, "structure"),
+        ({"a": EAGER}, Output(a=EAGER), "structure"),
+        ((EAGER, None), (EAGER, EAGER), "structure"),
+        (Result(EAGER, EAGER.clone()), Result(EAGER), "structure"),
+        (EAGER.to_sparse(), EAGER, "structure"),
+        (EAGER[:-1], EAGER, "shape"),
+        (EAGER.unsqueeze(0), EAGER, "shape"),
+        (EAGER.double(), EAGER, "dtype"),
+        (EAGER.bfloat16(), EAGER, "dtype"),
+        (Result(EAGER, 3), Result(EAGER, 4), "value"),
+        (Result(EAGER, "a"), Result(EAGER, "b"), "value"),
+    ],
+)
+def test_outputs_have_eagers_structure_shapes_and_dtypes(candidate: Any, eager: Any, rule: str) -> None:
+    assert judge(candidate, eager, eager, level="production", compute_dtype="bfloat16").rule == rule
+
+
+def test_every_leaf_of_nested_outputs_is_judged() -> None:
+    def nested(value: torch.Tensor) -> Any:
+        return Output(a=EAGER, b=(Result(EAGER, 3), [EAGER, value]))
+
+    assert judge(nested(EAGER.clone()), nested(EAGER), nested(EAGER), level="exact")
+    verdict = judge(nested(EAGER * 1.01), nested(EAGER), nested(EAGER), level="exact")
+    assert verdict.rule == "value" and "b[1][1]" in verdict.detail
+
+
+def test_outputs_may_not_alias_where_eagers_do_not() -> None:
+    pair = (EAGER, EAGER.clone())
+    assert judge((EAGER, EAGER), pair, pair, level="exact").rule == "structure"
+    same = (EAGER, EAGER)
+    assert judge(pair, same, same, level="exact")  # a copy is safe
+    both = torch.cat([EAGER, EAGER], -1)
+    halves = both.chunk(2, -1)
+    assert judge(tuple(halves), pair, pair, level="exact")  # interleaved, but no element is shared
+    x = EAGER.clone()
+    verdict = judge(x, EAGER, EAGER, level="exact", inputs=Call((x,)), eager_inputs=Call((x.clone(),)))
+    assert verdict.rule == "structure" and "[0]" in verdict.detail
+
+
+def test_integers_agree_where_the_choice_is_no_tie() -> None:
+    reference = torch.arange(1000)
+    eager = reference.clone()
+    eager[:5] = 0  # eager itself loses ties here
+    assert judge(reference.clone(), reference, eager, level="exact")
+    wrong = eager.clone()
+    wrong[20:25] = 0
+    assert judge(wrong, reference, eager, level="exact").rule == "value"
+    assert judge(wrong, reference, eager, level="production", compute_dtype="bfloat16")
+    wrong[20:50] = 0
+    assert not judge(wrong, reference, eager, level="production", compute_dtype="bfloat16")
+
+
+def test_only_valid_positions_are_judged_under_a_mask() -> None:
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 3:] = False
+    reference = torch.randn(4, 6, 8, dtype=torch.float64)
+    caches = torch.randn(4, 2, 6, 3, dtype=torch.float64)
+    pooled = torch.randn(4, 8, dtype=torch.float64)
+    wide = {"hidden": reference, "keys": caches, "pooled": pooled}
+    eager = {name: value.float() for name, value in wide.items()}
+    padded = {name: value.clone() for name, value in eager.items()}
+    padded["hidden"][1, 3:] = 0.0
+    padded["keys"][1, :, 3:] = 0.0
+    verdict = judge(padded, wide, eager, level="exact", mask={"attention_mask": mask})
+    assert verdict.passed and verdict.figures["whole_relative_error"] > 0.01
+    assert not judge(padded, wide, eager, level="exact")
+    padded["hidden"][1, 2] = 0.0
+    assert judge(padded, wide, eager, level="exact", mask=mask, rule="mask").rule == "mask"
+    eager["pooled"], padded["pooled"] = pooled.float(), pooled.float() * 1.01
+    padded["hidden"] = eager["hidden"]
+    assert not judge(padded, wide, eager, level="exact", mask=mask)
+
+
+def test_an_encoder_and_a_decoder_have_their_own_masks() -> None:
+    encoder, decoder = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    encoder[0, 2:], decoder[1, 1:] = False, False
+    masks = {"attention_mask": encoder, "decoder_attention_mask": decoder}
+    tensor = torch.ones(2, 4, 3)
+    assert outputs.mask_for("logits", tensor, masks) is decoder
+    assert outputs.mask_for("encoder_last_hidden_state", tensor, masks) is encoder
+    assert outputs.mask_for("logits", torch.ones(2, 5, 3), masks) is None
+
+
+def test_a_scalar_that_eager_hits_by_luck_may_be_off_by_rounding() -> None:
+    loss = torch.tensor(2.5)
+    assert judge(torch.tensor(2.5 * (1 + 2e-6)), loss.double(), loss, level="exact")
+    assert not judge(torch.tensor(2.5 * 1.01), loss.double(), loss, level="exact")
+    assert judge(
+        torch.tensor(2.5 * (1 + 2**-8)).bfloat16(),
+        torch.tensor(2.503, dtype=torch.float64),
+        torch.tensor(2.5).bfloat16(),
+        level="exact",
+    )
+
+
+def test_a_rejection_can_be_named_after_what_revealed_it() -> None:
+    verdict = judge(EAGER * 1.01, REFERENCE, EAGER, level="exact").named("size", "at batch 3")
+    assert verdict.rule == "size" and verdict.detail.startswith("at batch 3: ")
+    assert judge(EAGER, REFERENCE, EAGER, level="exact").named("size").passed
+    assert {"size", "stride", "mask", "gradient"} <= set(RULES)
+
+
+GRADS = {"w": REFERENCE, "b": REFERENCE[0], "frozen": None}
+EAGER_GRADS = {"w": EAGER, "b": EAGER[0], "frozen": None}
+
+
+def gradients(**changed: Any) -> Any:
+    return judge_gradients({**EAGER_GRADS, **changed}, GRADS, EAGER_GRADS, level="exact")
+
+
+def test_every_gradient_is_judged() -> None:
+    assert gradients()
+    for wrong in (
+        {"w": EAGER * 1.01},
+        {"w": EAGER * math.nan},
+        {"b": None},
+        {"frozen": EAGER},
+        {"w": EAGER[:3]},
+        {"w": EAGER.bfloat16()},
+        {"more": EAGER},
+    ):
+        verdict = gradients(**wrong)
+        assert (verdict.passed, verdict.rule) == (False, "gradient"), wrong
+
+
+def test_a_gradient_that_vanishes_analytically_is_rounding_noise() -> None:
+    noise = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 1e-8
+    wide = {"w": REFERENCE, "key.bias": torch.zeros(32, dtype=torch.float64)}
+    eager = {"w": EAGER, "key.bias": noise}
+    assert judge_gradients({"w": EAGER, "key.bias": noise.flip(0) * 3}, wide, eager, level="exact")
+    assert not judge_gradients({"w": EAGER, "key.bias": noise + 1e-3}, wide, eager, level="exact")
+
+
+def test_gradients_in_bf16_follow_the_cast_eagers() -> None:
+    terms: dict[str, Any] = {"level": "production", "compute_dtype": "bfloat16", "cast_eager": {"w": CAST}}
+    assert judge_gradients({"w": CAST}, {"w": REFERENCE}, {"w": EAGER}, **terms)
+    assert judge_gradients({"w": EAGER * 1.03}, {"w": REFERENCE}, {"w": EAGER}, **terms).rule == "gradient"
+
+
+def test_modified_inputs_are_found_bit_for_bit() -> None:
+    x = torch.tensor([0.0, math.nan])
+    before = Call((x,)).clone()
+    assert judge_inputs(before, Call((x,)))
+    x[0] = -0.0
+    assert judge_inputs(before, Call((x,))).rule == "input-modified"
+
+
+def dropout_runs(rate: float, keep_scale: bool = True) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(int(rate * 100))
+    scale = 1.0 / (1.0 - rate) if keep_scale else 1.0
+    return [EAGER * (torch.rand(EAGER.shape, generator=generator) > rate) * scale for _ in range(16)]
+
+
+def test_the_rate_of_dropout_is_judged_by_its_spread() -> None:
+    assert judge_dropout(dropout_runs(0.1), dropout_runs(0.11))
+    assert judge_dropout([EAGER] * 8, [EAGER] * 8)
+    for wrong in (dropout_runs(0.3), [EAGER] * 16, dropout_runs(0.01)):
+        assert judge_dropout(wrong, dropout_runs(0.1)).rule == "dropout"
+    assert judge_dropout(dropout_runs(0.1), [EAGER] * 16).rule == "dropout"
+
+
+def test_distances_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (
+        outputs.distance(CAST, REFERENCE, EAGER),
+        outputs.kl_divergence(CAST, REFERENCE),
+        outputs.top1_agreement(CAST, REFERENCE, EAGER),
+        outputs.rounding_error(REFERENCE, torch.bfloat16),
+    )
+    monkeypatch.setattr(outputs, "CHUNK", 37)
+    parts = (
+        outputs.distance(CAST, REFERENCE, EAGER),
+        outputs.kl_divergence(CAST, REFERENCE),
+        outputs.top1_agreement(CAST, REFERENCE, EAGER),
+        outputs.rounding_error(REFERENCE, torch.bfloat16),
+    )
+    assert parts[0].error == pytest.approx(whole[0].error, rel=1e-12)
+    assert parts[0].elements == whole[0].elements == REFERENCE.numel()
+    assert parts[1:] == pytest.approx(whole[1:])
+    expected = ((CAST.double() - REFERENCE) ** 2).mean().sqrt() / (REFERENCE**2).mean().sqrt()
+    assert outputs.relative_error(CAST, REFERENCE) == pytest.approx(float(expected))
+    kl = torch.nn.functional.kl_div(
+        CAST.double().log_softmax(-1), REFERENCE.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert whole[1] == pytest.approx(float(kl))
+
+
+def test_identical_sees_every_bit_and_every_leaf() -> None:
+    first = {"a": EAGER, "b": [torch.tensor(math.nan), 3]}
+    assert outputs.identical(first, {"a": EAGER.clone(), "b": [torch.tensor(math.nan), 3]}) is None
+    assert outputs.identical(first, {"a": EAGER.clone(), "b": [torch.tensor(math.nan), 4]}) == "b[1]"
+    assert outputs.identical(first, {"a": torch.nextafter(EAGER, EAGER + 1), "b": first["b"]}) == "a"
+    assert outputs.identical(first, {"a": EAGER}) == "structure"
