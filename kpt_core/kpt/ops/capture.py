@@ -205,14 +205,18 @@ def callee_name(
 
 
 def _attributes(root: types.ModuleType, names: Iterable[str], depth: int) -> Iterator[tuple[str, Any]]:
-    for name in names:
-        value = vars(root).get(name)
-        if value is None:
-            continue
-        yield name, value
-        if depth and isinstance(value, types.ModuleType):
-            for inner, found in _attributes(value, names, depth - 1):
-                yield f"{name}.{inner}", found
+    """What can be reached from a package through attributes in ``names``, the shortest paths first."""
+    level: list[tuple[str, Any]] = [("", root)]
+    for _ in range(depth):
+        below: list[tuple[str, Any]] = []
+        for path, package in level:
+            for name in names:
+                value = vars(package).get(name)
+                if value is not None and value is not package:
+                    yield path + name, value
+                    if isinstance(value, types.ModuleType):
+                        below.append((f"{path}{name}.", value))
+        level = below
 
 
 class _Watch:
@@ -415,7 +419,9 @@ class _Named(TorchFunctionMode):
                 callee = callee_name(frame.f_code, frame.f_globals, lambda value: value is func)
                 if callee is not None:
                     attribute = self.watch.methods[frame.f_code]
-                    captured = self.watch.add_function(path, attribute, callee, func, args, dict(kwargs or {}))
+                    captured = self.watch.add_function(
+                        path, attribute, callee, func, args, dict(kwargs or {})
+                    )
                     if captured is not None:
                         captured.outputs[-1] = see(out)
         return out

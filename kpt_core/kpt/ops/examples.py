@@ -61,7 +61,8 @@ class Examples:
                 kept = value.detach().clone().to(self.device)
                 return torch.nn.Parameter(kept, False) if is_parameter else kept
             if self.function_of_module and value.numel() > 1 << 16:
-                drawn = torch.zeros((), dtype=dtype, device=self.device).expand(shape)
+                # a function given its caller has no business with large weights: reading one fails
+                drawn = torch.empty(shape, dtype=dtype, device="meta")
                 return torch.nn.Parameter(drawn, False) if is_parameter else drawn
             drawn = torch.randn(shape, generator=own, dtype=torch.float64)
             if not is_parameter:
@@ -93,7 +94,6 @@ class Examples:
         scale: float = 1.0,
         dtype: torch.dtype = torch.float64,
         strided: bool = False,
-        gradients: bool = False,
         lengths: dict[int, int] | None = None,
     ) -> dict[str, Any]:
         """Arguments like those of call ``index``, by parameter name."""
@@ -101,7 +101,7 @@ class Examples:
 
         def make(value: Any) -> Any:
             if isinstance(value, Seen):
-                return self._tensor(value, scale, dtype, strided, gradients, table)
+                return self._tensor(value, scale, dtype, strided, table)
             if type(value) in (tuple, list):
                 return type(value)(make(item) for item in value)
             if type(value) is dict:
@@ -116,7 +116,6 @@ class Examples:
         scale: float,
         dtype: torch.dtype,
         strided: bool,
-        gradients: bool,
         table: dict[int, int],
     ) -> torch.Tensor:
         last = len(seen.shape) - 1
@@ -136,8 +135,7 @@ class Examples:
             drawn = drawn.transpose(-1, -2)
         else:
             drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        drawn = (drawn * scale).to(self.device, dtype)
-        return drawn.requires_grad_() if gradients else drawn
+        return (drawn * scale).to(self.device, dtype)
 
     def _integers(self, seen: Seen, shape: tuple[int, ...]) -> torch.Tensor:
         """Resampled from the values seen; the very same values when the shape did not change."""
@@ -159,18 +157,34 @@ class Examples:
         sizes = {size for value in _seen(call) for size in value.shape[:-1]}
         free = [size for size in sizes if size not in self.protected] or list(sizes)
         held = {v for v in vars(self.captured.module).values() if type(v) is int and 2 < v <= 8192}
-        literals = sorted({*integers, *(held - sizes - set(self.sizes))})[:8]
-        wanted = [1, 2, 3, 33, *(n for v in literals for n in (v, v + 1))]
+        literals = sorted({*integers, *(held - sizes - set(self.sizes))} - {1, 2, 3})[:8]
+        largest = 512 if self.function_of_module else 8192  # attention is quadratic in it
+        wanted = [1, 2, 3, 33]
+        for literal in literals:
+            if literal <= largest:
+                wanted += [literal, literal + 1] if literal > 32 else [literal]
         elements = max((math.prod(value.shape) for value in _seen(call)), default=1)
-        for size in free[:3]:
+        for size in sorted(free, reverse=True)[:3]:
             for length in dict.fromkeys(wanted):
                 per_unit = elements / max(size, 1) if size not in self.lengths else 64
                 if length != size and length * min(per_unit, 4096) <= 1 << 21:
                     try:
                         bound = self.draw(0, twin, lengths={size: length})
                     except (RuntimeError, ValueError):
-                        continue
+                        continue  # an integer input that cannot be drawn in this size
                     yield f"with a size of {length} in place of {size}", bound
+
+        if self.function_of_module:
+            # queries and keys have lengths of their own
+            name, seen = next(((n, v) for n, v in call.items() if isinstance(v, Seen)), ("", None))
+            if seen is not None and len(seen.shape) > 2:
+                for length in (1, 2):
+                    bound = self.draw(0, twin)
+                    other = Seen(
+                        (*seen.shape[:-2], length, seen.shape[-1]), seen.dtype, (), seen.device, seen.value
+                    )
+                    bound[name] = self._tensor(other, 1.0, torch.float64, False, self.lengths)
+                    yield f"with {length} rows of {name}", bound
 
     # ---- arguments that are not tensors --------------------------------------------------------
 
@@ -206,6 +220,10 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = value * 0.625 + 0.03125
                 yield f"with another {name}", bound
+            elif type(value) is bool and name not in self.constants([h for h, _ in candidates]):
+                bound = self.draw(0, twin)
+                bound[name] = not value
+                yield f"with {name}={not value}", bound
             elif self.captured.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD and value:
                 bound = self.draw(0, twin)
                 bound[name] = {}

@@ -41,6 +41,8 @@ class Outcome:
     modes: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     constants: dict[str, Any] = field(default_factory=dict)
+    #: For a function: the attributes of the calling module that were read
+    reads: frozenset[str] = frozenset()
 
 
 class Unproved(Exception):
@@ -62,14 +64,17 @@ def prove(
 
     ``deadline`` is a value of ``time.monotonic()``; `OutOfTime` is raised when it passes.
     """
+    proof = None
     try:
-        return _Proof(captured, hypotheses, reference, deadline, shrink).outcome()
+        proof = _Proof(captured, hypotheses, reference, deadline, shrink)
+        return proof.outcome()
     except OutOfTime:
         raise
-    except Refused as refusal:
-        return Outcome(None, str(refusal))
-    except Unproved as failure:
-        return Outcome(None, str(failure))
+    except (Refused, Unproved) as failure:
+        reason = str(failure)
+    except Exception as error:  # noqa: BLE001 - strangers' code may raise anything; it stays unproved
+        reason = f"its proof raised {type(error).__name__}: {_short(error)}"
+    return Outcome(None, reason, reads=frozenset(proof.reads) if proof else frozenset())
 
 
 class _Proof:
@@ -89,7 +94,7 @@ class _Proof:
         self.candidates = [
             (hypothesis, Binding(hypothesis, captured.signature, self.constants)) for hypothesis in hypotheses
         ]
-        self.error: dict[str, float] = {}
+        self.reads: set[str] = set()
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -104,7 +109,10 @@ class _Proof:
 
     def _claim(self, twin: torch.nn.Module, bound: dict[str, Any], binding: Binding) -> Any:
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
-        return binding.run(twin, self.reference(binding.op), *arguments.args, **arguments.kwargs)
+        # references keep float64 as it is; only a binding that casts needs to be promoted, which is slow
+        casts = any(".float()" in text or ".to(" in text for text in binding.arguments.values())
+        with Promoted() if casts else nullcontext():
+            return binding.run(twin, self.reference(binding.op), *arguments.args, **arguments.kwargs)
 
     def _filter(self, twin: torch.nn.Module, bound: dict[str, Any], what: str) -> Any:
         """Run the site on ``bound`` in fp64 and drop the hypotheses that disagree."""
@@ -118,8 +126,7 @@ class _Proof:
         nearest, nearest_error = "", float("inf")
         for hypothesis, binding in self.candidates:
             try:
-                with Promoted():
-                    claimed = self._claim(twin, bound, binding)
+                claimed = self._claim(twin, bound, binding)
                 error = difference(out, claimed)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failure:
                 if isinstance(failure, Unproved):
@@ -143,6 +150,8 @@ class _Proof:
         examples = self.examples
         twin = examples.twin(torch.float64)
         twin.eval()
+        if self.captured.function is not None:
+            self.reads = _record_reads(twin)
         with torch.no_grad(), torch.autocast(examples.device.type, enabled=False):
             base = examples.draw(0, twin)
             try:
@@ -160,12 +169,14 @@ class _Proof:
             if difference(first, again) > 0.0:
                 raise Unproved("it returns something else when called again")
         if len(self.candidates) > 1:
+            self._by_dtype()
+        if len(self.candidates) > 1:
             names = " and ".join(hypothesis.describe() for hypothesis, _ in self.candidates[:3])
             raise Unproved(f"several hypotheses agree with it: {names}")
         modes = self._modes(twin)
-        dtypes = self._native()
+        dtypes = self._native(twin)
         hypothesis = self.candidates[0][0]
-        return Outcome(hypothesis, "", modes, dtypes, self.constants)
+        return Outcome(hypothesis, "", modes, dtypes, self.constants, frozenset(self.reads))
 
     def _nondegenerate(self, out: Any) -> None:
         for tensor in tensors(out):
@@ -184,18 +195,31 @@ class _Proof:
             self._filter(twin, examples.draw(0, twin, scale=scale), f"on inputs of magnitude {scale:g}")
         for index in range(1, len(self.captured.calls)):
             self._filter(twin, examples.draw(index, twin), "on another of the shapes it was called with")
-        self._filter(twin, examples.draw(0, twin, strided=True), "on inputs that are not contiguous")
-        for what, bound in examples.variations(twin, integers):
+        strided = [("on inputs that are not contiguous", examples.draw(0, twin, strided=True))]
+        for what, bound in (*strided, *examples.variations(twin, integers)):
             try:
                 with Promoted():
                     self._call(twin, bound)
             except Refused:
                 raise
             except Exception:
-                continue  # the code itself does not run with this size
+                continue  # the code itself does not run with this size or stride
             self._filter(twin, bound, what)
         for what, bound in examples.other_values(twin, self.candidates):
             self._filter(twin, bound, what)
+
+    def _by_dtype(self) -> None:
+        """Of hypotheses that differ by a cast only, keep those that return the site's own dtype."""
+        twin = self.examples.twin(torch.bfloat16)
+        twin.eval()
+        bound = self.examples.draw(0, twin, dtype=torch.bfloat16)
+        with torch.no_grad():
+            given = [t.dtype for t in tensors(self._call(twin, bound))]
+            self.candidates = [
+                (hypothesis, binding)
+                for hypothesis, binding in self.candidates
+                if [t.dtype for t in tensors(self._claim(twin, bound, binding))] == given
+            ] or self.candidates
 
     def _modes(self, twin: torch.nn.Module) -> tuple[str, ...]:
         self._gradients(twin, "in evaluation mode")
@@ -217,25 +241,48 @@ class _Proof:
     def _gradients(self, twin: torch.nn.Module, where: str) -> None:
         self._clock()
         binding = self.candidates[0][1]
-        bound = self.examples.draw(0, twin, gradients=True)
-        leaves = [t for t in tensors(bound) if t.requires_grad]
-        leaves += [p for p in twin.parameters() if p.requires_grad and p.numel() < 1 << 22]
-        with torch.enable_grad(), Promoted():
-            grads = _grads(self._call(twin, bound), leaves)
-            claimed = _grads(self._claim(twin, bound, binding), leaves)
+        inputs = self.examples.draw(0, twin)
+        names = [name for name, value in inputs.items() if any(t.is_floating_point() for t in tensors(value))]
+        weights = [p for p in twin.parameters() if p.requires_grad and p.numel() < 1 << 22]
+        # some inputs have no gradient (class weights of a loss): then each of the others is tried alone
+        for wanted in (names, *([name] for name in names if len(names) > 1)):
+            leaves = [t for n in wanted for t in tensors(inputs[n]) if t.is_floating_point()]
+            for leaf in leaves:
+                leaf.requires_grad_()
+            try:
+                with torch.enable_grad(), Promoted():
+                    grads = _grads(self._call(twin, inputs), [*leaves, *weights])
+            except RuntimeError as error:
+                for leaf in leaves:
+                    leaf.requires_grad_(False)
+                if wanted is names and len(names) == 1:
+                    raise Unproved(f"it has no gradient {where}: {_short(error)}") from error
+                continue
+            with torch.enable_grad():
+                claimed = _grads(self._claim(twin, inputs, binding), [*leaves, *weights])
+            self._same_gradients(grads, claimed, where)
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+            if wanted is names:
+                return
+
+    def _same_gradients(
+        self, grads: list[torch.Tensor | None], claimed: list[torch.Tensor | None], where: str
+    ) -> None:
+        op = self.candidates[0][0].op
         for one, other in zip(grads, claimed, strict=True):
             if one is None and other is None:
                 continue
             if one is None or other is None:
                 given = one if other is None else other
                 if given is not None and bool((given != 0).any()):
-                    raise Unproved(f"its gradient differs from that of {binding.op} {where}: one is missing")
+                    raise Unproved(f"its gradient differs from that of {op} {where}: one is missing")
             elif difference(one, other) > _GRADIENT_TOLERANCE:
                 raise Unproved(
-                    f"its gradient differs from that of {binding.op} {where}, by {difference(one, other):.1e}"
+                    f"its gradient differs from that of {op} {where}, by {difference(one, other):.1e}"
                 )
 
-    def _native(self) -> tuple[str, ...]:
+    def _native(self, twin: torch.nn.Module) -> tuple[str, ...]:
         """The dtypes in which the site makes the same calls and returns the same dtype as the op."""
         binding = self.candidates[0][1]
         held: list[str] = []
@@ -243,12 +290,11 @@ class _Proof:
         examples = self.examples
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             self._clock()
-            twin = examples.twin(dtype)
-            twin.eval()
+            twin.to(dtype)
             bound = examples.draw(0, twin, dtype=dtype)
             try:
                 with torch.no_grad():
-                    out, trace = _traced(lambda t=twin, b=bound: self._call(t, b))  # type: ignore[misc]
+                    out, trace = _traced(lambda b=bound: self._call(twin, b))  # type: ignore[misc]
             except RuntimeError:
                 continue  # no kernel for this dtype on this device
             if baseline is None:
@@ -282,6 +328,20 @@ class _Proof:
                 raise Unproved(f"it fails {what}: {_short(error)}") from error
             if trace != baseline:
                 raise Unproved(f"it takes another branch {what}")
+
+
+def _record_reads(twin: torch.nn.Module) -> set[str]:
+    """Note from now on which attributes of ``twin`` are read."""
+    reads: set[str] = set()
+    cls = type(twin)
+
+    def read(self: Any, name: str) -> Any:
+        if self is twin and not name.startswith("__"):
+            reads.add(name)
+        return cls.__getattribute__(self, name)
+
+    twin.__class__ = type(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
+    return reads
 
 
 class _autocast:  # noqa: N801 - reads as the context manager that it is

@@ -120,4 +120,3 @@ def _replaced(root: Any, callee: str, original: Any, replacement: Any) -> Any:
     inner = _replaced(getattr(root, path[0]), ".".join(path), original, replacement)
     copy.__dict__[path[0]] = inner
     return copy
-

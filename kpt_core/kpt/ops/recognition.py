@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.ops import index
+from kpt.ops import index, keys
 from kpt.ops.capture import Captured, Seen, observe, untouched_randomness
 from kpt.ops.clone import hooked
-from kpt.ops.keys import proof_key
 from kpt.ops.proof import Outcome, OutOfTime, prove
 from kpt.ops.sites import Binding, Example, Hypothesis, Site
 
 if TYPE_CHECKING:
     from kpt.judge.draws import Call
 
-_PROOFS: dict[Hashable, Outcome] = {}
+#: By what runs: what the code read from its caller, and how its proof ended.
+_PROOFS: dict[Hashable, tuple[tuple[Hashable, Outcome], ...]] = {}
 _PROOFS_LIMIT = 4096
 
 
@@ -118,26 +118,29 @@ class _Work:
 
     def _outcome(self, captured: Captured, hypotheses: list[Hypothesis]) -> Outcome:
         key: Hashable = (
-            proof_key(captured, self.memo),
+            keys.proof_key(captured, self.memo),
             tuple((h.op, tuple(h.arguments.items()), h.output, h.conditions) for h in hypotheses),
         )
         try:
-            known = _PROOFS.get(key)
+            entries = _PROOFS.get(key, ())
         except TypeError:  # an attribute without a hash: proved each time
-            key, known = None, None
-        if known is None:
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                raise OutOfTime("the time for recognition was over")
-            self.proofs += 1
-            known = prove(captured, hypotheses, self.reference, self.deadline)
-            if known.hypothesis is None and _may_be_too_small(captured):
-                full = prove(captured, hypotheses, self.reference, self.deadline, shrink=False)
-                known = full if full.hypothesis is not None else known
-            if key is not None:
-                if len(_PROOFS) >= _PROOFS_LIMIT:
-                    _PROOFS.clear()
-                _PROOFS[key] = known
-        return known
+            key, entries = None, ()
+        for found, outcome in entries:
+            if found == keys.reads_key(captured.module, outcome.reads, self.memo):
+                return outcome
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("the time for recognition was over")
+        self.proofs += 1
+        outcome = prove(captured, hypotheses, self.reference, self.deadline)
+        if outcome.hypothesis is None and _may_be_too_small(captured):
+            full = prove(captured, hypotheses, self.reference, self.deadline, shrink=False)
+            outcome = full if full.hypothesis is not None else outcome
+        if key is not None:
+            if len(_PROOFS) >= _PROOFS_LIMIT:
+                _PROOFS.clear()
+            found = keys.reads_key(captured.module, outcome.reads, self.memo)
+            _PROOFS[key] = (*entries, (found, outcome))
+        return outcome
 
     def _site(self, captured: Captured, kind: str, outcome: Outcome) -> Site:
         assert outcome.hypothesis is not None

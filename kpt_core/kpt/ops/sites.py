@@ -165,10 +165,16 @@ class Binding:
         lines += [f"    result = {self._call('_kernel')}", f"    return {self.hypothesis.output}", ""]
         return "\n".join(lines)
 
-    def _build(self, kind: str, **names: Any) -> Callable[..., Any]:
+    def _build(self, kind: str, names: dict[str, Any]) -> Callable[..., Any]:
         import torch
 
-        namespace: dict[str, Any] = {"torch": torch, "_same": _same, "_only": _only, "__builtins__": __builtins__, **names}
+        namespace: dict[str, Any] = {
+            "torch": torch,
+            "_same": _same,
+            "_only": _only,
+            "__builtins__": __builtins__,
+            **names,
+        }
         declared, passed = self._parameters(namespace)
         condition = self._condition(namespace)
         declared = f", {declared}" if declared else ""
@@ -181,7 +187,7 @@ class Binding:
         else:
             lines = [f"def site(self, _kernel{declared}):"]
             otherwise = "_otherwise()"
-        if condition and not (kind in ("run", "arguments") and names.get("_otherwise") is None):
+        if condition:
             lines += [f"    if not ({condition}):", f"        return {otherwise}"]
         if kind == "arguments":
             items = ", ".join(f"{name!r}: ({text})" for name, text in self.arguments.items())
@@ -196,14 +202,14 @@ class Binding:
         """Call ``kernel`` with what the forward of ``module`` would have computed with."""
         function = self._functions.get("run")
         if function is None:
-            function = self._functions["run"] = self._build("run", _otherwise=_refuse)
+            function = self._functions["run"] = self._build("run", {"_otherwise": _refuse})
         return function(module, kernel, *args, **kwargs)
 
     def collect(self, module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The op's arguments for this call; tensors are the live ones or views of them."""
         function = self._functions.get("arguments")
         if function is None:
-            function = self._functions["arguments"] = self._build("arguments", _otherwise=_refuse)
+            function = self._functions["arguments"] = self._build("arguments", {"_otherwise": _refuse})
         collected: dict[str, Any] = function(module, None, *args, **kwargs)
         return collected
 
@@ -212,13 +218,13 @@ class Binding:
 
         ``otherwise`` gets the very same arguments when a condition does not hold.
         """
-        return self._build("forward", _kernel=kernel, _otherwise=otherwise)
+        return self._build("forward", {"_kernel": kernel, "_otherwise": otherwise})
 
     def function(
         self, kernel: Callable[..., Any], otherwise: Callable[..., Any], module: Any
     ) -> Callable[..., Any]:
         """As `forward`, for a plain function called by ``module``, which expressions see as ``self``."""
-        return self._build("function", _kernel=kernel, _otherwise=otherwise, self=module)
+        return self._build("function", {"_kernel": kernel, "_otherwise": otherwise, "self": module})
 
 
 def _refuse() -> Any:

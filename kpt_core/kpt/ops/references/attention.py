@@ -117,17 +117,16 @@ def _masks(
         conditions = (f"{mask} is None",)
     elif mask and all(isinstance(v, Seen) for v in values):
         conditions = (f"{mask} is not None",)
-    flags = [n for n, v in captured.calls[0].items() if "causal" in n and isinstance(v, bool)]
-    for flag in flags:
+    never = bool(values) and all(isinstance(v, Seen) for v in values)
+    for flag in [n for n, v in captured.calls[0].items() if "causal" in n and isinstance(v, bool)]:
         yield {**given, "is_causal": flag}, conditions
-        if mask:
+        if mask and not never:
             # what transformers computes from its flag: only a prefill without a mask is causal
             yield {**given, "is_causal": f"{flag} and {mask} is None and {used[0]}.shape[2] > 1"}, conditions
     yield given, conditions
-    if mask:
-        yield {**given, "is_causal": f"{mask} is None and {used[0]}.shape[2] > 1"}, conditions
-    else:
-        yield {**given, "is_causal": f"{used[0]}.shape[2] > 1"}, conditions
+    if not never:
+        unmasked = f"{mask} is None and " if mask else ""
+        yield {**given, "is_causal": f"{unmasked}{used[0]}.shape[2] > 1"}, conditions
 
 
 def _scales(captured: Captured) -> list[dict[str, str]]:
@@ -145,7 +144,9 @@ def _softcaps(call: dict[str, object]) -> list[dict[str, str]]:
 
 
 def _sinks(module: torch.nn.Module, heads: int) -> list[dict[str, str]]:
-    found = [{"sinks": attribute(n)} for n, p in module.named_parameters(recurse=False) if p.shape == (heads,)]
+    found = [
+        {"sinks": attribute(n)} for n, p in module.named_parameters(recurse=False) if p.shape == (heads,)
+    ]
     return [{}, *found]
 
 

@@ -92,7 +92,11 @@ class Losses:
                 flat = {"logits": f"{x}{cast}.flatten(0, -2)", **options}
                 yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"})
                 yield Hypothesis("cross_entropy", {**flat, "target": _SHIFTED.format(y, ignored)})
-        if rank >= 3 and labels == (tensors[x].shape[0], *tensors[x].shape[2:]) and captured.output.shape == ():
+        if (
+            rank >= 3
+            and labels == (tensors[x].shape[0], *tensors[x].shape[2:])
+            and captured.output.shape == ()
+        ):
             flat = {"logits": f"{x}.movedim(1, -1).flatten(0, -2)", **options}
             yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"})
 

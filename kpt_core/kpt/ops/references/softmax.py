@@ -25,7 +25,11 @@ class Softmaxes:
 
     def hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
         found = only_tensor(captured)
-        if found is None or getattr(captured.output, "shape", None) != found[1].shape or list(module.parameters()):
+        if (
+            found is None
+            or getattr(captured.output, "shape", None) != found[1].shape
+            or list(module.parameters())
+        ):
             return
         if not attribute_names(type(module)) & {"softmax", "exp", "softmin", "log_softmax"}:
             return
@@ -53,5 +57,7 @@ class Softmaxes:
 
 _HOME = "kpt.ops.references.softmax"
 SPECS = (
-    OpSpec("softmax", "(x, dim=-1) -> y", f"{_HOME}:softmax", f"{_HOME}:Softmaxes", "softmax along one dimension"),
+    OpSpec(
+        "softmax", "(x, dim=-1) -> y", f"{_HOME}:softmax", f"{_HOME}:Softmaxes", "softmax along one dimension"
+    ),
 )

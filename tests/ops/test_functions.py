@@ -1,0 +1,241 @@
+"""Functions and named calls inside a forward: found, proved, and rebound for one instance only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kpt import ops
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat((-other, one), dim=-1)
+
+
+def turn_both(q: Any, k: Any, cos: Any, sin: Any, heads_at: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos.unsqueeze(heads_at), sin.unsqueeze(heads_at)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def turn_pairs(q: Any, k: Any, sin: Any, cos: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        c, s = cos[:, :, None], sin[:, :, None]
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)
+
+    return turn(q), turn(k)
+
+
+def turn_wrong(q: Any, k: Any, cos: Any, sin: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos - rotate_half(k) * sin
+
+
+class Attention(nn.Module):
+    """q, k and v from one input; ``turn`` and the attention are replaced by subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def parts(self, x: torch.Tensor, at: int = 1) -> Any:
+        q, k, v = (f(x).unflatten(-1, (-1, 8)) for f in (self.q, self.k, self.v))
+        table = torch.arange(x.shape[1])[:, None] * torch.linspace(1, 0.1, 4)[None]
+        both = torch.cat((table, table), dim=-1)[None].expand(x.shape[0], -1, -1)
+        return (q, k, v, both) if at == 2 else (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), both)
+
+
+class Rotary(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, table = self.parts(x)
+        q, k = turn_both(q, k, table.cos(), table.sin())
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class RotaryPairs(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, table = self.parts(x, at=2)
+        q, k = turn_pairs(q, k, table[..., :4].sin(), table[..., :4].cos())
+        return torch.softmax(q.transpose(1, 2) @ k.transpose(1, 2).transpose(-1, -2), dim=-1)
+
+
+class RotaryWrong(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, table = self.parts(x)
+        q, k = turn_wrong(q, k, table.cos(), table.sin())
+        return nn.functional.softmax(q @ k.transpose(-1, -2), -1, dtype=torch.float32)
+
+
+X = torch.randn(2, 6, 16)
+
+
+def sites(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, ops.Site]:
+    found = ops.recognise(module, [Call(args, kwargs)])
+    return {site.callee: site for site in found.sites if site.kind != "module"}
+
+
+def test_rope_is_found_in_both_layouts_and_both_pairings() -> None:
+    half = sites(Rotary(), X)["turn_both"]
+    assert half.op == "rope" and half.kind == "function" and half.binding.arguments["interleaved"] == "False"
+    pairs = sites(RotaryPairs(), X)["turn_pairs"]
+    assert pairs.op == "rope" and pairs.binding.arguments["interleaved"] == "True"
+    assert "transpose" in pairs.binding.arguments["q"]
+
+
+def test_a_rope_with_a_wrong_sign_is_left_alone() -> None:
+    found = ops.recognise(RotaryWrong(), [Call((X,))])
+    assert not found.of("rope")
+    assert any(where == ":turn_wrong" and "something else" in text for where, text in found.left_alone)
+
+
+def test_named_calls_are_found_by_the_name_that_the_code_uses() -> None:
+    attention = sites(Rotary(), X)["F.scaled_dot_product_attention"]
+    assert attention.op == "attention" and attention.kind == "call"
+    assert sites(RotaryPairs(), X)["torch.softmax"].op == "softmax"
+    assert sites(RotaryWrong(), X)["nn.functional.softmax"].op == "softmax"
+
+
+@pytest.mark.parametrize("cls", [Rotary, RotaryPairs, RotaryWrong])
+def test_each_site_runs_the_reference_in_one_instance_only(cls: type[Attention]) -> None:
+    module, other = cls(), cls()
+    other.load_state_dict(module.state_dict())
+    expected = module(X)
+    served: list[str] = []
+
+    def counting(op: str) -> Any:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            served.append(op)
+            return ops.reference(op)(*args, **kwargs)
+
+        return kernel
+
+    found = sites(module, X)
+    undos = [ops.install(module, site, counting(site.op)) for site in found.values()]
+    torch.testing.assert_close(module(X), expected)
+    assert sorted(served) == sorted(site.op for site in found.values())
+    served.clear()
+    assert torch.equal(other(X), expected) and not served
+    for undo in reversed(undos):
+        undo()
+    assert "forward" not in vars(module) and torch.equal(module(X), expected) and not served
+
+
+def test_a_rebound_forward_compiles_in_one_graph() -> None:
+    module = Rotary().eval()
+    expected = module(X)
+    for site in sites(module, X).values():
+        ops.install(module, site, ops.reference(site.op))
+    compiled = torch.compile(lambda x: module(x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), expected)
+
+
+def test_a_call_outside_the_proof_runs_the_original_function() -> None:
+    class Placed(Attention):
+        at = 1
+
+        def forward(self, x: torch.Tensor, at: int = 1) -> torch.Tensor:
+            q, k, _, table = self.parts(x, at)
+            return turn_both(q, k, table.cos(), table.sin(), at)[0]
+
+    module = Placed()
+    site = sites(module, X)["turn_both"]
+    expected = module(X, 2)
+    ops.install(module, site, lambda **_: pytest.fail("the kernel served a call that was not proved"))
+    assert torch.equal(module(X, 2), expected)
+
+
+def test_cross_entropy_in_a_forward() -> None:
+    class Loss(nn.Module):
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits.view(-1, 9), labels.view(-1), ignore_index=2)
+
+    module = Loss()
+    logits, labels = torch.randn(2, 5, 9), torch.randint(0, 9, (2, 5))
+    site = sites(module, logits, labels)["F.cross_entropy"]
+    assert site.op == "cross_entropy"
+    expected = module(logits, labels)
+    ops.install(module, site, ops.reference("cross_entropy"))
+    torch.testing.assert_close(module(logits, labels), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_attention_interface_of_transformers(masked: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (2, 7))
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[1, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    found = ops.recognise(model, [Call((), inputs)])
+    attention, rope = found.of("attention"), found.of("rope")
+    assert len(attention) == len(rope) == 2 and not found.left_alone
+    expected = model(**inputs).logits
+    for site in found.sites:
+        if site.kind != "module":
+            ops.install(model, site, ops.reference(site.op))
+    keep = mask.bool()
+    torch.testing.assert_close(model(**inputs).logits[keep], expected[keep], rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(lambda **k: model(**k).logits, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs)[keep], expected[keep], rtol=1e-4, atol=1e-5)
+
+
+def test_the_soft_cap_that_gemma2_passes_but_sdpa_ignores() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=5.0,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (1, 7)), "use_cache": False}
+    expected = model(**inputs).logits
+    for site in ops.recognise(model, [Call((), inputs)]).sites:
+        ops.install(model, site, ops.reference(site.op))
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_interfaces_with_extras() -> None:
+    def capped(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: float, softcap: float) -> Any:
+        scores = torch.tanh(q @ k.transpose(-1, -2) * scaling / softcap) * softcap
+        return (torch.softmax(scores, -1) @ v).transpose(1, 2), None
+
+    def ignoring(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: float, softcap: float) -> Any:
+        return (torch.softmax(q @ k.transpose(-1, -2) * scaling, -1) @ v).transpose(1, 2), None
+
+    table = {"capped": capped, "ignoring": ignoring}
+
+    class Interface(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            attend = TABLE[self.name]
+            return attend(self, q, k, v, None, scaling=0.3, softcap=4.0)[0]
+
+    global TABLE
+    TABLE = table
+    heads = [torch.randn(2, 4, 5, 8) for _ in range(3)]
+    with_cap = sites(Interface("capped"), *heads)["TABLE[]"]
+    without = sites(Interface("ignoring"), *heads)["TABLE[]"]
+    assert with_cap.binding.arguments["softcap"] == "softcap" and "softcap" not in without.binding.arguments
+    assert without.binding.arguments["scale"] == "scaling"
+
+
+TABLE: dict[str, Any] = {}

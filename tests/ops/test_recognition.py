@@ -1,0 +1,556 @@
+"""Recognition by proof: what has to be found, and which lookalikes have to be left alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kpt import ops
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def recognised(module: nn.Module, *inputs: Any, **options: Any) -> ops.Recognition:
+    return ops.recognise(module, [Call(inputs)], **options)
+
+
+def only_site(module: nn.Module, *inputs: Any) -> ops.Site:
+    found = recognised(module, *inputs)
+    whole = [site for site in found.sites if site.path == "" and site.kind == "module"]
+    assert len(whole) == 1, (found.sites, found.left_alone)
+    return whole[0]
+
+
+def reason(module: nn.Module, *inputs: Any, path: str = "") -> str:
+    found = recognised(module, *inputs)
+    assert not [site for site in found.sites if site.path == path and site.kind == "module"], found.sites
+    reasons = [text for where, text in found.left_alone if where == path]
+    assert reasons, found
+    return reasons[0]
+
+
+class RMSNorm(nn.Module):
+    """The usual spelling; subclasses change one thing each."""
+
+    def __init__(self, size: int = 12, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(dtype)
+
+
+class PlusOne(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.float()
+        out = wide / (wide.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+        return (out * (1.0 + self.weight.float())).type_as(hidden_states)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation: Any = F.silu, bias: bool = False) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 20, bias=bias)
+        self.two = nn.Linear(12, 20, bias=bias)
+        self.three = nn.Linear(20, 12, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.three(self.activation(self.one(x)) * self.two(x))
+
+
+X = torch.randn(2, 5, 12)
+
+
+def test_rms_norm_binds_the_live_weight_and_epsilon() -> None:
+    module = RMSNorm(eps=1e-5)
+    site = only_site(module, X)
+    assert site.op == "rms_norm"
+    assert dict(site.binding.arguments) == {
+        "x": "hidden_states",
+        "weight": "self.weight",
+        "offset": "0.0",
+        "eps": "self.variance_epsilon",
+    }
+    assert site.modes == ("inference", "training")
+    assert site.dtypes == ("float32", "bfloat16", "float16")
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+    module.variance_epsilon = 0.5
+    arguments = site.arguments(X)
+    assert arguments["weight"] is module.weight and arguments["eps"] == 0.5 and arguments["x"] is X
+    assert "variance_epsilon" in (site.changed() or "")
+    torch.testing.assert_close(site.run(ops.reference("rms_norm"), X), module(X))
+
+
+def test_weight_and_weight_plus_one_are_told_apart() -> None:
+    assert only_site(PlusOne(), X).binding.arguments["offset"] == "1.0"
+    assert only_site(RMSNorm(), X).binding.arguments["offset"] == "0.0"
+
+
+def test_the_epsilon_of_the_dtype_is_found() -> None:
+    site = only_site(nn.RMSNorm(12, eps=None), X)
+    assert "finfo" in site.binding.arguments["eps"]
+    tiny = X * 1e-4
+    torch.testing.assert_close(site.run(ops.reference("rms_norm"), tiny), F.rms_norm(tiny, (12,)))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-8, 1e-12])
+def test_epsilons_far_below_the_inputs_are_told_apart(eps: float) -> None:
+    class Literal(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(x, (12,), eps=1e-5) if eps == 1e-5 else self.general(x)
+
+        def general(self, x: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(x, (12,), eps=self.tiny)
+
+    module = Literal()
+    module.tiny = eps  # type: ignore[assignment]
+    site = only_site(module, X)
+    assert site.op == "layer_norm" and site.arguments(X)["eps"] == eps
+
+
+def test_layer_norm_along_the_channels_of_an_image() -> None:
+    class ChannelsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    module = ChannelsFirst()
+    image = torch.randn(2, 6, 4, 3)
+    site = only_site(module, image)
+    assert site.op == "layer_norm" and "movedim" in site.binding.arguments["x"]
+    torch.testing.assert_close(site.run(ops.reference("layer_norm"), image), module(image))
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [(F.silu, "silu"), (F.gelu, "gelu"), (nn.GELU(approximate="tanh"), "gelu_tanh"), (torch.relu, "relu")],
+)
+def test_gated_mlp_tells_activations_apart(activation: Any, name: str) -> None:
+    module = MLP(activation, bias=True)
+    site = only_site(module, X)
+    assert site.op == "gated_mlp" and site.binding.arguments["activation"] == repr(name)
+    assert site.binding.arguments["gate_weight"] == "self.one.weight"
+    torch.testing.assert_close(site.run(ops.reference("gated_mlp"), X), module(X))
+
+
+def test_gated_mlp_with_a_fused_and_swapped_projection() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Linear(12, 40, bias=False)
+            self.down = nn.Linear(20, 12, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            up, gate = self.both(x).chunk(2, dim=-1)
+            return self.down(up * F.silu(gate))
+
+    module = Fused()
+    site = only_site(module, X)
+    assert site.op == "gated_mlp"
+    assert site.binding.arguments["gate_weight"] == "self.both.weight.chunk(2)[1]"
+    torch.testing.assert_close(site.run(ops.reference("gated_mlp"), X), module(X))
+
+
+def test_linear_with_a_transposed_weight() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(12, 7))
+            self.bias = nn.Parameter(torch.randn(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.bias, x.view(-1, 12), self.weight).view(*x.shape[:-1], 7)
+
+    assert only_site(Conv1D(), X).binding.arguments["weight"] == "self.weight.t()"
+    assert only_site(nn.Linear(12, 7), X).op == "linear"
+
+
+def test_add_rms_norm_in_either_order_of_results() -> None:
+    class AddNorm(RMSNorm):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            total = x + residual
+            return total, RMSNorm.forward(self, total)
+
+    module = AddNorm()
+    site = only_site(module, X, torch.randn_like(X))
+    assert site.op == "add_rms_norm"
+    residual = torch.randn_like(X)
+    torch.testing.assert_close(site.run(ops.reference("add_rms_norm"), X, residual), module(X, residual))
+
+
+def test_softmax_and_cross_entropy_modules() -> None:
+    assert only_site(nn.Softmax(dim=1), X).arguments(X)["dim"] == 1
+    logits, target = torch.randn(6, 9), torch.randint(0, 9, (6,))
+    module = nn.CrossEntropyLoss(weight=torch.rand(9), label_smoothing=0.1, ignore_index=3)
+    site = only_site(module, logits, target)
+    assert site.op == "cross_entropy"
+    torch.testing.assert_close(
+        site.run(ops.reference("cross_entropy"), logits, target), module(logits, target)
+    )
+
+
+# ---- lookalikes ---------------------------------------------------------------------------------
+
+
+class HalfClamp(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = super().forward(hidden_states)
+        return out.clamp(-100.0, 100.0) if hidden_states.dtype == torch.float16 else out
+
+
+class HalfScale(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        scale = 2.0 if hidden_states.dtype == torch.bfloat16 else 1.0
+        return super().forward(hidden_states * scale) * scale
+
+
+class AlwaysClamped(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.clamp(-6e4, 6e4))
+
+
+class Running(RMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return super().forward(hidden_states)
+
+
+class Counting(RMSNorm):
+    calls = 0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        return super().forward(hidden_states) * (2.0 if self.calls > 10_000 else 1.0)
+
+
+class LongBranch(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = super().forward(hidden_states)
+        return out * 2 if hidden_states.shape[1] > 700 else out
+
+
+class SingleBranch(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if hidden_states.shape[1] == 1 else super().forward(hidden_states)
+
+
+class GradBranch(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = super().forward(hidden_states)
+        return out + 0.1 * hidden_states if torch.is_grad_enabled() else out
+
+
+class AutocastBranch(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = super().forward(hidden_states)
+        return out * 2 if torch.is_autocast_enabled("cpu") else out
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 0.5
+
+
+class CustomBackward(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(StraightThrough.apply(hidden_states))
+
+
+class ReadsValue(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = super().forward(hidden_states)
+        return out * 2 if hidden_states.abs().max().item() > 1e9 else out
+
+
+class OtherPower(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        size = hidden_states.abs().mean(-1, keepdim=True)
+        return self.weight * hidden_states / (size + self.variance_epsilon)
+
+
+class Unbiased(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.eps) * self.weight + self.bias
+
+
+STATE = {"factor": 1.0}
+
+
+class ReadsGlobal(RMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * STATE["factor"]
+
+
+def closure_counter() -> nn.Module:
+    count = 0
+
+    class Closure(RMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            return RMSNorm.forward(self, hidden_states) * (2.0 if count > 10_000 else 1.0)
+
+    return Closure()
+
+
+@pytest.mark.parametrize(
+    ("module", "because"),
+    [
+        (HalfClamp(), "branch in float16"),
+        (HalfScale(), "bfloat16"),
+        (AlwaysClamped(), "magnitude"),
+        (Running(), "buffers"),
+        (Counting(), "writes the attribute"),
+        (LongBranch(), "size of 701"),
+        (SingleBranch(), "size of 1"),
+        (GradBranch(), "gradient"),
+        (AutocastBranch(), "autocast"),
+        (CustomBackward(), "gradient"),
+        (ReadsValue(), "aten::"),
+        (OtherPower(), "something else"),
+        (Unbiased(12), "something else"),
+        (ReadsGlobal(), "mutable global"),
+        (closure_counter(), "closure variable"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_lookalikes_are_left_alone_with_the_reason(module: nn.Module, because: str) -> None:
+    assert because in reason(module, X)
+
+
+def test_a_constant_output_proves_nothing() -> None:
+    assert "constant" in reason(nn.Softmax(dim=-1), torch.randn(2, 5, 1))
+
+
+def test_a_hook_a_parametrisation_or_an_own_forward_is_left_alone() -> None:
+    hooked = RMSNorm()
+    hooked.register_forward_hook(lambda *_: None)
+    assert "hooks" in reason(hooked, X)
+    inner = MLP()
+    inner.two.register_forward_pre_hook(lambda *_: None)
+    assert "hooks" in reason(inner, X)
+    layer = nn.Linear(12, 12)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    assert "parametrised" in reason(layer, X)
+    patched = RMSNorm()
+    patched.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    assert "instance" in reason(patched, X)
+
+
+def test_dropout_inside_holds_for_inference_only() -> None:
+    module = MLP(nn.Sequential(nn.SiLU(), nn.Dropout(0.2)))
+    module.eval()
+    assert only_site(module, X).modes == ("inference",)
+    module.train()
+    assert "evaluation mode only" in reason(module, X)
+
+
+def test_what_a_shared_module_sees_is_all_looked_at() -> None:
+    class Twice(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).sum() + self.inner(x.flatten(0, 1)).sum()
+
+    class RankBranch(RMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            out = super().forward(hidden_states)
+            return out * 2 if hidden_states.dim() == 2 else out
+
+    assert "another of the shapes" in reason(Twice(RankBranch()), X, path="inner")
+    found = recognised(Twice(RMSNorm()), X)
+    assert [len(site.examples) for site in found.of("rms_norm")] == [2]
+
+
+# ---- no trace, time, the rest -------------------------------------------------------------------
+
+
+def test_recognition_leaves_no_trace() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = RMSNorm()
+            self.batch = nn.BatchNorm1d(5)
+            self.drop = nn.Dropout(0.5)
+            self.log: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.log.append(1)
+            return self.drop(self.batch(self.norm(x)))
+
+    model = Model().train()
+    fired: list[int] = []
+    model.batch.register_forward_hook(lambda *_: fired.append(1))
+    model(X).sum().backward()
+    fired.clear()
+    before = copy.deepcopy(model.state_dict())
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    log = len(model.log)
+    states = random.getstate(), torch.get_rng_state()
+    keys = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    given = X.clone()
+    found = recognised(model, given)
+    assert found.of("rms_norm")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters()) if p.grad is not None)
+    assert not fired and len(model.log) == log and torch.equal(given, X)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert keys == {name: sorted(vars(module)) for name, module in model.named_modules()}
+    assert torch.is_grad_enabled() and model.training
+
+
+def test_observing_keeps_the_fast_path_of_a_transformer_encoder() -> None:
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True).eval()
+    found = recognised(layer, X)
+    # on the fast path the submodules never run, so nothing of theirs may be claimed
+    assert not found.sites
+
+
+def test_proofs_are_shared_by_layers_and_by_models() -> None:
+    ops.forget_proofs()
+    model = nn.Sequential(*(RMSNorm() for _ in range(12)))
+    first = recognised(model, X)
+    assert len(first.of("rms_norm")) == 12 and first.proofs == 1
+    assert recognised(copy.deepcopy(model), X).proofs == 0
+    model[3].variance_epsilon = 1e-3  # type: ignore[assignment]
+    assert recognised(model, X).proofs == 1
+
+
+def test_the_deadline_stops_proofs_and_says_so() -> None:
+    ops.forget_proofs()
+    found = recognised(RMSNorm(), X, deadline=0.0)
+    assert not found.sites and "time" in found.left_alone[0][1]
+
+
+def test_large_weights_are_shrunk_for_the_proof() -> None:
+    class Big(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up = nn.Linear(1024, 4096, bias=False)
+            self.down = nn.Linear(2048, 1024, bias=False)
+            self.inner = 2048
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_up(x).split(self.inner, dim=-1)
+            return self.down(F.silu(gate) * up)
+
+    from kpt.ops.capture import observe
+    from kpt.ops.examples import Examples
+
+    big = Big()
+    assert only_site(big, torch.randn(1, 2, 1024)).op == "gated_mlp"
+    captured = observe(big, [Call((torch.randn(1, 2, 1024),))]).modules[""]
+    assert sum(p.numel() for p in Examples(captured).twin(torch.float64).parameters()) < 1 << 14
+
+
+def test_a_failing_model_is_a_reason_and_no_error() -> None:
+    found = recognised(RMSNorm(size=5), X)
+    assert not found.sites and "raised RuntimeError" in found.left_alone[0][1]
+
+
+def test_install_replaces_one_instance_and_undoes_it() -> None:
+    module = nn.Sequential(RMSNorm(), RMSNorm())
+    site = recognised(module, X).of("rms_norm")[0]
+    before = module(X)
+    twin = copy.deepcopy(module)
+    undo = ops.install(twin, site, lambda x, weight, eps, offset: torch.zeros_like(x) + weight * 7)
+    assert torch.equal(twin[0](X), torch.full_like(X, 7.0)) and torch.equal(module(X), before)
+    undo()
+    assert torch.equal(twin(X), before) and "forward" not in vars(twin[0])
+
+
+def test_a_call_unlike_the_proof_is_a_mismatch() -> None:
+    class Gated(RMSNorm):
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            out = super().forward(hidden_states)
+            return out if gate is None else out * gate
+
+    module = Gated()
+    site = only_site(module, X)
+    with pytest.raises(ops.SiteMismatch):
+        site.run(ops.reference("rms_norm"), X, X)
+    ops.install(module, site, ops.reference("rms_norm"))
+    torch.testing.assert_close(module(X, X), Gated.forward(module, X, X))
+
+
+def test_every_op_of_the_core_has_a_reference_with_its_signature() -> None:
+    import inspect
+
+    expected = {
+        "linear", "layer_norm", "rms_norm", "add_rms_norm", "gated_mlp",
+        "rope", "attention", "softmax", "cross_entropy",
+    }  # fmt: skip
+    specs = ops.catalogue()
+    assert expected <= set(specs)
+    for name in expected:
+        names = list(inspect.signature(ops.reference(name)).parameters)
+        assert specs[name].signature.startswith("(" + names[0]), name
+    with pytest.raises(KeyError, match="rms_norm"):
+        ops.reference("rms_nrom")
+
+
+def test_an_op_of_a_plugin_joins_the_catalogue() -> None:
+    from kpt.specs import OpSpec
+
+    @dataclass(frozen=True)
+    class Registered:
+        spec: OpSpec
+
+    class Registry:
+        def specs(self, hook: str) -> tuple[Registered, ...]:
+            home = f"{__name__}:" if ":" not in __name__ else ""
+            spec = OpSpec("scale_by_pi", "(x) -> y", f"{home}scale_by_pi", f"{home}ScaleRecogniser")
+            return (Registered(spec),) if hook == "kpt_ops" else ()
+
+    import sys
+
+    sys.modules.setdefault(__name__, sys.modules[scale_by_pi.__module__])
+
+    class TimesPi(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * math.pi
+
+    found = ops.recognise(TimesPi(), [Call((X,))], registry=Registry())
+    assert [site.op for site in found.sites] == ["scale_by_pi"]
+    assert "scale_by_pi" in ops.catalogue(Registry()) and "scale_by_pi" not in ops.catalogue()
+
+
+def scale_by_pi(x: torch.Tensor) -> torch.Tensor:
+    return x * math.pi
+
+
+class ScaleRecogniser:
+    def hypotheses(self, module: nn.Module, captured: Any) -> list[ops.Hypothesis]:
+        return [ops.Hypothesis("scale_by_pi", {"x": captured.names[0]})]
