@@ -9,6 +9,7 @@ import pytest
 
 _CACHE = tempfile.TemporaryDirectory(prefix="kpt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ.pop("KPT_CACHE_DIR", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -152,8 +152,9 @@ def standing(samples: dict[str, list[float]], records: dict[str, Any]) -> dict[s
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The whole record of one model."""
-    import models
     import torch
+
+    import models
     from side_by_side import race, ratio
     from trained_models import quiet
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, at_most, tensor_error, tensors, write_result
-
 from model_families import FAMILIES
 
 #: What an output may be off relative to fp64, beyond twice the eager model's own error, by level.
@@ -102,6 +101,7 @@ def compiled_by_torch(model: Any, family: Any, options: argparse.Namespace) -> t
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The record of one family."""
     import torch
+
     from side_by_side import race, ratio
     from trained_models import quiet
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from side_by_side import race, ratio
-from trained_models import quiet, sentence_encoder, sentences
 
 import kpt
+from side_by_side import race, ratio
+from trained_models import quiet, sentence_encoder, sentences
 
 BATCH = 8
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from side_by_side import race, ratio
-from trained_models import passage, quiet, smollm2
 
 import kpt
+from side_by_side import race, ratio
+from trained_models import passage, quiet, smollm2
 
 WINDOW = 256
 
