@@ -169,9 +169,9 @@ def stop_workers(patience: float = 0.5) -> int:
     return ended
 
 
-def raise_in_thread(thread_id: int, exception: type[BaseException] | None) -> bool:
-    """Raise ``exception`` in a thread at its next bytecode; ``None`` takes back a pending one."""
-    argument = ctypes.py_object(exception) if exception is not None else None
+def raise_in_thread(thread_id: int, exception: type[BaseException]) -> bool:
+    """Raise ``exception`` in a thread at its next bytecode; False if there is no such thread."""
+    argument = ctypes.py_object(exception)
     return ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), argument) == 1
 
 
@@ -206,7 +206,18 @@ class _Watch:
         """No exception is raised once this returns; it may itself be interrupted."""
         with self._lock:
             self._left.set()
-            raise_in_thread(self.thread_id, None)
+            fired = self.fired
+        if not fired:
+            return
+        # One may be pending. Taking it back (setting NULL) leaves CPython's "exception pending" flag
+        # set, and with it a profiled frame of Python 3.11 never gets past its first instruction. So it
+        # is delivered here instead.
+        try:
+            raise_in_thread(self.thread_id, DeadlinePassed)
+            while True:
+                pass
+        except DeadlinePassed:
+            return
 
 
 @contextmanager
