@@ -95,19 +95,22 @@ def test_drift_hits_both_sides_and_is_reported() -> None:
     assert timing.drift > 1.02
 
 
-def test_equal_sides_are_never_called_faster() -> None:
-    for seed in range(30):
+def test_equal_sides_are_rarely_called_faster() -> None:
+    """A 95 % interval errs on either side in 1 case of 40; looking early must not make that much worse."""
+    wrong = 0
+    for seed in range(200):
         clock = Clock()
         timing = paired(
             clock.work("b", noisy(1e-3, 0.2, seed)),
             clock.work("c", noisy(1e-3, 0.2, seed + 1000)),
             next_call,
-            seconds=0.3,
+            seconds=0.1,
             timer=clock,
             seed=seed,
         )
-        assert timing.low <= 1.02, seed
-        assert timing.noise > 0.0
+        wrong += timing.faster
+        assert timing.low <= timing.ratio <= timing.high and timing.noise > 0.0
+    assert wrong <= 12
 
 
 def test_a_gain_within_noise_is_found_with_enough_pairs() -> None:

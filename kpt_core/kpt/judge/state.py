@@ -120,7 +120,8 @@ def _same(first: Any, second: Any) -> bool:
     if first is _UNREADABLE or second is _UNREADABLE:
         return first is second
     if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
+        with torch._C.DisableTorchFunction():  # a mode may have been left on
+            return torch.equal(first, second)
     if isinstance(first, (list, tuple)):
         if type(first) is not type(second) or len(first) != len(second):
             return False
