@@ -1,75 +1,85 @@
-"""docs/reference/cli.md, from the command line's own definition."""
+"""docs/reference/cli.md, from the functions that define the commands."""
 
 from __future__ import annotations
 
 import inspect
+import typing
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import click
 import typer
-from kpt.cli.main import app
+from typer.models import ArgumentInfo
 
-from reference.markdown import table
+from kpt.cli.main import COMMANDS
+from reference.markdown import prose, table
 
 
 def page() -> str:
     """Every command with its arguments and options."""
     parts = [
         "# Commands",
-        "`kpt` is also installed as `kernelpytorch`. [The guide](../cli.md) explains them by example.",
+        "`kpt` is also installed as `kernelpytorch`, and `kpt-optimize` is `kpt optimize`. "
+        "[The guide](../cli.md) explains them by example.",
     ]
-    root = typer.main.get_command(app)
-    for name, command in commands(root, "kpt"):
-        parts.append(section(name, command))
+    parts += [section(name, *entry) for name, entry in COMMANDS.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def commands(command: Any, name: str) -> list[tuple[str, Any]]:
-    """``command`` and those below it, each with its full name."""
-    found = [(name, command)]
-    for child_name, child in sorted(getattr(command, "commands", {}).items()):
-        if not child.hidden:
-            found += commands(child, f"{name} {child_name}")
-    return found
-
-
-def section(name: str, command: Any) -> str:
-    context = click.Context(command, info_name=name) if not hasattr(command, "context_class") else None
-    context = context or command.context_class(command, info_name=name)
-    usage = " ".join([name, *command.collect_usage_pieces(context)])
-    parts = [f"## `{name}`", inspect.cleandoc(command.help or ""), f"```text\n{usage}\n```"]
+def section(name: str, module: str, summary: str) -> str:
+    """One command: usage, docstring, tables of arguments and options."""
+    function = import_module(module).command
+    hints = typing.get_type_hints(function, include_extras=True)
     arguments, options = [], []
-    for parameter in command.params:
-        if getattr(parameter, "hidden", False) or parameter.name in {"install_completion", "show_completion"}:
+    usage = [f"kpt {name}"]
+    for parameter in inspect.signature(function).parameters.values():
+        kind, *metadata = typing.get_args(hints[parameter.name]) or (hints[parameter.name],)
+        if kind is typer.Context or parameter.name == "context":
             continue
-        text = getattr(parameter, "help", None) or ""
-        if parameter.param_type_name == "argument":
-            needed = "" if parameter.required else " (optional)"
-            arguments.append([f"`{parameter.human_readable_name}`{needed}", text])
+        info = next(item for item in metadata if hasattr(item, "help"))
+        needed = parameter.default is inspect.Parameter.empty
+        if isinstance(info, ArgumentInfo):
+            shown = info.metavar or parameter.name.upper()
+            usage.append(shown if needed else f"[{shown}]")
+            arguments.append([f"`{shown}`", info.help or ""])
         else:
-            names = " / ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts])
-            options.append([names, kind(parameter), default(parameter), text])
+            declared = info.param_decls or [f"--{parameter.name.replace('_', '-')}"]
+            if needed:
+                usage.append(f"{declared[0]} {takes(kind, info)}")
+            names = ", ".join(f"`{each}`" for each in declared)
+            options.append([names, cell_of(takes(kind, info)), default(parameter), info.help or ""])
+    parts = [
+        f"## `kpt {name}` {{ #{name.replace(' ', '-')} }}",
+        f"```text\n{' '.join([*usage, '[OPTIONS]'] if options else usage)}\n```",
+        prose(function.__doc__) or summary,
+    ]
     if arguments:
         parts.append(table(["argument", "meaning"], arguments))
     if options:
         parts.append(table(["option", "takes", "default", "meaning"], options))
-    return "\n\n".join(part.strip() for part in parts if part.strip())
+    return "\n\n".join(part.strip() for part in parts)
 
 
-def kind(parameter: Any) -> str:
-    """What an option takes: nothing for a flag, its choices, or a type's name."""
-    if parameter.is_flag:
+def takes(kind: Any, info: Any) -> str:
+    """What follows an option: its metavar, or a word for its type; nothing for a flag."""
+    repeatable = typing.get_origin(kind) in (list, tuple)
+    inner = (typing.get_args(kind) or (str,))[0] if repeatable else kind
+    if inner is bool:
         return ""
-    choices = getattr(parameter.type, "choices", None)
-    if choices:
-        return ", ".join(f"`{getattr(choice, 'value', choice)}`" for choice in choices)
-    return parameter.type.name + (", repeatable" if parameter.multiple else "")
+    words = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+    word = info.metavar or words.get(inner, getattr(inner, "__name__", str(inner)).upper())
+    return f"{word}…" if repeatable else word
 
 
-def default(parameter: Any) -> str:
+def cell_of(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def default(parameter: inspect.Parameter) -> str:
+    """The default as it would be typed; nothing where it means "not given"."""
     value = parameter.default
-    if parameter.required:
+    if value is inspect.Parameter.empty:
         return "required"
-    if value is None or value is False or value == () or callable(value) or "UNSET" in repr(value).upper():
+    if value is None or value is False or value in ("", [], (), Path()):
         return ""
-    return f"`{getattr(value, 'value', value)}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
