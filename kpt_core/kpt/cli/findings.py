@@ -188,9 +188,8 @@ def path() -> Iterable[Finding]:
             if folder and os.access(Path(folder, name), os.X_OK) and Path(folder, name).is_file()
         ]
         if not found:
-            yield Finding(
-                "note", f"{name} is not on PATH", f"{shlex.quote(sys.executable)} -m pip show -f kpt-core"
-            )
+            scripts = shlex.quote(sysconfig.get_path("scripts"))
+            yield Finding("note", f"{name} is not on PATH", f"export PATH={scripts}:$PATH")
             continue
         first = found[0]
         if _is_ours(first):

@@ -1,0 +1,117 @@
+"""``--inputs`` and ``--dynamic``."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kpt.cli.inputs import default_inputs, dynamic_shapes, example_inputs
+from kpt.cli.output import CommandError
+from kpt.plugins import registry
+
+
+def test_named_specs_become_keyword_arguments():
+    made = example_inputs(["input_ids=int64[2,7]:5..9 attention_mask=int64[2,7]:ones", "flag=bool[3]"])
+    assert list(made) == ["input_ids", "attention_mask", "flag"]
+    ids = made["input_ids"]
+    assert ids.dtype == torch.int64 and ids.shape == (2, 7) and 5 <= int(ids.min()) <= int(ids.max()) < 9
+    assert len(ids.unique()) > 1
+    assert bool((made["attention_mask"] == 1).all()) and made["flag"].dtype == torch.bool
+
+
+def test_unnamed_specs_become_positional_arguments():
+    x, scale = example_inputs(["float32[1, 3, 4];bfloat16[]:-2..-1"])
+    assert x.shape == (1, 3, 4) and float(x.std()) > 0.1
+    assert scale.dtype == torch.bfloat16 and scale.shape == () and -2 <= float(scale) <= -1
+
+
+def test_the_same_spec_gives_the_same_values():
+    assert torch.equal(example_inputs(["x=float32[5]"])["x"], example_inputs(["x=float32[5]"])["x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x", "cannot be read"),
+        ("x=float33[3]", "not a dtype"),
+        ("x=Tensor[3]", "cannot be read"),
+        ("x=int64[3]", "need their range"),
+        ("x=int64[3]:5..5", "is empty"),
+        ("x=int64[3]:all", "neither LOW..HIGH"),
+        ("x=float32[99999999,99999]", "elements"),
+        ("x=float32[2] x=float32[2]", "twice"),
+        ("x=float32[2] float32[2]", "mixes"),
+        ("missing.json", "no such file"),
+    ],
+)
+def test_what_cannot_be_read_is_quoted(text, reason):
+    with pytest.raises(CommandError, match=reason) as caught:
+        example_inputs([text])
+    assert caught.value.exit_code == 2
+
+
+def test_files_hold_one_example_or_several(tmp_path):
+    x = torch.arange(6.0).reshape(2, 3)
+    torch.save([{"x": x}, {"x": x + 1}], tmp_path / "inputs.pt")
+    first, second = example_inputs([str(tmp_path / "inputs.pt")])
+    assert torch.equal(second["x"] - first["x"], torch.ones(2, 3))
+    save_file({"x": x}, tmp_path / "inputs.safetensors")
+    assert torch.equal(example_inputs([str(tmp_path / "inputs.safetensors")])["x"], x)
+    (tmp_path / "inputs.json").write_text('{"x": [[1, 2]], "y": {"dtype": "float16", "data": [1.5]}}')
+    made = example_inputs([str(tmp_path / "inputs.json")])
+    assert made["x"].dtype == torch.int64 and made["y"].dtype == torch.float16
+    (tmp_path / "inputs.json").write_text('[{"x": [1]}, {"x": [2]}]')
+    assert [int(entry["x"]) for entry in example_inputs([str(tmp_path / "inputs.json")])] == [1, 2]
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_of_inputs_never_runs_code(tmp_path):
+    trace = tmp_path / "ran"
+    torch.save(Canary(trace), tmp_path / "inputs.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Canary(trace)))
+    for name in ("inputs.pt", "plain.pt"):
+        with pytest.raises(CommandError) as caught:
+            example_inputs([str(tmp_path / name)])
+        assert caught.value.code == "bad-inputs" and not trace.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"x": {"data": [1]}}', '{"x": "text"}'])
+def test_a_json_file_that_is_no_example_is_named(tmp_path, content):
+    (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(CommandError) as caught:
+        example_inputs([str(tmp_path / "inputs.json")])
+    assert caught.value.code == "bad-inputs" and caught.value.hint
+
+
+def test_dynamic_dimensions_are_read():
+    assert dynamic_shapes([]) is None
+    assert dynamic_shapes(["input_ids:0=batch,1=sequence mask:1=sequence", "x:-1=width"]) == {
+        "input_ids": {0: "batch", 1: "sequence"},
+        "mask": {1: "sequence"},
+        "x": {-1: "width"},
+    }
+    for text in ("input_ids", "input_ids:batch=0", ":0=batch", "x:0=", "x:"):
+        with pytest.raises(CommandError, match="cannot be read"):
+            dynamic_shapes([text])
+
+
+def test_without_inputs_the_model_may_know_its_own():
+    class Knows(torch.nn.Linear):
+        dummy_inputs = {"input": torch.ones(1, 2)}
+
+    found = default_inputs(Knows(2, 2), registry([]))
+    assert list(found) == ["input"]
+    with pytest.raises(CommandError, match="its forward takes input") as caught:
+        default_inputs(torch.nn.Linear(2, 2), registry([]))
+    assert "--inputs" in caught.value.hint

@@ -1,0 +1,276 @@
+"""``kpt optimize``, ``explain`` and ``bench`` on a small model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import kpt
+from kpt.cli.contest import Entrant, by_name, contest, eager
+from kpt.judge.calls import Call
+from kpt.plugins import registry
+from kpt.transaction.receipt import Entry, Receipt
+
+INPUTS = "x=float32[4,8]"
+
+
+def receipt() -> Receipt:
+    kept = Entry("freeze", "compile", "cpu", "kept", "1.40x in company", 1.4)
+    wrong = Entry("fast", "kernels", "cpu", "value", "wrong by 1 %", 2.0)
+    return Receipt("Net", "inference", "exact", "latency", accepted=[kept], rejected=[wrong])
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Stands in for the transaction: records what it was asked and leaves the model alone."""
+    asked: dict[str, object] = {}
+
+    def optimize(model, inputs, **options):
+        asked.update(options, inputs=inputs, model=model)
+        return model
+
+    def save(model, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text("{}")
+        (folder / "receipt.json").write_text(receipt().to_json())
+
+    for name, value in (("optimize", optimize), ("report", lambda model: receipt()), ("save", save)):
+        monkeypatch.setitem(vars(kpt), name, value)
+    return asked
+
+
+def test_optimize_passes_everything_on_and_writes_an_artifact(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+    answer = kpt_cli(
+        *(
+            "optimize",
+            "--model",
+            path,
+            "--arch",
+            arch,
+            "--inputs",
+            INPUTS,
+            "--level",
+            "exact",
+            "--budget",
+            "7",
+        ),
+        *("--objective", "throughput", "--dynamic", "x:0=batch", "--no-plugins", "--no-cache"),
+        *("--out", tmp_path / "artifact", "--json"),
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["artifact"] == str(tmp_path / "artifact")
+    assert answer.json["receipt"]["rejected"][0]["rule"] == "value"
+    assert "building the network" in answer.err and "building" not in answer.out
+    asked = {
+        key: optimized[key] for key in ("level", "objective", "budget", "dynamic_shapes", "plugins", "cache")
+    }
+    assert asked == {
+        "level": "exact",
+        "objective": "throughput",
+        "budget": 7.0,
+        "dynamic_shapes": {"x": {0: "batch"}},
+        "plugins": [],
+        "cache": False,
+    }
+    assert optimized["inputs"]["x"].shape == (4, 8) and not optimized["model"].training
+
+
+def test_optimize_refuses_before_it_searches(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+    base = ("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    assert "not an artifact" in kpt_cli(*base, tmp_path / "other").err
+    assert kpt_cli(*base, tmp_path / "a").code == 0
+    again = kpt_cli(*base, tmp_path / "a")
+    assert again.code == 2 and "--overwrite" in again.err
+    optimized.clear()
+    for wrong in (
+        ("--level", "fast"),
+        ("--objective", "speed"),
+        ("--budget", "-1"),
+        ("--dynamic", "x"),
+        ("--plugins", "cpu", "--no-plugins"),
+        ("--device", "nonsense"),
+    ):
+        answer = kpt_cli(*base, tmp_path / "b", *wrong)
+        assert answer.code == 2, wrong
+    assert not optimized and not (tmp_path / "b").exists()
+
+
+def test_optimize_names_what_is_wrong_with_a_model_file(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+
+    def code(*options):
+        answer = kpt_cli("optimize", "--inputs", INPUTS, "--out", tmp_path / "x", *options, "--json")
+        return answer.code, answer.json["code"]
+
+    assert code("--model", tmp_path / "missing.pt") == (2, "not-found")
+    assert code("--model", path) == (2, "needs-arch")
+    assert code("--model", path, "--arch", "not_there_42:x") == (2, "bad-arch")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    assert code("--model", tmp_path / "whole.pt") == (1, "untrusted")
+    assert not optimized
+    answer = kpt_cli(
+        *("optimize", "--model", tmp_path / "whole.pt", "--inputs", "float32[1,2]", "--trust-model"),
+        *("--out", tmp_path / "trusted", "--json"),
+    )
+    assert answer.code == 0 and "sha256" in answer.err and "torch.nn.modules.linear.Linear" in answer.err
+
+
+def test_a_plugin_that_is_asked_for_and_missing_is_an_error(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+    answer = kpt_cli(
+        *("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS),
+        *("--plugins", "no-such-plugin", "--out", tmp_path / "x", "--json"),
+    )
+    assert answer.code == 1 and answer.json["code"] == "plugin" and "no-such-plugin" in answer.json["message"]
+
+
+def test_an_artifact_that_cannot_be_written_is_named(kpt_cli, model_file, optimized, tmp_path, monkeypatch):
+    def save(model, folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setitem(vars(kpt), "save", save)
+    path, arch = model_file
+    answer = kpt_cli(
+        *("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out", tmp_path / "x", "--json"),
+    )
+    assert answer.code == 1 and answer.json["code"] == "not-saved" and "No space" in answer.json["message"]
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    from kpt.cli.optimize import progress
+    from kpt.transaction.events import emit
+
+    with progress(10.0):
+        emit("trial", "freeze", seconds=1.0, budget=10.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_explain_prints_a_receipt_from_an_artifact_or_a_file(kpt_cli, tmp_path):
+    (tmp_path / "receipt.json").write_text(receipt().to_json())
+    for path in (tmp_path, tmp_path / "receipt.json"):
+        answer = kpt_cli("explain", path)
+        assert answer.code == 0 and "freeze" in answer.out and "wrong by 1 %" in answer.out
+        assert kpt_cli("explain", path, "--json").json["accepted"][0]["name"] == "freeze"
+    wrapped = {"artifact": "x", "receipt": receipt().to_dict()}
+    (tmp_path / "printed.json").write_text(json.dumps(wrapped))
+    assert kpt_cli("explain", tmp_path / "printed.json").code == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 999}'])
+def test_explain_names_what_is_no_receipt(kpt_cli, tmp_path, content):
+    (tmp_path / "receipt.json").write_text(content)
+    answer = kpt_cli("explain", tmp_path / "receipt.json", "--json")
+    assert answer.code == 1 and answer.json["code"] == "bad-receipt"
+    assert kpt_cli("explain", tmp_path / "missing").code == 2
+    assert kpt_cli("explain").code == 2
+
+
+def test_explain_lists_the_ops_of_a_model(kpt_cli, model_file):
+    path, arch = model_file
+    options = ("explain", "--model", path, "--arch", arch, "--inputs", INPUTS, "--no-plugins")
+    sites = kpt_cli(*options, "--json").json["sites"]
+    assert {site["op"]: site["path"] for site in sites} == {"layer_norm": "norm", "linear": "out"}
+    assert "1 × layer_norm, 1 × linear" in kpt_cli(*options).out
+
+
+def entrants(*functions):
+    def prepared(function):
+        return lambda model, example: lambda inputs: function(model, inputs)
+
+    return [eager(), *(Entrant(f.__name__, prepared(f)) for f in functions)]
+
+
+def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told_apart():
+    seen: dict[str, list[float]] = {"right": [], "wrong": []}
+
+    def right(model, inputs):
+        seen["right"].append(float(inputs["input"].sum()))
+        return model(**inputs)
+
+    def wrong(model, inputs):
+        seen["wrong"].append(float(inputs["input"].sum()))
+        inputs["input"].zero_()
+        return {"out": model(**inputs) * 1.01}
+
+    def failing(model, inputs):
+        raise SystemExit("no licence")
+
+    def late(model, inputs):
+        if calls["late"]:
+            raise OSError("only the first shape")
+        calls["late"] += 1
+        return model(**inputs)
+
+    calls = {"late": 0}
+    model = torch.nn.Linear(4, 4)
+    weights = model.weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    found = entrants(right, wrong, failing, late)
+    contest(
+        model,
+        found,
+        lambda: Call((torch.randn(2, 4, generator=generator),)),
+        seconds=0.0,
+        rounds=6,
+        tell=lambda t: None,
+    )
+    by = {entrant.name: entrant for entrant in found}
+    assert by["right"].error == 0.0 and by["wrong"].error > 1e-3
+    assert "SystemExit: no licence" in by["failing"].failed and "OSError" in by["late"].failed
+    assert len(by["right"].spans) == len(by["eager"].spans) == len(by["wrong"].spans) >= 5
+    assert by["right"].low <= by["right"].ratio <= by["right"].high
+    assert seen["right"][1:] == seen["wrong"][1:] and len(set(seen["right"][1:])) > 5
+    assert torch.equal(model.weight, weights)
+
+
+def test_inputs_get_the_names_of_the_forward():
+    class Net(torch.nn.Module):
+        def forward(self, x, mask=None, **rest):
+            return x
+
+    x = torch.ones(1)
+    assert by_name(Net(), Call((x,), {"extra": 1})) == {"x": x, "extra": 1}
+
+
+def test_bench_prints_every_contender_with_machine_and_versions(kpt_cli, model_file, optimized):
+    path, arch = model_file
+    options = (
+        "bench",
+        "--model",
+        path,
+        "--arch",
+        arch,
+        "--inputs",
+        INPUTS,
+        "--seconds",
+        "0.1",
+        "--no-plugins",
+    )
+    answer = kpt_cli(*options, "--json")
+    assert answer.code == 0, answer.err
+    data = answer.json
+    assert [entry["name"] for entry in data["contenders"]] == ["eager", "kpt"]
+    assert all(entry["state"] == "ran" and entry["seconds"] > 0 for entry in data["contenders"])
+    assert data["versions"]["torch"] == torch.__version__ and data["machine"]["profile"]["name"]
+    assert "vs eager" in kpt_cli(*options).out
+    assert kpt_cli(*options, "--contenders", "nobody").code == 2
+
+
+def test_contenders_of_plugins_take_part_or_say_what_they_lack():
+    from kpt.cli.contest import installed
+    from kpt.specs import ContenderSpec
+
+    class Plugin:
+        @kpt.hookimpl
+        def kpt_contenders(self):
+            yield ContenderSpec("lacking", "math:sqrt", requires=("not_there_42", "json"))
+            yield ContenderSpec("present", "math:sqrt", requires=("json",))
+
+    found = {entrant.name: entrant for entrant in installed(registry([Plugin()]))}
+    assert found["lacking"].absent == "needs not_there_42" and not found["present"].absent
