@@ -44,18 +44,46 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
 
 
 def _judge_site(spec: Any, site: Site, observation: Any) -> Verdict:
-    from kpt.judge.kernels import judge_kernel
+    from kpt.judge.kernels import inputs_like, judge_kernel
 
+    known = site.weights()
     if spec.setup is not None:
         kernel: Callable[..., Any] = plugins.load(spec.setup)(site)
+        # Packed weights are fixed: the kernel cannot follow others.
+        fixed = frozenset(name for name, value in known.items() if isinstance(value, torch.Tensor))
     else:
         kernel = plugins.load(spec.entry)
+        fixed = frozenset()
     with torch.no_grad():
+        arguments = {**_activations(site, observation), **_detached(known)}
         return judge_kernel(
             kernel,
             ops.reference(site.op),
-            site,
+            inputs_like(arguments, fixed=fixed),
             level=spec.level,
             backward=spec.backward and observation.training,
-            fixed_weights=spec.setup is not None,
+            fixed=fixed,
+            reproducible=spec.reproducible,
         )
+
+
+def _activations(site: Site, observation: Any) -> dict[str, torch.Tensor]:
+    """Tensors of the shapes, strides and dtypes that the site saw; values are drawn by the judge."""
+    if not site.examples:
+        return {}
+    example = site.examples[0]
+    device = torch.device(example.device)
+    made: dict[str, torch.Tensor] = {}
+    for name, shape in example.shapes.items():
+        dtype = getattr(torch, example.dtypes[name].removeprefix("torch."))
+        if dtype.is_floating_point:
+            made[name] = torch.randn(shape, device=device).to(dtype)
+        elif dtype is torch.bool:
+            made[name] = torch.ones(shape, dtype=dtype, device=device)
+        else:
+            made[name] = torch.zeros(shape, dtype=dtype, device=device)
+    return made
+
+
+def _detached(known: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in known.items()}
