@@ -247,11 +247,11 @@ def _try(candidate: Any, observation: Any, where: str) -> None:
             undo()
             for compiled in created:
                 compiled.dispose()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            assert torch.equal(tensor, before[name]), f"{where}: it wrote to {name}, the user's own tensor"
         for call, theirs in zip(observation.calls, expected, strict=True):
             _compare(call.clone().on(space), theirs, 0.0, f"{where}, after it was undone")
     assert _structure(space) == shape, f"{where}: undoing it leaves other modules than before"
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        assert torch.equal(tensor, before[name]), f"{where}: it wrote to {name}, the user's own tensor"
 
 
 def _structure(model: torch.nn.Module) -> list[tuple[str, type, bool]]:
