@@ -159,6 +159,20 @@ def test_a_lone_counting_input_is_still_fresh() -> None:
     assert not torch.equal(spec.draw(generator(1)).args[0], spec.draw(generator(2)).args[0])
 
 
+def test_labels_that_count_by_accident_stay_labels() -> None:
+    calls = as_calls({"x": torch.randn(2, 4), "labels": torch.tensor([0, 1])})
+    drawn = InputSpec.from_calls(calls, {"x": {0: "n"}, "labels": {0: "n"}}).draw(generator(), sizes={"n": 9})
+    assert set(drawn.kwargs["labels"].tolist()) <= {0, 1}
+
+
+def test_an_end_token_is_there_in_the_shortest_rows() -> None:
+    ids = torch.randint(5, 50, (3, 8), generator=generator())
+    ids[:, -1] = 2
+    spec = InputSpec.from_calls(as_calls({"input_ids": ids}), {"input_ids": {1: "s"}})
+    for size in (1, 2, 3):
+        assert bool((spec.draw(generator(), sizes={"s": size}).kwargs["input_ids"][:, -1] == 2).all())
+
+
 def test_integers_can_be_kept() -> None:
     ids = torch.randint(0, 99, (2, 6))
     spec = InputSpec.from_calls(as_calls({"input_ids": ids, "pixels": torch.randn(2, 4)}))

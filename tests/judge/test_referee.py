@@ -243,6 +243,13 @@ def test_a_scalar_that_eager_hits_by_luck_may_be_off_by_rounding() -> None:
     )
 
 
+def test_without_a_wider_reference_an_error_is_assumed() -> None:
+    assert judge(EAGER * (1 + 1e-5), EAGER, EAGER, level="exact")
+    assert not judge(EAGER * (1 + 1e-5), EAGER.double(), EAGER, level="exact")
+    assert not judge(EAGER * (1 + 1e-4), EAGER, EAGER, level="exact")
+    assert not judge(REFERENCE * (1 + 1e-5), REFERENCE, REFERENCE, level="exact")
+
+
 def test_a_rejection_can_be_named_after_what_revealed_it() -> None:
     verdict = judge(EAGER * 1.01, REFERENCE, EAGER, level="exact").named("size", "at batch 3")
     assert verdict.rule == "size" and verdict.detail.startswith("at batch 3: ")

@@ -85,7 +85,9 @@ def observe_integers(
     ordered = any(part in lower for part in _ORDERED_NAMES)
     if plain.low == plain.high:
         return replace(plain, kind="constant", values=(int(flat[0]),))
-    if all(_is_arange(t) for t in tensors) and (ordered or not sole):
+    # Two labels 0, 1 count upwards by accident; eight rarely do.
+    counting = ordered or (not sole and all(t.shape[-1:] >= (8,) for t in tensors))
+    if counting and all(_is_arange(t) for t in tensors):
         return replace(plain, kind="arange", values=(int(tensors[0].reshape(-1)[0]),))
     if ordered:
         return replace(plain, kind="keep")
@@ -284,7 +286,7 @@ def draw_integers(
             lengths.view(-1)[0] = bound
         return lengths.sort(descending=True).values  # packing asks for descending lengths by default
     drawn = _resample(form.values, size, generator, torch.int64)
-    if len(size) == 2 and size[1] >= 3:
+    if len(size) == 2 and size[1] >= 1:
         flags = torch.ones(size, dtype=torch.bool) if keep is None else keep
         rows = torch.arange(size[0])
         weight = torch.arange(1, size[1] + 1)
