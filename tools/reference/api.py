@@ -44,8 +44,9 @@ def members(kind: type) -> list[str]:
         function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if not inspect.isfunction(function) or not function.__doc__:
             continue
-        title = f"`.{name}`" if isinstance(member, property) else f"`.{name}{signature(function)}`"
-        found.append(f"{title.replace('(self, ', '(').replace('(self)', '()')} — {prose(function.__doc__)}")
+        called = signature(function).replace("(self, ", "(").replace("(self)", "()").replace("(cls, ", "(")
+        title = name if isinstance(member, property) else name + called
+        found.append(f"`.{title}` — {prose(function.__doc__)}")
     return found
 
 

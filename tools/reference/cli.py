@@ -43,7 +43,7 @@ def section(name: str, module: str, summary: str) -> str:
             usage.append(shown if needed else f"[{shown}]")
             arguments.append([f"`{shown}`", info.help or ""])
         else:
-            declared = info.param_decls or [f"--{parameter.name.replace('_', '-')}"]
+            declared = names_of(parameter, info)
             if needed:
                 usage.append(f"{declared[0]} {takes(kind, info)}")
             names = ", ".join(f"`{each}`" for each in declared)
@@ -60,6 +60,12 @@ def section(name: str, module: str, summary: str) -> str:
     return "\n\n".join(part.strip() for part in parts)
 
 
+def names_of(parameter: inspect.Parameter, info: Any) -> list[str]:
+    """An option's names; in an annotation, typer keeps the first of them where a default would be."""
+    given = [info.default] if isinstance(info.default, str) and info.default.startswith("-") else []
+    return [*given, *(info.param_decls or ())] or [f"--{parameter.name.replace('_', '-')}"]
+
+
 def takes(kind: Any, info: Any) -> str:
     """What follows an option: its metavar, or a word for its type; nothing for a flag."""
     repeatable = typing.get_origin(kind) in (list, tuple)
@@ -68,7 +74,7 @@ def takes(kind: Any, info: Any) -> str:
         return ""
     words = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
     word = info.metavar or words.get(inner, getattr(inner, "__name__", str(inner)).upper())
-    return f"{word}…" if repeatable else word
+    return f"{word.rstrip(',…')}…" if repeatable else word
 
 
 def cell_of(text: str) -> str:

@@ -9,14 +9,30 @@ from typing import Any
 
 
 def prose(docstring: str | None) -> str:
-    """A docstring as Markdown: double backticks become single ones, examples become code blocks."""
+    """A docstring as Markdown: double backticks become single ones, sections lists, examples code blocks."""
     text = inspect.cleandoc(docstring or "").replace("``", "`")
+    text = re.sub(r"^(Args|Raises|Returns)[^\n]*:\n((?: +.*\n?)+)", _section, text, flags=re.MULTILINE)
     return re.sub(r"^(>>> (?:.|\n)*?)(?=\n\n|\Z)", r"```python\n\1\n```", text, flags=re.MULTILINE)
 
 
+def _section(found: re.Match[str]) -> str:
+    """``Args:`` and the like, with an item for each line that is indented least."""
+    lines = inspect.cleandoc("\n" + found.group(2)).splitlines()
+    items: list[str] = []
+    for line in lines:
+        if line.startswith(" ") and items:
+            items[-1] += " " + line.strip()
+        elif line.strip():
+            items.append(line.strip())
+    title = {"Args": "Arguments"}.get(found.group(1), found.group(1))
+    named = [re.sub(r"^([\w., *]+): ", r"`\1` — ", item) for item in items]
+    return f"**{title}**\n\n" + "\n".join(f"- {item}" for item in named) + "\n"
+
+
 def cell(text: str) -> str:
-    """``text`` fit for a table's cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """``text`` fit for a table's cell: one line, no column breaks, no tags outside of code."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if "`" in text else text.replace("<", "&lt;")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -37,7 +53,7 @@ def signature(function: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def fields(kind: type) -> str:
+def fields(kind: Any) -> str:
     """A table of a dataclass's fields: name, type, default."""
     rows = []
     for field in dataclasses.fields(kind):
