@@ -34,6 +34,9 @@ VENDORS = set(
     "accelerate azure boto3 diffusers google kubernetes lightning mlflow onnx onnxruntime openvino peft "
     "sentence_transformers tensorrt torchao transformers triton wandb".split()
 )
+#: The one exception: the layout of a model folder is defined by this library alone, and loading such a
+#: folder has to work before any adapter plugin is installed.
+FOLDER_LOADER = ("kpt_core/kpt/modelfiles/folders.py", "transformers")
 
 
 def sources(folder: Path) -> list[Path]:
@@ -88,6 +91,8 @@ def test_the_core_imports_no_plugin_no_vendor_and_no_test_suite() -> None:
     for path in sources(CORE):
         for name, line in imports(path):
             first = name.split(".")[0]
+            if (str(path.relative_to(ROOT)), first) == FOLDER_LOADER:
+                continue
             testing = name.startswith("kpt.testing") and part_of(path) not in {"testing", "cli"}
             if first in VENDORS or first.startswith("kpt_plugin") or testing:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
