@@ -11,8 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kpt.ops.graph import graph_sites, recognise_graph, substitute
     from kpt.ops.index import catalogue, reference
     from kpt.ops.recognition import Recognition, forget_proofs, recognise
+    from kpt.ops.rebind import bind_function
     from kpt.ops.sites import Binding, Example, Hypothesis, Site, SiteMismatch, install
 
 _HOMES = {
@@ -22,11 +24,15 @@ _HOMES = {
     "Recognition": "kpt.ops.recognition",
     "Site": "kpt.ops.sites",
     "SiteMismatch": "kpt.ops.sites",
+    "bind_function": "kpt.ops.rebind",
     "catalogue": "kpt.ops.index",
     "forget_proofs": "kpt.ops.recognition",
+    "graph_sites": "kpt.ops.graph",
     "install": "kpt.ops.sites",
     "recognise": "kpt.ops.recognition",
+    "recognise_graph": "kpt.ops.graph",
     "reference": "kpt.ops.index",
+    "substitute": "kpt.ops.graph",
 }
 
 __all__ = [
@@ -36,11 +42,15 @@ __all__ = [
     "Recognition",
     "Site",
     "SiteMismatch",
+    "bind_function",
     "catalogue",
     "forget_proofs",
+    "graph_sites",
     "install",
     "recognise",
+    "recognise_graph",
     "reference",
+    "substitute",
 ]
 
 

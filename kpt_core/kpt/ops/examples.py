@@ -21,7 +21,7 @@ _LARGE_SIZE = 16  # sizes of the call (batch, length) above this are made small
 class Examples:
     """Draws inputs for one captured site, and copies of its module with random parameters."""
 
-    def __init__(self, captured: Captured, shrink: bool = True) -> None:
+    def __init__(self, captured: Captured, shrink: bool = True, straight: bool = False) -> None:
         self.captured = captured
         module = captured.module
         seen = [value for call in captured.calls for value in _seen(call)]
@@ -37,7 +37,7 @@ class Examples:
         self.sizes: dict[int, int] = {}
         if shrink and not self.function_of_module and elements > _BIG:
             self.sizes = _shrunk({d for p in parameters for d in p.shape if d > 64})
-        self.lengths = self._small_lengths(seen)
+        self.lengths = {} if straight else self._small_lengths(seen)
 
     def _small_lengths(self, seen: list[Seen]) -> dict[int, int]:
         """Smaller values for sizes that belong to the call; distinct sizes stay distinct."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,28 @@ if TYPE_CHECKING:
 
 #: Where an epsilon lives when it is neither an attribute nor a literal in the forward.
 _USUAL_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
+
+
+@dataclass(frozen=True)
+class Literals:
+    """The numbers and options that a region of a graph was written with, in place of a module's code."""
+
+    numbers: tuple[float, ...]
+    options: Mapping[str, Any]
+
+
+def names_read(module: torch.nn.Module) -> frozenset[str]:
+    """Names that the module's code mentions; for a region of a graph, its options."""
+    literals = vars(module).get("_literals")
+    if isinstance(literals, Literals):
+        return frozenset({*literals.options, "softmax"})
+    return attribute_names(type(module))
+
+
+def numbers_written(module: torch.nn.Module) -> tuple[float, ...]:
+    """Float literals in the module's code, or in a region of a graph."""
+    literals = vars(module).get("_literals")
+    return literals.numbers if isinstance(literals, Literals) else float_constants(type(module))
 
 
 def own_parameters(module: torch.nn.Module, buffers: bool = False) -> dict[str, torch.Tensor]:
@@ -92,7 +116,7 @@ def _attribute_names(cls: type) -> frozenset[str]:
 def floats(module: torch.nn.Module, low: float, high: float) -> list[tuple[str, float]]:
     """Numbers in ``[low, high]`` that the module holds, as live expressions, without repetition."""
     found: dict[float, str] = {}
-    read = attribute_names(type(module))
+    read = names_read(module)
     for name, value in vars(module).items():
         if type(value) in (float, int) and low <= value <= high and name in read:
             found.setdefault(float(value), f"self.{name}")
@@ -100,7 +124,7 @@ def floats(module: torch.nn.Module, low: float, high: float) -> list[tuple[str, 
             for inner, number in vars(value).items():
                 if type(number) is float and low <= number <= high and inner in read:
                     found.setdefault(number, f"self.{name}.{inner}")
-    for number in float_constants(type(module)):
+    for number in numbers_written(module):
         if low <= number <= high:
             found.setdefault(number, repr(number))
     return [(text, value) for value, text in found.items()]

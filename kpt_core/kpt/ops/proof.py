@@ -59,14 +59,16 @@ def prove(
     reference: Callable[[str], Callable[..., Any]],
     deadline: float | None = None,
     shrink: bool = True,
+    straight: bool = False,
 ) -> Outcome:
     """Test ``hypotheses`` about one site; ``reference(op)`` gives an op's reference.
 
+    ``straight`` says that the code has no branches and belongs to one shape, as captured graphs do.
     ``deadline`` is a value of ``time.monotonic()``; `OutOfTime` is raised when it passes.
     """
     proof = None
     try:
-        proof = _Proof(captured, hypotheses, reference, deadline, shrink)
+        proof = _Proof(captured, hypotheses, reference, deadline, shrink, straight)
         return proof.outcome()
     except OutOfTime:
         raise
@@ -85,11 +87,13 @@ class _Proof:
         reference: Callable[[str], Callable[..., Any]],
         deadline: float | None,
         shrink: bool,
+        straight: bool,
     ) -> None:
         self.captured = captured
         self.reference = reference
         self.deadline = deadline
-        self.examples = Examples(captured, shrink)
+        self.straight = straight
+        self.examples = Examples(captured, shrink and not straight, straight)
         self.constants = self.examples.constants(hypotheses)
         self.candidates = [
             (hypothesis, Binding(hypothesis, captured.signature, self.constants)) for hypothesis in hypotheses
@@ -155,7 +159,8 @@ class _Proof:
         with torch.no_grad(), torch.autocast(examples.device.type, enabled=False):
             base = examples.draw(0, twin)
             try:
-                watch, _ = executed(lambda: self._call(twin, base))
+                with Promoted():
+                    watch, _ = executed(lambda: self._call(twin, base))
             except Refused:
                 raise
             except Exception as error:
@@ -195,6 +200,8 @@ class _Proof:
             self._filter(twin, examples.draw(0, twin, scale=scale), f"on inputs of magnitude {scale:g}")
         for index in range(1, len(self.captured.calls)):
             self._filter(twin, examples.draw(index, twin), "on another of the shapes it was called with")
+        if self.straight:
+            return
         strided = [("on inputs that are not contiguous", examples.draw(0, twin, strided=True))]
         for what, bound in (*strided, *examples.variations(twin, integers)):
             try:
@@ -299,8 +306,9 @@ class _Proof:
                 continue  # no kernel for this dtype on this device
             if baseline is None:
                 baseline = trace
-                self._branches(twin, bound, baseline)
-            elif trace != baseline:
+                if not self.straight:
+                    self._branches(twin, bound, baseline)
+            elif trace != baseline and not self.straight:
                 raise Unproved(f"it takes another branch in {_name(dtype)}")
             with torch.no_grad():
                 claimed = self._claim(twin, bound, binding)

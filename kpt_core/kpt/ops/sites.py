@@ -237,7 +237,7 @@ class Site:
 
     ``kind`` is ``"module"`` (the forward of the module at ``path``), ``"function"`` (a function that
     this module's ``attribute`` calls, by the name ``callee``), ``"call"`` (a named torch call or an
-    entry of a function table) or ``"graph"``. ``modes`` and ``dtypes`` are those it was proved for,
+    entry of a function table) or ``"graph"`` (``nodes`` from ``inputs`` to ``outputs`` of a graph). ``modes`` and ``dtypes`` are those it was proved for,
     ``examples`` what it saw when the model ran.
     """
 
@@ -253,6 +253,9 @@ class Site:
     callee: str = ""
     attribute: str = "forward"
     original: Callable[..., Any] | None = None
+    nodes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kpt.ops.capture import Seen
-from kpt.ops.hypotheses import attribute
+from kpt.ops.hypotheses import attribute, numbers_written
 from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
@@ -66,7 +66,6 @@ class Attentions:
     """Proposes attention for a function of queries, keys and values, whatever else it takes."""
 
     def function_hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
-        call = captured.calls[0]
         tensors = {n: t for n, t in captured.tensors().items()}
         four = [n for n, t in tensors.items() if len(t.shape) == 4 and t.dtype.is_floating_point]
         if len(four) < 3:
@@ -91,7 +90,7 @@ class Attentions:
             result = "{}"
         for masks, conditions in _masks(captured, (q, k, v), one[2]):
             for scale in _scales(captured):
-                for softcap in _softcaps(call):
+                for softcap in _softcaps(captured):
                     for sinks in _sinks(module, one[1]):
                         arguments = {"q": q, "k": k, "v": v, **masks, **scale, **softcap, **sinks}
                         for output in outputs:
@@ -135,11 +134,18 @@ def _scales(captured: Captured) -> list[dict[str, str]]:
         for name, value in captured.calls[0].items()
         if type(value) is float and "drop" not in name and "cap" not in name
     ]
+    if not captured.callee:  # a region of a graph: what it multiplied or divided by
+        usual = next(iter(captured.tensors().values())).shape[-1] ** -0.5  # the op's own default
+        factors = [f for n in numbers_written(captured.module) if n > 0.0 for f in (n, 1.0 / n)]
+        fresh = [f for f in dict.fromkeys(factors) if f != 1.0 and not math.isclose(f, usual)]
+        found += [{"scale": repr(factor)} for factor in fresh]
     return [*found, {}, {"scale": "1.0"}]
 
 
-def _softcaps(call: dict[str, object]) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = [{"softcap": n} for n, v in call.items() if type(v) is float and "cap" in n]
+def _softcaps(captured: Captured) -> list[dict[str, str]]:
+    found = [{"softcap": n} for n, v in captured.calls[0].items() if type(v) is float and "cap" in n]
+    if not captured.callee:
+        found += [{"softcap": repr(n)} for n in numbers_written(captured.module) if n > 1.0]
     return [{}, *found]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.ops.hypotheses import attribute_names, only_tensor
+from kpt.ops.hypotheses import names_read, only_tensor
 from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
@@ -31,7 +31,7 @@ class Softmaxes:
             or list(module.parameters())
         ):
             return
-        if not attribute_names(type(module)) & {"softmax", "exp", "softmin", "log_softmax"}:
+        if not names_read(module) & {"softmax", "exp", "softmin", "log_softmax"}:
             return
         yield from self._dimensions(found[0], len(found[1].shape), vars(module))
 
