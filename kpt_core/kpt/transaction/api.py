@@ -168,6 +168,34 @@ def refresh(model: Model) -> Model:
 # ---------------------------------------------------------------------------------------------
 
 
+def request_of(model: torch.nn.Module) -> Request:
+    """What was asked for in the last run on ``model``.
+
+    Raises:
+        ValueError: ``model`` was never optimised in this process.
+    """
+    request = _requests.get(distributed.unwrap(model))
+    if request is None:
+        raise ValueError(f"this {type(model).__name__} was not optimised; call kpt.optimize(model) first")
+    return request
+
+
+def make_request(model: torch.nn.Module, **options: Any) -> Request:
+    """A checked request with defaults for what is not given."""
+    defaults: dict[str, Any] = {
+        "level": "production",
+        "objective": "latency",
+        "dynamic_shapes": None,
+        "accuracy": None,
+        "budget": 120.0,
+        "plugins": None,
+        "trackers": (),
+        "cache": True,
+        "fuel": None,
+    }
+    return _request(model, **{**defaults, **options})
+
+
 def _request(model: Any, **options: Any) -> Request:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"kpt.optimize got {type(model).__name__}; expected a torch.nn.Module")

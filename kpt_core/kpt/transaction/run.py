@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Request:
-    """What the user asked for. ``examples`` are kept (copied) for `kpt.refresh`."""
+    """What the user asked for. ``examples`` are kept (copied) for `kpt.refresh`.
+
+    ``plan`` is a recipe to apply instead of searching; ``only_plan`` forbids the search that follows
+    when it does not hold.
+    """
 
     registry: Any
     selection: Sequence[Any] | None
@@ -49,6 +53,7 @@ class Request:
     fuel: int | None
     examples: list[Call] | None = None
     plan: dict[str, Any] | None = None
+    only_plan: bool = False
 
     def again(self, receipt: Receipt | None) -> Request:
         """The same request for the plan that was found before, if there was one."""
@@ -152,6 +157,9 @@ def _alone(run: Run, trials: Trials) -> None:
     """The recipe if there is one that still holds, else the search."""
     data = _recipe_for(run, trials.observation)
     if data is not None and _apply_recipe(run, trials, data):
+        return
+    if run.request.only_plan:
+        run.receipt.reason = run.receipt.reason or "; ".join(run.receipt.notes) or "the recipe does not hold"
         return
     _search(run, trials)
 

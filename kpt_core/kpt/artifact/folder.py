@@ -1,0 +1,82 @@
+"""The layout of an artifact's folder, and the checks that hold for every reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+RECIPE = "recipe.json"
+RECEIPT = "receipt.json"
+WEIGHTS = "model.safetensors"
+VERIFY = "verify"
+STRUCTURE = "structure.pkl"
+
+
+class ArtifactError(RuntimeError):
+    """An artifact that cannot be used. ``code`` is for programs, ``hint`` says what to do."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+def sha256(path: Path) -> str:
+    """The file's checksum, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """``recipe.json``, once every file that it names has the checksum that it names.
+
+    Raises:
+        ArtifactError: no artifact, another schema version, or a file that is missing or differs.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise ArtifactError(
+            "not-an-artifact",
+            f"{folder} has no {RECIPE}, so it is no artifact.",
+            "Write one with kpt.save(model, folder).",
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            "damaged", f"{path} cannot be read: {error}.", "Save the artifact again."
+        ) from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ArtifactError(
+            "schema",
+            f"{path} has schema {found!r}; this version of kpt reads {SCHEMA}.",
+            "Save the artifact again.",
+        )
+    files = data.get("files")
+    if not isinstance(files, dict) or WEIGHTS not in files:
+        raise ArtifactError("damaged", f"{path} does not name {WEIGHTS}.", "Save the artifact again.")
+    for name, expected in files.items():
+        file = (folder / name).resolve()
+        if folder.resolve() not in file.parents:
+            raise ArtifactError(
+                "damaged", f"{path} names {name!r}, which is outside of the folder.", "Do not use it."
+            )
+        if not file.is_file():
+            raise ArtifactError(
+                "damaged", f"{file} is missing.", "Copy the whole folder, or save the artifact again."
+            )
+        if sha256(file) != expected:
+            raise ArtifactError(
+                "checksum",
+                f"{file} is not the file that was saved: its sha256 differs.",
+                "Copy or save it again.",
+            )
+    return data

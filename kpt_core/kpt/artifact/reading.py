@@ -1,0 +1,204 @@
+"""Loading an artifact: build, fill, verify, apply the recipe, verify again."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpt.artifact import folder as layout
+from kpt.artifact.folder import ArtifactError, read_manifest
+from kpt.artifact.tensors import named, unpack_call
+from kpt.judge import outputs
+from kpt.transaction.api import make_request, run
+from kpt.transaction.dispatch import original_forward
+
+#: Relative rms difference between the stored outputs and those computed here, by what was optimised.
+_TOLERANCES = {"original": 1e-3, "exact": 1e-3, "production": 5e-2, "aggressive": 0.15}
+
+
+def load(
+    path: str | Path,
+    *,
+    model: torch.nn.Module | None = None,
+    arch: str | None = None,
+    trust: bool = False,
+    budget: float = 120.0,
+    plugins: Sequence[Any] | None = None,
+) -> torch.nn.Module:
+    """The optimised model in the folder ``path``.
+
+    The weights are put into ``model``, or into what ``arch`` ("module:factory") builds, or into what
+    the artifact says. The original is checked against ``verify/``, then the recipe is applied, judged
+    on fresh inputs and checked again. A recipe that does not hold here (other hardware, a missing
+    plugin) leaves the model unoptimised, with a warning; `kpt.report` says why.
+
+    Raises:
+        ArtifactError: damaged or foreign files, a pickle without ``trust=True``, weights that do not
+            fit, outputs that are not those that were saved. A ``model`` that was passed is unchanged then.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    weights = load_file(str(folder / layout.WEIGHTS))
+    for alias, name in dict(manifest.get("aliases") or {}).items():
+        if name not in weights:
+            raise ArtifactError(
+                "damaged", f"{alias} is tied to {name}, which is missing.", "Save the artifact again."
+            )
+        weights[alias] = weights[name]
+    built = model if model is not None else _build(folder, manifest, arch, trust)
+    before = (
+        {name: t.detach().clone() for name, t in built.state_dict().items()} if model is not None else None
+    )
+    try:
+        _fill(built, weights)
+        built.train(bool(manifest.get("training", False)))
+        _verify(built, original_forward(built), folder, manifest, "original")
+        _optimise(built, folder, manifest, budget, plugins)
+    except BaseException:
+        if before is not None:
+            built.load_state_dict(before)
+        raise
+    return built
+
+
+def _build(folder: Path, manifest: dict[str, Any], arch: str | None, trust: bool) -> torch.nn.Module:
+    from kpt.modelfiles import load_model
+    from kpt.modelfiles.weights import build
+
+    how = manifest.get("build") or {}
+    if arch is not None:
+        return build(arch)
+    kind = how.get("kind")
+    if kind == "transformers":
+        import transformers
+
+        config_class = getattr(transformers, str(how.get("config")), None)
+        model_class = getattr(transformers, str(how.get("class")), None)
+        if config_class is None or model_class is None:
+            raise ArtifactError(
+                "not-buildable",
+                f"transformers {transformers.__version__} has no {how.get('class')}.",
+                "Install the version named in recipe.json.",
+            )
+        built = model_class(config_class.from_json_file(str(folder / "config.json")))
+        return built.eval()  # type: ignore[no-any-return]
+    if kind == "pickle":
+        file = folder / layout.STRUCTURE
+        if not trust:
+            raise ArtifactError(
+                "untrusted",
+                f"{how.get('class')} is stored as a pickle, which runs code when it is read.",
+                "Pass model= or arch=, or trust=True (--trust-model) if you trust where it comes from.",
+            )
+        return torch.load(file, weights_only=False, map_location="cpu")  # type: ignore[no-any-return]
+    if kind in ("named", "class") and (how.get("arch") or how.get("folder")):
+        # Importing a module runs it; one that the program has imported itself has run already.
+        known = str(how.get("arch", "")).partition(":")[0] in sys.modules
+        if not trust and not known:
+            raise ArtifactError(
+                "untrusted",
+                f"The model is built by {how.get('arch') or how.get('folder')}, which the artifact names.",
+                f"Pass arch={how.get('arch')!r} if you know it, or trust=True (--trust-model).",
+            )
+        if how.get("arch"):
+            return build(str(how["arch"]))
+        return load_model(str(how["folder"]), trust=trust).model
+    raise ArtifactError(
+        "not-buildable", "The artifact does not say how its model is built.", "Pass model= or arch=."
+    )
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    expected = model.state_dict()
+    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    wrong = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
+    if missing or unexpected or wrong:
+        facts = [
+            f"{len(names)} {what} ({', '.join(names[:4])})"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if names
+        ]
+        raise ArtifactError(
+            "wrong-architecture",
+            f"The weights do not fit {type(model).__name__}: {'; '.join(facts)}.",
+            "Build the model that was saved.",
+        )
+    on_meta = any(t.device.type == "meta" for t in expected.values())
+    model.load_state_dict(
+        weights, assign=on_meta or any(expected[n].dtype != weights[n].dtype for n in expected)
+    )
+
+
+def _verify(model: torch.nn.Module, forward: Any, folder: Path, manifest: dict[str, Any], which: str) -> None:
+    """Outputs computed here against those that were stored."""
+    from safetensors.torch import load_file
+
+    described = manifest.get("verify")
+    if not described:
+        return
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    call = unpack_call(load_file(str(folder / layout.VERIFY / "inputs.safetensors")), described, device)
+    stored = load_file(str(folder / layout.VERIFY / f"{which}.safetensors"))
+    with torch.no_grad():
+        computed = named(forward(*call.args, **call.kwargs))
+    level = manifest["request"]["level"] if which == "optimized" else "original"
+    for name, expected in stored.items():
+        mine = computed.get(name)
+        if mine is None or mine.shape != expected.shape:
+            raise ArtifactError("verify", f"The model has no output {name} of shape {tuple(expected.shape)}.")
+        error = outputs.relative_error(mine, expected) if expected.is_floating_point() else 0.0
+        if not error <= _TOLERANCES[level]:
+            raise ArtifactError(
+                "verify",
+                f"Output {name} differs from verify/{which} by {error:.2g} relative; at most {_TOLERANCES[level]:.2g} "
+                "is expected.",
+                "The weights, the code that builds the model, or verify/ are not those that were saved.",
+            )
+
+
+def _optimise(
+    model: torch.nn.Module,
+    folder: Path,
+    manifest: dict[str, Any],
+    budget: float,
+    plugins: Sequence[Any] | None,
+) -> None:
+    from safetensors.torch import load_file
+
+    plan, described = manifest.get("plan"), manifest.get("verify")
+    if not plan or not plan.get("steps") or not described:
+        return
+    asked = manifest["request"]
+    shapes = asked.get("dynamic_shapes")
+    request = make_request(
+        model,
+        level=asked["level"],
+        objective=asked["objective"],
+        dynamic_shapes={
+            n: {int(a): d if isinstance(d, str) else tuple(d) for a, d in axes.items()}
+            for n, axes in shapes.items()
+        }
+        if shapes
+        else None,
+        budget=budget,
+        plugins=plugins,
+    )
+    request.plan, request.only_plan = plan, True
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    call = unpack_call(load_file(str(folder / layout.VERIFY / "inputs.safetensors")), described, device)
+    receipt = run(model, [call], request)
+    if not receipt.optimized:
+        warnings.warn(
+            f"the recipe of {folder} does not hold here, so the model is not optimised: {receipt.reason}; "
+            "call kpt.optimize(model, ...) to search anew",
+            stacklevel=3,
+        )
+        return
+    _verify(model, model.forward, folder, manifest, "optimized")

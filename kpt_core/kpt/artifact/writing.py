@@ -1,0 +1,177 @@
+"""Saving an optimised model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpt.artifact import folder as layout
+from kpt.artifact.folder import ArtifactError
+from kpt.artifact.tensors import named, pack_call, untied
+from kpt.transaction import distributed, workspace
+from kpt.transaction.api import report, request_of
+from kpt.transaction.dispatch import original_forward
+
+
+def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] | None = None) -> Path:
+    """Write ``model`` and its plan to the folder ``path``; return the folder.
+
+    The folder appears whole or not at all, and replaces an artifact that is there. ``build`` says how
+    `load` makes the model again: ``{"arch": "module:factory"}``. Without it a transformers model is
+    built from its configuration, a class without constructor arguments by its name, and any other
+    model from a pickle of its structure, which `load` reads with ``trust=True`` only.
+
+    Raises:
+        ValueError: the model was not optimised in this process.
+        ArtifactError: the folder holds something else, or the state dict holds no plain tensors.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    model = distributed.unwrap(model)
+    receipt, request = report(model), request_of(model)
+    if target.exists() and (
+        not target.is_dir() or (any(target.iterdir()) and not (target / layout.RECIPE).is_file())
+    ):
+        raise ArtifactError(
+            "occupied", f"{target} holds something that is not an artifact.", "Choose another folder."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        weights, aliases = untied(model.state_dict())
+        save_file(weights, str(scratch / layout.WEIGHTS))
+        (scratch / layout.RECEIPT).write_text(receipt.to_json(), encoding="utf-8")
+        how = _how_to_build(model, build, scratch)
+        verify = _write_verify(model, request, scratch)
+        manifest = {
+            "schema": layout.SCHEMA,
+            "plan": receipt.recipe_data,
+            "build": how,
+            "aliases": aliases,
+            "training": model.training,
+            "request": {
+                "level": request.level,
+                "objective": request.objective,
+                "dynamic_shapes": _plain_shapes(request.dynamic_shapes),
+            },
+            "inputs": receipt.inputs,
+            "verify": verify,
+            "versions": receipt.versions,
+            "hardware": receipt.hardware,
+            "accuracy": receipt.accuracy,
+            "latency": {
+                "before": receipt.seconds_before,
+                "after": receipt.seconds_after,
+                "speedup": receipt.speedup,
+            },
+            "files": {
+                str(file.relative_to(scratch)): layout.sha256(file)
+                for file in sorted(scratch.rglob("*"))
+                if file.is_file()
+            },
+        }
+        (scratch / layout.RECIPE).write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.replace(target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return target
+
+
+def _how_to_build(model: torch.nn.Module, build: Mapping[str, str] | None, scratch: Path) -> dict[str, str]:
+    if build:
+        return {"kind": "named", **build}
+    cls = type(model)
+    reference = f"{cls.__module__}:{cls.__qualname__}"
+    config = getattr(model, "config", None)
+    if cls.__module__.startswith("transformers.") and hasattr(config, "to_json_file"):
+        config.to_json_file(str(scratch / "config.json"), use_diff=False)
+        return {"kind": "transformers", "class": cls.__name__, "config": type(config).__name__}
+    if _builds_alone(cls, model):
+        return {"kind": "class", "arch": reference}
+    copy = workspace.clone(model, {id(p): _on_meta(p) for p in model.parameters()})
+    copy.eval()
+    try:
+        torch.save(copy, str(scratch / layout.STRUCTURE))
+    except Exception as error:
+        (scratch / layout.STRUCTURE).unlink(missing_ok=True)
+        raise ArtifactError(
+            "not-buildable",
+            f"{cls.__name__} can neither be built by name nor pickled ({type(error).__name__}: {error}).",
+            'Pass build={"arch": "module:factory"}, a function that builds the model.',
+        ) from error
+    return {"kind": "pickle", "class": reference}
+
+
+def _builds_alone(cls: type, model: torch.nn.Module) -> bool:
+    """Whether the importable class, called without arguments, gives the same parameters and buffers."""
+    if (
+        "<locals>" in cls.__qualname__
+        or cls.__module__ in ("__main__", "builtins")
+        or cls.__module__.startswith("torch.")
+    ):
+        return False
+    state = torch.get_rng_state()
+    try:
+        built = cls()
+    except Exception:  # noqa: BLE001 - it needs arguments, so it is not built this way
+        return False
+    finally:
+        torch.set_rng_state(state)
+    mine, other = model.state_dict(), built.state_dict()
+    return (
+        mine.keys() == other.keys()
+        and all(mine[k].shape == other[k].shape for k in mine)
+        and repr(built) == repr(model)
+    )
+
+
+def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(
+        torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+    )
+
+
+def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[str, Any] | None:
+    """One call with both outputs; None when it cannot be described, or in training."""
+    from safetensors.torch import save_file
+
+    packed = pack_call(request.examples[0]) if request.examples else None
+    if packed is None or model.training:
+        return None
+    tensors, described = packed
+    call = request.examples[0]
+    with torch.no_grad():
+        before = named(original_forward(model)(*call.clone().args, **call.clone().kwargs))
+        after = named(model.forward(*call.clone().args, **call.clone().kwargs))
+    folder = scratch / layout.VERIFY
+    folder.mkdir()
+    save_file(tensors, str(folder / "inputs.safetensors"))
+    save_file(before, str(folder / "original.safetensors"))
+    save_file(after, str(folder / "optimized.safetensors"))
+    return described
+
+
+def _plain_shapes(shapes: Any) -> Any:
+    if not shapes:
+        return None
+    return {
+        name: {str(axis): _plain_dimension(dim) for axis, dim in axes.items()}
+        for name, axes in shapes.items()
+    }
+
+
+def _plain_dimension(dim: Any) -> Any:
+    if isinstance(dim, (str, list, tuple)):
+        return dim
+    return [dim.__name__, getattr(dim, "min", None), getattr(dim, "max", None)]
