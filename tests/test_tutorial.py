@@ -40,13 +40,25 @@ def test_the_hooks_module_imports_neither_torch_nor_the_behaviour() -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_the_kernel_equals_the_reference_of_its_op(offset: float) -> None:
+@pytest.mark.parametrize(("offset", "hidden"), [(0.0, 33), (1.0, 33), (0.0, 16384)])
+def test_the_kernel_equals_the_reference_of_its_op(offset: float, hidden: int) -> None:
     from kpt_plugin_tutorial.kernels import rms_norm
 
-    x, weight = torch.randn(3, 7, 33, dtype=torch.float64), torch.randn(33, dtype=torch.float64)
+    x, weight = torch.randn(3, 7, hidden, dtype=torch.float64), torch.randn(hidden, dtype=torch.float64)
     expected = ops.reference("rms_norm")(x, weight, 1e-5, offset)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset), expected)
+
+
+def test_the_kernel_refuses_what_it_was_not_tested_on() -> None:
+    from types import SimpleNamespace
+
+    from kpt_plugin_tutorial.kernels import supports
+
+    def site(hidden: int) -> SimpleNamespace:
+        return SimpleNamespace(examples=[SimpleNamespace(shapes={"x": (2, hidden), "weight": (hidden,)})])
+
+    assert supports(site(16384)) is None
+    assert "20000" in supports(site(20000))
 
 
 def test_the_kernel_is_judged_where_a_model_spells_the_norm_out() -> None:

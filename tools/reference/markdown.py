@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import inspect
 import re
 from typing import Any
@@ -31,8 +32,16 @@ def _section(found: re.Match[str]) -> str:
 
 def cell(text: str) -> str:
     """``text`` fit for a table's cell: one line, no column breaks, no tags outside of code."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    return text if "`" in text else text.replace("<", "&lt;")
+    parts = " ".join(text.split()).split("`")
+    for position, part in enumerate(parts):
+        escaped = html.escape(part, quote=False).replace("|", "&#124;")
+        if position % 2 == 0:
+            parts[position] = escaped
+        elif "|" in part:  # a bar inside of backticks would end the cell in some renderers
+            parts[position] = f"<code>{escaped}</code>"
+        else:
+            parts[position] = f"`{part}`"
+    return "".join(parts)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -23,7 +23,7 @@ def supports(site: Site) -> str | None:
     """A reason to refuse ``site``, or None."""
     widest = max((shapes["x"][-1] for shapes in _shapes(site)), default=0)
     if widest > 16384:
-        return f"the last dimension is {widest}; this kernel was measured up to 16384"
+        return f"the last dimension is {widest}; this kernel is tested up to 16384"
     return None
 
 
