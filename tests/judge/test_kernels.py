@@ -180,7 +180,7 @@ def no_gradient(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> tor
 
 
 def random_sum(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    return honest(x, weight, eps) * (1.0 + 1e-7 * torch.randint(0, 2, x.shape[:1] + (1,) * (x.dim() - 1)))
+    return honest(x, weight, eps) * (1.0 + 1e-7 * torch.randint(0, 2, x.shape))
 
 
 SEED = torch.Generator().manual_seed(0)
