@@ -34,7 +34,7 @@ def is_ours(distribution: metadata.Distribution) -> bool:
 def pin(distribution: metadata.Distribution) -> str:
     """``name==version``, with a marker where the version does not run on every Python of ours."""
     line = f"{normalised(distribution.metadata['Name'])}=={Version(distribution.version).public}"
-    required = distribution.metadata.json.get("requires_python")
+    required = str(distribution.metadata.json.get("requires_python") or "")
     if not required:
         return line
     supported = [python for python in PYTHONS if SpecifierSet(required).contains(f"{python}.99")]
