@@ -31,7 +31,8 @@ def optimized(monkeypatch):
         asked.update(options, inputs=inputs, model=model)
         return model
 
-    def save(model, folder):
+    def save(model, folder, build=None):
+        asked["build"] = build
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.json").write_text("{}")
         (folder / "receipt.json").write_text(receipt().to_json())
@@ -75,6 +76,7 @@ def test_optimize_passes_everything_on_and_writes_an_artifact(kpt_cli, model_fil
         "plugins": [],
         "cache": False,
     }
+    assert optimized["build"] == {"arch": arch}
     assert optimized["inputs"]["x"].shape == (4, 8) and not optimized["model"].training
 
 
@@ -131,7 +133,7 @@ def test_a_plugin_that_is_asked_for_and_missing_is_an_error(kpt_cli, model_file,
 
 
 def test_an_artifact_that_cannot_be_written_is_named(kpt_cli, model_file, optimized, tmp_path, monkeypatch):
-    def save(model, folder):
+    def save(model, folder, build=None):
         raise OSError("No space left on device")
 
     monkeypatch.setitem(vars(kpt), "save", save)

@@ -129,6 +129,8 @@ def translate(error: Exception) -> CommandError:
         return CommandError("plugin", error.message, f"To mend it: {error.mend}" if error.mend else "")
     if isinstance(error, CacheError):
         return CommandError("cache", error.message, f"To mend it: {error.mend}" if error.mend else "")
+    if hasattr(error, "code") and hasattr(error, "hint"):  # ArtifactError, whose module imports torch
+        return CommandError(str(error.code), str(getattr(error, "message", error)), str(error.hint))
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's, wherever it lives
         return CommandError("usage", error.format_message(), "See kpt --help.", int(error.exit_code))
     if type(error).__name__ == "Abort":

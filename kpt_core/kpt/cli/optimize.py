@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,12 +76,13 @@ def command(
     )
 
 
-def save(model: Any, folder: Path, build: Any) -> None:
-    """Write the artifact; an error of the file system says that the search was not lost on a retry."""
+def save(model: Any, folder: Path, build: Mapping[str, str]) -> None:
+    """Write the artifact. Where the file system refuses, the error says that the search is not lost."""
     import kpt
 
     try:
-        kpt.save(model, folder)
+        # A model folder is rebuilt from its own configuration; only a factory has to be remembered.
+        kpt.save(model, folder, build=dict(build) if "arch" in build else None)
     except OSError as error:
         raise CommandError(
             "not-saved",
