@@ -132,7 +132,7 @@ class Almost(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = x.pow(4 if self.change == "power" else 2).mean(
-            1 if self.change == "axis" else -1, keepdim=True
+            (1, 2) if self.change == "axis" else -1, keepdim=True
         )
         x = x * torch.rsqrt(mean + 1e-6)
         if self.change == "clamp":

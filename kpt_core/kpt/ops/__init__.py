@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kpt.ops.graph import graph_sites, recognise_graph, substitute
     from kpt.ops.index import catalogue, reference
-    from kpt.ops.recognition import Recognition, forget_proofs, recognise
     from kpt.ops.rebind import bind_function
+    from kpt.ops.recognition import Recognition, forget_proofs, recognise
     from kpt.ops.sites import Binding, Example, Hypothesis, Site, SiteMismatch, install
 
 _HOMES = {

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +186,7 @@ def codes_of(function: types.FunctionType, depth: int = 4) -> Iterator[types.Cod
 def callee_name(
     caller: types.CodeType, names: Mapping[str, Any], matches: Callable[[Any], bool]
 ) -> str | None:
-    """How ``caller`` names a callee among its globals ``names``: ``f``, ``F.f``, ``torch.nn.f``, ``TABLE[]``."""
+    """How ``caller`` names a callee among its globals: ``f``, ``F.f``, ``torch.nn.f``, ``TABLE[]``."""
     spelled = caller.co_names
     for name in spelled:
         if name in names and matches(names[name]):
@@ -230,7 +230,7 @@ class _Watch:
         for path, module in model.named_modules():
             self.paths[id(module)] = path
             self.modules[path] = module
-            self.methods.update(methods(type(module)))
+            self.methods.update(methods(cast("Any", type(module))))
         self.signatures: dict[type, inspect.Signature | None] = {}
         self.callees: dict[tuple[types.CodeType, types.CodeType], str | None] = {}
         self.pending: dict[int, tuple[Captured, int]] = {}
@@ -455,7 +455,7 @@ def observe(model: torch.nn.Module, calls: Iterable[Call], limit: int = 4) -> Ob
                         for key in [key for key in observation.functions if key[0] == path]:
                             if observation.functions[key].function in _BUILTINS:
                                 del observation.functions[key]
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever the model raises is the reason
                 observation.failure = f"the model raised {type(error).__name__}: {error}"
                 break
             watch.pending.clear()

@@ -50,7 +50,8 @@ def clone(
     kept: list[Any] = []  # keeps ids in ``memo`` valid
     modules = list(root.modules())
     for module in modules:
-        twin = type(module).__new__(type(module))
+        cls: Any = type(module)
+        twin = cls.__new__(cls)
         memo[id(module)] = twin
     for module in modules:
         for is_parameter, table in ((True, module._parameters), (False, module._buffers)):
@@ -70,7 +71,7 @@ def clone(
             else:
                 try:
                     state[name] = copy.deepcopy(value, memo)
-                except Exception as error:  # locks, generators, process groups: shared, as they must be
+                except Exception as error:  # noqa: BLE001 - locks, generators, process groups: shared, as they must be
                     kept.append(error)
                     state[name] = value
         state["_parameters"] = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}

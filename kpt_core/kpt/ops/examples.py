@@ -152,7 +152,7 @@ class Examples:
     def variations(
         self, twin: torch.nn.Module, integers: tuple[int, ...]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The first call with other batch sizes and lengths: one, odd, and around each literal in the code."""
+        """The first call with other batch sizes and lengths: one, odd, around literals in the code."""
         call = self.captured.calls[0]
         sizes = {size for value in _seen(call) for size in value.shape[:-1]}
         free = [size for size in sizes if size not in self.protected] or list(sizes)
@@ -195,7 +195,7 @@ class Examples:
             for text in (*hypothesis.arguments.values(), *hypothesis.conditions, hypothesis.output):
                 read.update(compile(text, "<hypothesis>", "eval").co_names)
         parameters = self.captured.signature.parameters
-        found = {}
+        found: dict[str, Any] = {}
         for name, value in self.captured.calls[0].items():
             if parameters[name].kind is parameters[name].VAR_KEYWORD:
                 given: dict[str, Any] = {}

@@ -131,6 +131,8 @@ def recognise_graph(
             hypotheses, captured = _hypotheses(region, gm, registry)
             if captured is None or not hypotheses:
                 continue
+            if not _replaceable(region):
+                continue
             if any(claimed.get((op, root)) for op in region.ops for root in _roots(region)):
                 continue  # the longer region that ends further on was proved
             key = _key(region, captured)
@@ -168,6 +170,15 @@ def recognise_graph(
 def _roots(region: Region) -> list[Node]:
     """What tells one norm from the next although their candidate ends differ: where the input enters."""
     return [region.inputs[0]] if region.ops & {"rms_norm", "layer_norm", "add_rms_norm"} else []
+
+
+def _replaceable(region: Region) -> bool:
+    """Whether one node could compute all outputs: nothing may need one before all inputs are there."""
+    if len(region.outputs) == 1:
+        return True
+    inner = {*(region.nodes() or ())}
+    last = max(region.inputs)
+    return all(last < user for out in region.outputs for user in out.users if user not in inner)
 
 
 def _hypotheses(region: Region, gm: GraphModule, registry: Any) -> tuple[list[Hypothesis], Captured | None]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kpt.ops.capture import codes_of
 
@@ -40,7 +39,7 @@ def names_read(module: torch.nn.Module) -> frozenset[str]:
 def numbers_written(module: torch.nn.Module) -> tuple[float, ...]:
     """Float literals in the module's code, or in a region of a graph."""
     literals = vars(module).get("_literals")
-    return literals.numbers if isinstance(literals, Literals) else float_constants(type(module))
+    return literals.numbers if isinstance(literals, Literals) else float_constants(cast("Any", type(module)))
 
 
 def own_parameters(module: torch.nn.Module, buffers: bool = False) -> dict[str, torch.Tensor]:

@@ -189,4 +189,4 @@ def _argument(value: Any, size: Callable[[int], Any]) -> Hashable:
         return tuple((key, _argument(item, size)) for key, item in value.items())
     if isinstance(value, torch.nn.Module):
         return "module"
-    return (type(value).__name__, value) if isinstance(value, _ATOMS) else type(value)
+    return (type(value).__name__, value) if isinstance(value, _ATOMS) else cast("Hashable", type(value))

@@ -26,21 +26,24 @@ _WIDER = {
 #: Pure, deterministic operations of the ``aten`` namespace, without overloads.
 ALLOWED = frozenset(
     """
-    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _to_copy _unsafe_view abs add add_
-    addcdiv addcmul addmm alias all amax amin any arange argmax as_strided baddbmm bitwise_and bitwise_not
-    bitwise_or bmm cat ceil clamp clamp_max clamp_min clone constant_pad_nd copy copy_ cos cumsum detach diagonal div div_ dot
-    elu elu_backward empty empty_like empty_strided eq erf exp exp2 expand expm1 eye fill fill_ flip floor
-    full full_like gather ge gelu gelu_backward gt hardswish hardtanh index index_add index_put index_select
-    isfinite isinf isnan le leaky_relu leaky_relu_backward lift_fresh linalg_vector_norm linear linear_backward log log1p log2
-    log_sigmoid_forward logical_and logical_not logical_or logit logsumexp lt masked_fill masked_fill_ matmul
-    max maximum mean min minimum mish mish_backward mm mul mul_ mv native_layer_norm native_layer_norm_backward ne neg
-    new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward nll_loss_forward
-    nll_loss2d_forward nll_loss2d_backward norm ones ones_like permute pow prod promote_types reciprocal relu relu_ relu_backward
-    repeat reshape roll rsqrt rsub scalar_tensor scatter scatter_add select select_backward select_scatter sgn
-    sigmoid sigmoid_backward sign silu silu_ silu_backward sin slice slice_backward slice_scatter softplus
-    softplus_backward split split_with_sizes sqrt squeeze stack std sub sub_ sum t tan tanh tanh_backward
-    threshold threshold_backward transpose tril triu unbind unfold unsqueeze var var_mean view view_as_complex view_as_real
-    where zero zero_ zeros zeros_like _fused_rms_norm _fused_rms_norm_backward _reshape_alias _conj
+    _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _to_copy _unsafe_view
+    abs add add_ addcdiv addcmul addmm alias all amax amin any arange argmax as_strided baddbmm
+    bitwise_and bitwise_not bitwise_or bmm cat ceil clamp clamp_max clamp_min clone constant_pad_nd
+    copy copy_ cos cumsum detach diagonal div div_ dot elu elu_backward empty empty_like
+    empty_strided eq erf exp exp2 expand expm1 eye fill fill_ flip floor full full_like gather ge
+    gelu gelu_backward gt hardswish hardtanh index index_add index_put index_select isfinite isinf
+    isnan le leaky_relu leaky_relu_backward lift_fresh linalg_vector_norm linear linear_backward log
+    log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit logsumexp lt masked_fill
+    masked_fill_ matmul max maximum mean min minimum mish mish_backward mm mul mul_ mv
+    native_layer_norm native_layer_norm_backward ne neg new_empty new_empty_strided new_full
+    new_ones new_zeros nll_loss_backward nll_loss_forward nll_loss2d_forward nll_loss2d_backward
+    norm ones ones_like permute pow prod promote_types reciprocal relu relu_ relu_backward repeat
+    reshape roll rsqrt rsub scalar_tensor scatter scatter_add select select_backward select_scatter
+    sgn sigmoid sigmoid_backward sign silu silu_ silu_backward sin slice slice_backward
+    slice_scatter softplus softplus_backward split split_with_sizes sqrt squeeze stack std sub sub_
+    sum t tan tanh tanh_backward threshold threshold_backward transpose tril triu unbind unfold
+    unsqueeze var var_mean view view_as_complex view_as_real where zero zero_ zeros zeros_like
+    _fused_rms_norm _fused_rms_norm_backward _reshape_alias _conj
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward
     _scaled_dot_product_attention_math scaled_dot_product_attention _safe_softmax
     _scaled_dot_product_efficient_attention _scaled_dot_product_efficient_attention_backward

@@ -99,6 +99,8 @@ class _Proof:
             (hypothesis, Binding(hypothesis, captured.signature, self.constants)) for hypothesis in hypotheses
         ]
         self.reads: set[str] = set()
+        #: Variations that the site's own code does not run with, so that nothing is claimed for them
+        self.refused: list[str] = []
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -209,8 +211,9 @@ class _Proof:
                     self._call(twin, bound)
             except Refused:
                 raise
-            except Exception:
-                continue  # the code itself does not run with this size or stride
+            except Exception as error:  # noqa: BLE001 - a size or stride that the code itself refuses
+                self.refused.append(f"{what}: {type(error).__name__}")
+                continue
             self._filter(twin, bound, what)
         for what, bound in examples.other_values(twin, self.candidates):
             self._filter(twin, bound, what)
@@ -341,7 +344,7 @@ class _Proof:
 def _record_reads(twin: torch.nn.Module) -> set[str]:
     """Note from now on which attributes of ``twin`` are read."""
     reads: set[str] = set()
-    cls = type(twin)
+    cls: Any = type(twin)
 
     def read(self: Any, name: str) -> Any:
         if self is twin and not name.startswith("__"):
@@ -352,7 +355,7 @@ def _record_reads(twin: torch.nn.Module) -> set[str]:
     return reads
 
 
-class _autocast:  # noqa: N801 - reads as the context manager that it is
+class _autocast:
     """Autocast without gradients, on devices that have it."""
 
     def __init__(self, device: str) -> None:

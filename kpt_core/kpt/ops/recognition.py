@@ -110,7 +110,7 @@ class _Work:
                 continue
             try:
                 found.extend(propose(captured.module, captured))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a stranger's recogniser loses only its own
                 where = f"{captured.path}{':' + captured.callee if captured.callee else ''}"
                 what = f"the recogniser {type(recogniser).__name__} raised {type(error).__name__}: {error}"
                 self.left_alone.append((where, what))

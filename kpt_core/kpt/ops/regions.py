@@ -99,6 +99,7 @@ def _argument(node: Node, index: int, *names: str) -> Any:
 
 def regions(graph: torch.fx.Graph) -> Iterator[Region]:
     """Candidates in the order of the graph, larger ones before those inside them."""
+    paired: set[Node] = set()
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or shape(node) is None:
             continue
@@ -123,7 +124,7 @@ def regions(graph: torch.fx.Graph) -> Iterator[Region]:
                 node, ("weight", "_", "ignore_index", "_", "reduction", "label_smoothing"), {"cross_entropy"}
             )
         elif name == "cat":
-            yield from _ropes(node)
+            yield from _ropes(node, paired)
 
 
 def _named(node: Node, options: tuple[str, ...], ops: set[str]) -> Region:
@@ -299,7 +300,7 @@ def _inline_attention(node: Node) -> Iterator[Region]:
         return
     end: Node | None = node
     for _ in range(4):
-        users = [u for u in (end.users if end is not None else ())]
+        users = list(end.users) if end is not None else []
         end = users[0] if len(users) == 1 else None
         if end is None or base_name(end) in ("matmul", "bmm", "__matmul__"):
             break
@@ -341,9 +342,10 @@ def _turned(cat: Node) -> tuple[Node, Node, Node, Node] | None:
     return None
 
 
-def _ropes(cat: Node) -> Iterator[Region]:
+def _ropes(cat: Node, paired: set[Node]) -> Iterator[Region]:
+    """Queries and keys turned by the same tables; layers share tables, so each is paired once."""
     first = _turned(cat)
-    if first is None:
+    if first is None or cat in paired:
         return
     for node in list(cat.graph.nodes):
         if node is not cat and node.op == "call_function" and base_name(node) == "cat":
@@ -356,6 +358,7 @@ def _ropes(cat: Node) -> Iterator[Region]:
                 if (_origin(second[1]), _origin(second[2])) != tables:
                     continue
             inputs = (first[0], second[0], *tables)
+            paired.add(node)
             yield Region((first[3], second[3]), inputs, kind="function", ops=frozenset({"rope"}))
             return
 

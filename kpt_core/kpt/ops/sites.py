@@ -237,8 +237,9 @@ class Site:
 
     ``kind`` is ``"module"`` (the forward of the module at ``path``), ``"function"`` (a function that
     this module's ``attribute`` calls, by the name ``callee``), ``"call"`` (a named torch call or an
-    entry of a function table) or ``"graph"`` (``nodes`` from ``inputs`` to ``outputs`` of a graph). ``modes`` and ``dtypes`` are those it was proved for,
-    ``examples`` what it saw when the model ran.
+    entry of a function table) or ``"graph"`` (``nodes`` of a captured graph, from ``inputs`` to
+    ``outputs``). ``modes`` and ``dtypes`` are those it was proved for, ``examples`` what it saw when
+    the model ran.
     """
 
     op: str

@@ -66,7 +66,7 @@ class Attentions:
     """Proposes attention for a function of queries, keys and values, whatever else it takes."""
 
     def function_hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
-        tensors = {n: t for n, t in captured.tensors().items()}
+        tensors = captured.tensors()
         four = [n for n, t in tensors.items() if len(t.shape) == 4 and t.dtype.is_floating_point]
         if len(four) < 3:
             return

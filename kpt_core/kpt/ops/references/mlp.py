@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kpt.ops.capture import Captured
 
 #: Activations by the name that kernels receive.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -35,7 +35,10 @@ def gated_mlp(
     down_bias: torch.Tensor | None = None,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """``down(activation(gate(x)) * up(x))``: x (..., H), gate and up (I, H), down (H, I), biases (I,), (I,), (H,)."""
+    """``down(activation(gate(x)) * up(x))``: x (..., H), gate and up (I, H), down (H, I), each with a bias.
+
+    ``activation`` is one of silu, gelu, gelu_tanh and relu; others raise `ValueError`.
+    """
     act = ACTIVATIONS.get(activation)
     if act is None:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -80,10 +83,10 @@ def _weights(matrices: dict[str, tuple[int, ...]], hidden: int) -> Iterator[dict
         for fused, down in permutations(names):
             inner = matrices[fused][0] // 2
             if matrices[fused] == (2 * inner, hidden) and matrices[down] == (hidden, inner):
-                for gate, up in ((0, 1), (1, 0)):
+                for first, second in ((0, 1), (1, 0)):
                     yield {
-                        "gate_weight": f"{attribute(fused)}.chunk(2)[{gate}]",
-                        "up_weight": f"{attribute(fused)}.chunk(2)[{up}]",
+                        "gate_weight": f"{attribute(fused)}.chunk(2)[{first}]",
+                        "up_weight": f"{attribute(fused)}.chunk(2)[{second}]",
                         "down_weight": attribute(down),
                     }
 

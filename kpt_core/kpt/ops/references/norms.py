@@ -38,7 +38,7 @@ def layer_norm(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
 ) -> torch.Tensor:
-    """Divide ``x`` (..., D) by its root mean square over the last dimension; scale by ``weight + offset`` (D,)."""
+    """Divide ``x`` (..., D) by its root mean square over its last dimension; scale by ``weight + offset``."""
     wide = x.float() if x.dtype in _LOW else x
     out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
