@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -144,13 +145,17 @@ def test_an_artifact_that_cannot_be_written_is_named(kpt_cli, model_file, optimi
     assert answer.code == 1 and answer.json["code"] == "not-saved" and "No space" in answer.json["message"]
 
 
-def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
     from kpt.cli.optimize import progress
     from kpt.transaction.events import emit
 
-    with progress(10.0):
-        emit("trial", "freeze", seconds=1.0, budget=10.0)
-    assert capsys.readouterr().err == ""
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        with progress(10.0):
+            emit("trial", "freeze [layer]\n" + "x" * 500, seconds=1.2, budget=10.0)
+        printed = capsys.readouterr().err
+        assert ("[1 of 10 s] trial: freeze [layer] xxx" in printed) is terminal
+        assert "\n" not in printed and len(printed) < 400
 
 
 def test_explain_prints_a_receipt_from_an_artifact_or_a_file(kpt_cli, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -108,21 +109,28 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def progress(budget: float) -> Iterator[None]:
-    """Show on a terminal what the search is doing; elsewhere nothing is printed."""
+    """Show on a terminal, in one line, what the search is doing; elsewhere nothing is printed.
+
+    The line changes with events only: a thread that turned a spinner would take time from what is
+    being measured.
+    """
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console
-
     from kpt.transaction.events import listen
 
-    console = Console(file=sys.stderr)
-    with console.status("Observing the model", spinner="dots") as status:
+    width = shutil.get_terminal_size().columns - 1
 
-        def show(event: dict[str, Any]) -> None:
-            spent = event.get("seconds")
-            clock = "" if spent is None else f" [dim]{spent:.0f} of {event.get('budget', budget):.0f} s[/dim]"
-            status.update(f"{event.get('kind', '')}: {event.get('text', '')}{clock}")
+    def show(event: dict[str, Any]) -> None:
+        spent = event.get("seconds")
+        clock = "" if spent is None else f"[{spent:.0f} of {event.get('budget', budget):.0f} s] "
+        line = " ".join(f"{clock}{event.get('kind', '')}: {event.get('text', '')}".split())
+        sys.stderr.write(f"\r\x1b[2K{line[:width]}")
+        sys.stderr.flush()
 
+    try:
         with listen(show):
             yield
+    finally:
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.flush()

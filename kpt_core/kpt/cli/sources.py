@@ -46,9 +46,10 @@ def open_source(
     from kpt.modelfiles import load_model
     from kpt.plugins import registry
 
-    # Python puts a script's folder on the path, not the user's; a factory usually lives in the latter.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    # A factory usually lives in the folder that the user is in, which a program does not search. It
+    # comes last, so that a file called like a module of some library cannot stand in for it.
+    if arch and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     found = registry(plugins)
     loaded = load_model(model, arch=arch or None, trust=trust, registry=found, notice=note)
     from kpt.cli.inputs import default_inputs, example_inputs
@@ -58,7 +59,7 @@ def open_source(
         try:
             target = torch.device(device)
             loaded.model.to(target)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise usage(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
     where = str(tensors[0].device) if tensors else (device or "cpu")
