@@ -2,7 +2,8 @@
 
 Every round hands each contender, in a new random order, the same fresh inputs: a short block of calls of
 which the first is not counted. It absorbs what the contender before has left behind: worker threads that
-still spin, caches full of somebody else's weights.
+still spin, caches full of somebody else's weights. Blocks are equally long for everybody, because inputs of
+different sizes cost different times.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: A block is long enough for the clock: calls are repeated until they take about this many seconds.
+#: A block is long enough for the clock: the fastest contender's takes about this many seconds.
 BLOCK_SECONDS = 0.004
 
 
@@ -41,27 +42,28 @@ def race(
 
     ``fresh(n)`` gives the inputs of the n-th call; equal ``n`` must give equal inputs.
     """
-    calls: dict[str, int] = {}
-    for name, run in contenders.items():
+    quickest = float("inf")
+    for run in contenders.values():
         run(fresh(0))
         started = time.perf_counter()
         run(fresh(1))
-        calls[name] = 1 + max(1, min(50, round(BLOCK_SECONDS / max(time.perf_counter() - started, 1e-7))))
+        quickest = min(quickest, time.perf_counter() - started)
+    counted = max(1, min(50, round(BLOCK_SECONDS / max(quickest, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0)
     drawn = 2
     rounds, deadline = 0, time.perf_counter() + seconds
     while rounds < least_rounds or time.perf_counter() < deadline:
-        inputs = [fresh(drawn + step) for step in range(max(calls.values()))]
+        inputs = [fresh(drawn + step) for step in range(1 + counted)]
         drawn += len(inputs)
         shuffle.shuffle(order)
         for name in order:
-            run, block = contenders[name], inputs[: calls[name]]
-            run(block[0])
+            run = contenders[name]
+            run(inputs[0])
             started = time.perf_counter()
-            for values in block[1:]:
+            for values in inputs[1:]:
                 run(values)
-            samples[name].append((time.perf_counter() - started) / (len(block) - 1))
+            samples[name].append((time.perf_counter() - started) / counted)
         rounds += 1
     return samples
 

@@ -64,10 +64,13 @@ def passage() -> str:
 
 def quiet() -> None:
     """Keep the loading bars and notices of the libraries off the terminal."""
+    import logging
     import warnings
 
+    for logger in ("torchao", "torch.utils._pytree"):  # they report on accelerators that are not there
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|torchao")
     import transformers
 
-    warnings.filterwarnings("ignore", module="torch|transformers|torchao")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
