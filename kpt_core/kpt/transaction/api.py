@@ -237,7 +237,9 @@ def _defer(model: torch.nn.Module, request: Request) -> None:
 def _take_back(model: torch.nn.Module) -> None:
     plan = dispatch.plan_of(model)
     if plan is not None:
-        plan.committed.take_back()
+        complaints = plan.committed.take_back()
+        if model in _receipts:
+            _receipts[model].notes.extend(complaints)
 
 
 def _restore_tree(model: torch.nn.Module) -> None:

@@ -27,19 +27,22 @@ class StepFailed(Exception):
 class Applied:
     """A workspace of ``model`` with ``plan`` applied.
 
-    `close` undoes the plan, frees compiled code and drops the workspace.
+    `close` undoes the plan, frees compiled code and drops the workspace; an undo that raises is noted in
+    ``undo_errors``.
 
     Raises:
         StepFailed: a variant's ``apply`` raised or returned no undo.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, *, training: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, plan: Plan, *, training: bool, undo_errors: list[str] | None = None
+    ) -> None:
         self.plan = plan
         self.module: torch.nn.Module | None = workspace.clone(model)
         self.compiled: list[compiling.CompiledForward] = []
         self._undos: list[tuple[Candidate, Callable[[], None]]] = []
         self.behaviours: list[tuple[Candidate, Any]] = []
-        self.undo_errors: list[str] = []
+        self.undo_errors = undo_errors if undo_errors is not None else []
         flags = {module: module.training for module in self.module.modules()}
         try:
             with compiling.collect() as created:
@@ -59,7 +62,7 @@ class Applied:
             undo = behaviour.apply(self.module, step.variant)
         except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
             raise
-        except BaseException as error:  # noqa: BLE001 - a pass may raise anything, SystemExit included; its trial ends
+        except BaseException as error:
             raise StepFailed(step, "failed", f"apply raised {type(error).__name__}: {error}") from error
         if not callable(undo):
             raise StepFailed(
@@ -104,7 +107,7 @@ class Applied:
                 applied = behaviour.verify_applied(self.module)
             except (KeyboardInterrupt, compiling.DeadlinePassed):
                 raise
-            except BaseException as error:  # noqa: BLE001 - as in `_apply`
+            except BaseException as error:
                 raise StepFailed(
                     step, "failed", f"verify_applied raised {type(error).__name__}: {error}"
                 ) from error

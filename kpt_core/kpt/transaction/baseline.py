@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,8 +9,9 @@ import torch
 
 from kpt.judge import tree
 from kpt.judge.calls import Call
+from kpt.judge.state import untouched
 from kpt.transaction import workspace
-from kpt.transaction.execution import Execution, Runner
+from kpt.transaction.execution import Execution, Runner, seeded
 
 if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
@@ -25,7 +24,8 @@ _MEMORY_SHARE = 0.25
 class Expected:
     """What one call has to give: the reference, and the eager model's own answer beside it.
 
-    ``given`` is the clone of ``call`` that the eager model was called with.
+    ``given`` is the clone of ``call`` that the eager model was called with, ``changes`` names the global
+    state that eager changed (random states that it draws from, say).
     """
 
     call: Call
@@ -33,6 +33,7 @@ class Expected:
     reference: Execution
     eager: Execution
     padded: bool = False
+    changes: frozenset[str] = frozenset()
     casts: dict[str, Execution] = field(default_factory=dict)
 
 
@@ -46,6 +47,8 @@ class Baseline:
     def __init__(self, observation: Observation, plain: torch.nn.Module, *, seed: int) -> None:
         self.observation = observation
         self.plain = plain
+        #: The model whose values are judged: without dropout where that decides the outputs.
+        self.judged = workspace.without_dropout(plain) if observation.stochastic else plain
         self.runner = Runner(plain, training=observation.training)
         self.generator = torch.Generator().manual_seed(seed)
         self.seed = seed
@@ -64,7 +67,7 @@ class Baseline:
             return
         call = self.observation.calls[0]
         try:
-            twin = workspace.cast_copy(self.plain, torch.float64)
+            twin = workspace.cast_copy(self.judged, torch.float64)
             runner = Runner(twin, training=self.observation.training)
             result = runner.collect(twin.forward, cast_call(call, torch.float64))
         except Exception as error:  # noqa: BLE001 - upstream code without an fp64 path; the receipt says so
@@ -87,19 +90,20 @@ class Baseline:
         """
         with seeded(seed):
             given = call.clone()
-            eager = self.runner.collect(self.plain.forward, given, seed=seed)
+            with untouched() as changes:
+                eager = self.runner.collect(self.judged.forward, given, seed=seed)
         reference = eager
         if self._exact is not None:
             twin, runner = self._exact
             with seeded(seed):
                 reference = runner.collect(twin.forward, cast_call(call.clone(), torch.float64), seed=seed)
-        return Expected(call, given, reference, eager, padded)
+        return Expected(call, given, reference, eager, padded, frozenset(changes.names))
 
     def cast(self, expected: Expected, dtype: str, *, seed: int) -> Execution | None:
         """What the plain eager model gives when it is cast to ``dtype``; None if it cannot run so."""
         if dtype not in expected.casts:
             if dtype not in self._casts:
-                module = workspace.cast_copy(self.plain, getattr(torch, dtype))
+                module = workspace.cast_copy(self.judged, getattr(torch, dtype))
                 self._casts[dtype] = (module, Runner(module, training=self.observation.training))
             module, runner = self._casts[dtype]
             try:
@@ -145,14 +149,3 @@ def free_memory(device_type: str) -> float:
     import os
 
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) * 0.5
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A block in which torch draws from ``seed``, so that two forwards draw the same numbers."""
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

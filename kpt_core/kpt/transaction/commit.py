@@ -57,8 +57,8 @@ class Committed:
                 warmup=2,
             )
 
-    def take_back(self) -> None:
-        """Remove the patch, the watch and the workspace.
+    def take_back(self) -> list[str]:
+        """Remove the patch, the watch and the workspace; return what undoing the plan complained of.
 
         Raises:
             RuntimeError: the forward was wrapped by somebody else and cannot be unwound; nothing was
@@ -68,34 +68,38 @@ class Committed:
             self._uninstall()
             self._uninstall = None
         self.watch.close()
+        known = len(self.applied.undo_errors)
         self.applied.close()
         self._finalizer.detach()
+        return self.applied.undo_errors[known:]
 
 
 def commit(
     model: torch.nn.Module, outcome: Outcome, trials: Trials, *, timed: bool = True
-) -> tuple[Committed | None, str, Timing | None]:
+) -> tuple[Committed | None, tuple[str, str], Timing | None]:
     """Install ``outcome``'s plan and compare it end to end with the untouched model.
 
-    Returns the commitment, or None with the reason why the original came back, and the last timing.
+    Returns the commitment, or None with the rule and the reason why the original came back, and the last
+    timing.
     """
     applied = outcome.applied
     assert applied is not None
+    harmed = len(trials.damage)
     with trials.untouched():
         draws = trials.judgement.draws(touches_mask=applied.plan.touches_mask, thorough=True)
         verdict = trials.judgement.judge(applied, draws)
         for key, value in verdict.figures.items():
             outcome.figures[key] = max(outcome.figures.get(key, value), value)
-        if not verdict.passed:
-            outcome.close()
-            return (
-                None,
-                f"the final judgement on fresh inputs rejected the plan ({verdict.rule}: {verdict.detail})",
-                None,
-            )
+    rule, detail = verdict.rule, verdict.detail
+    if len(trials.damage) > harmed:
+        rule, detail = "parameter-modified", trials.damage_since(harmed)
+    if rule != "ok":
+        outcome.close()
+        reason = f"the final judgement on fresh inputs rejected the plan ({rule}: {detail})"
+        return None, (rule, reason), None
     committed = Committed(model, outcome, trials)
     if not timed:
-        return committed, "", None
+        return committed, ("ok", ""), None
     try:
         with trials.state_kept():
             timing = committed.time(model, trials)
@@ -112,5 +116,5 @@ def commit(
             if used == 0
             else f"end to end not faster beyond doubt ({timing.ratio:.2f}x, from {timing.low:.2f}x)"
         )
-        return None, reason, timing
-    return committed, "", timing
+        return None, ("slower" if used else "no-effect", reason), timing
+    return committed, ("ok", ""), timing

@@ -33,10 +33,11 @@ class Deferred:
     def original(self, model: torch.nn.Module) -> Callable[..., Any]:
         return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
 
-    def take_back(self) -> None:
+    def take_back(self) -> list[str]:
         if self._uninstall is not None:
             self._uninstall()
             self._uninstall = None
+        return []
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         original = self.original(model)

@@ -136,3 +136,14 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 def detached(output: Any) -> Any:
     """``output`` with its tensors detached; storage stays shared, so that aliasing can be judged."""
     return tree.rebuild(output, lambda path, leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which torch draws from ``seed``, so that two forwards draw the same numbers."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

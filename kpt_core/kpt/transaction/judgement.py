@@ -14,8 +14,10 @@ import torch
 from kpt import compiling
 from kpt.judge import outputs, referee
 from kpt.judge.calls import Call
+from kpt.judge.poison import poisoned
 from kpt.judge.referee import Verdict
-from kpt.transaction.baseline import seeded
+from kpt.judge.state import untouched
+from kpt.transaction.execution import seeded
 
 if TYPE_CHECKING:
     from kpt.transaction.applied import Applied
@@ -68,7 +70,7 @@ class Judgement:
                 expected = self.baseline.expected(call, seed=self._seed, padded=padding)
             except _STOPS:
                 raise
-            except Exception:  # noqa: BLE001 - eager itself refuses this draw (a length beyond its table, say)
+            except Exception:
                 self.dropped += 1
                 if label == "like the example":
                     raise
@@ -83,6 +85,9 @@ class Judgement:
         """The first rejection over ``draws``, or an acceptance with the worst figures."""
         figures: dict[str, float] = {}
         kept: list[tuple[Draw, Any, Any]] = []
+        if draws and self._leaves_unwritten(applied, draws[0]):
+            detail = "memory that was never written shows up in the outputs or gradients"
+            return Verdict(False, "unwritten", f"{draws[0].label}: {detail}", figures)
         for draw in draws:
             verdict, output = self._one(applied, draw)
             for key, value in verdict.figures.items():
@@ -97,12 +102,46 @@ class Judgement:
                 return Verdict(False, "replay", detail, figures)
         return Verdict(True, "ok", "", figures)
 
+    def _leaves_unwritten(self, applied: Applied, draw: Draw) -> bool:
+        """Whether NaN in newly allocated memory comes out, and zeros there do not come out as NaN.
+
+        Stale memory may hold the right answer of an earlier call, so that values alone do not tell.
+        Compiled code allocates out of sight of a dispatch mode and is judged by its values.
+        """
+        if applied.compiled:
+            return False
+        like = list(outputs.tensors(draw.expected.eager.output).values())
+        try:
+            with poisoned(like):
+                if self._one(applied, draw)[0].rule != "nan":
+                    return False
+            with poisoned(like, fill=0.0):
+                return self._one(applied, draw)[0].rule != "nan"
+        except _STOPS:
+            raise
+        except Exception:  # noqa: BLE001 - what cannot run under a dispatch mode is judged without
+            return False
+
+    def judge_dropout(self, applied: Applied) -> Verdict:
+        """Whether outputs vary from seed to seed as much as the untouched model's do."""
+        runner, call = self.baseline.runner, self.baseline.draw()
+        mine, eager = [], []
+        for seed in range(8):
+            for forward, results in ((applied.forward, mine), (self.baseline.plain.forward, eager)):
+                with seeded(seed):
+                    results.append(runner.collect(forward, call.clone()).output)
+        return referee.judge_dropout(mine, eager)
+
     def _one(self, applied: Applied, draw: Draw) -> tuple[Verdict, Any]:
         expected, plan = draw.expected, applied.plan
         level, dtype = plan.level, plan.compute_dtype
         given = expected.call.clone()
         with seeded(draw.seed):
-            mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
+            with untouched() as changes:
+                mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
+        changed = [name for name in (*changes.names, *changes.stuck) if name not in expected.changes]
+        if changed:
+            return referee.rejected("global-state", f"a call changes {', '.join(changed)}"), mine.output
         modified = referee.judge_inputs(expected.given, given)
         if not modified.passed:
             return modified, mine.output

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kpt.judge import outputs
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.transaction import workspace
 from kpt.transaction.dispatch import ambient_state, original_forward
-from kpt.transaction.execution import Runner
+from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Observation:
 
     ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
     floating-point operations as torch's flop counter sees them (matrix products and convolutions).
+    ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training.
     """
 
     model: torch.nn.Module
@@ -142,6 +144,7 @@ def observe(
     runner = Runner(plain, training=mode == "training")
     seconds = _warm_up(runner, plain, calls)
     _refuse_state(runner, plain, calls[0])
+    stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
 
@@ -167,6 +170,7 @@ def observe(
             baseline_seconds=seconds,
             operations=operations * (3.0 if mode == "training" else 1.0),
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            stochastic=stochastic,
             budget_left=deadline.left(),
             ambient=ambient_state(),
         ),
@@ -182,6 +186,15 @@ def _warm_up(runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> float
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start
+
+
+def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:
+    """Whether two seeds give two outputs, as dropout does."""
+    results = []
+    for seed in (1, 2):
+        with seeded(seed):
+            results.append(runner.collect(plain.forward, call.clone()).output)
+    return outputs.identical(*results) is not None
 
 
 def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:

@@ -147,6 +147,7 @@ def _transact(run: Run, calls: list[Call], spec: InputSpec) -> None:
             _alone(run, trials)
     finally:
         baseline.close()
+        receipt.notes.extend(trials.undo_errors)
         if trials.damage:
             receipt.notes.append(
                 "put back after a trial had changed it: " + ", ".join(sorted(set(trials.damage))[:8])
@@ -285,13 +286,13 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
     receipt, best = run.receipt, found.best
     assert best is not None
     emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
-    committed, reason, timing = commit(run.model, best, trials, timed=timed)
+    committed, (rule, reason), timing = commit(run.model, best, trials, timed=timed)
     if committed is None:
         receipt.reason = reason
         receipt.rejected = [
             *found.rejected,
             *(
-                Entry(s.name, s.phase, s.plugin, "slower", reason, found.gains.get(s.name))
+                Entry(s.name, s.phase, s.plugin, rule, reason, found.gains.get(s.name))
                 for s in best.plan.steps
             ),
         ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kpt.transaction.plan import Candidate, Plan
 
 _RULES_THAT_JUDGE = frozenset(
-    {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay"}
+    {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay", "unwritten"}
 )
 
 
@@ -98,6 +98,7 @@ class Trials:
         self.state = ModelState(observation.model)
         self.log: list[Outcome] = []
         self.damage: list[str] = []
+        self.undo_errors: list[str] = []
 
     def run(
         self,
@@ -117,6 +118,7 @@ class Trials:
         started = time.perf_counter()
         outcome = Outcome(plan)
         applied: list[Applied] = []
+        harmed = len(self.damage)
         try:
             with self.untouched(), self.budget.limit(seconds):
                 self._run(outcome, applied, against, thorough, timed)
@@ -137,6 +139,8 @@ class Trials:
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
             outcome.rule = "memory" if _out_of_memory(error) else "failed"
             outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
+        if len(self.damage) > harmed and (outcome.right or outcome.judged_wrong):
+            outcome.rule, outcome.reason = "parameter-modified", self.damage_since(harmed)
         if not (keep and outcome.right and applied):
             _close_all(applied)
         elif applied:
@@ -150,12 +154,15 @@ class Trials:
     ) -> None:
         observation, plan = self.observation, outcome.plan
         started = time.perf_counter()
-        applied = Applied(observation.model, plan, training=observation.training)
+        applied = Applied(
+            observation.model, plan, training=observation.training, undo_errors=self.undo_errors
+        )
         holder.append(applied)
         runner = self.baseline.runner
         draws = self.judgement.draws(touches_mask=plan.touches_mask, thorough=thorough)
         began = time.perf_counter()
-        with runner.buffers_kept():
+        # What compiling leaves changed is put back here already: a judged call has to leave nothing.
+        with untouched(), runner.buffers_kept():
             for call in self.warm_up_calls(plan):
                 runner.step(applied.forward, call)
         applied.seal()
@@ -245,6 +252,10 @@ class Trials:
             outcome.reason = f"peak memory {weights + after:.0f} bytes is not below {weights + before:.0f}"
         elif outcome.timing.high < 1.0:
             outcome.rule, outcome.reason = "slower", f"{outcome.timing.ratio:.2f}x"
+
+    def damage_since(self, index: int) -> str:
+        """What trials changed of the user's model, from the ``index``-th finding on."""
+        return "it changed the user's model: " + ", ".join(sorted(set(self.damage[index:]))[:4])
 
     @contextmanager
     def state_kept(self) -> Iterator[None]:

@@ -174,3 +174,26 @@ def cast_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             if isinstance(value, torch.Tensor) and id(value) not in replaced:
                 replaced[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value
     return clone(model, replaced)
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """A workspace in which every dropout rate is zero.
+
+    Rates are found where libraries keep them: in dropout modules, in float attributes with "drop" in
+    their names, and in such attributes of a module's ``config``.
+    """
+    quiet = clone(model)
+    for module in quiet.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        state = module.__dict__
+        for name, value in list(state.items()):
+            if "drop" in name and isinstance(value, float):
+                state[name] = 0.0
+        config = state.get("config")
+        rates = [n for n, v in vars(config).items() if "drop" in n and isinstance(v, float)] if config else []
+        if rates:
+            state["config"] = changed = copy.copy(config)
+            for name in rates:
+                setattr(changed, name, 0.0)
+    return quiet

@@ -1,0 +1,200 @@
+"""Passes that are fast and wrong: each is rejected by the rule named here and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fingerprints
+import hostile_passes as hostile
+import kpt
+import slow_models
+from fingerprints import optimized
+from slow_models import DirectScale, net, plugin
+
+BATCH = {"x": {0: "batch"}}
+# (the pass, the rule, whether the model trains, further options)
+CASES = [
+    (hostile.OnePercent, "value", False, {}),
+    (hostile.OnePercent, "value", True, {}),
+    (hostile.NotANumber, "nan", False, {}),
+    (hostile.WrongGradient, "gradient", True, {}),
+    (hostile.NoGradient, "gradient", True, {}),
+    (hostile.EvenOnly, "size", False, {"dynamic_shapes": BATCH}),
+    (hostile.EvenOnly, "size", True, {"dynamic_shapes": BATCH}),
+    (hostile.ModifiesInput, "input-modified", False, {}),
+    (hostile.ModifiesInput, "input-modified", True, {}),
+    (hostile.ReplaysLast, "value", False, {}),
+    (hostile.OneBuffer, "replay", False, {}),
+    (hostile.LeavesUnwritten, "unwritten", False, {}),
+    (hostile.LeavesUnwritten, "unwritten", True, {}),
+    (hostile.WritesParameter, "parameter-modified", False, {}),
+    (hostile.WritesData, "parameter-modified", False, {}),
+    (hostile.WritesData, "parameter-modified", True, {}),
+    (hostile.ScalesWeights, "parameter-modified", False, {}),
+    (hostile.ReplacesGradient, "parameter-modified", False, {}),
+    (hostile.EditsUsersModel, "parameter-modified", False, {}),
+    (hostile.ForgetsBuffers, "value", True, {}),
+    (hostile.MovesBuffersTwice, "value", True, {}),
+    (hostile.ChangesGlobals, "global-state", False, {}),
+    (hostile.ReseedsRandom, "global-state", False, {}),
+    (hostile.ChangesGlobalsOnApply, "failed", False, {}),
+    (hostile.WrongAndUndoRaises, "value", False, {}),
+    (hostile.ApplyRaises, "failed", False, {}),
+    (hostile.ApplyExits, "failed", False, {}),
+    (hostile.ForwardExits, "failed", False, {}),
+    (hostile.NoUndo, "failed", False, {}),
+    (hostile.NoEffect, "no-effect", False, {}),
+    (hostile.VerifyRaises, "failed", False, {}),
+    (hostile.Slower, "slower", False, {}),
+    (hostile.OutOfMemory, "memory", False, {}),
+    (hostile.HostMemory, "memory", True, {}),
+]
+
+
+def _name(value: object) -> str | None:
+    return value.__name__ if isinstance(value, type) else None
+
+
+def trained_net(training: bool) -> slow_models.Net:
+    """A model in mid-life: gradients, moved running statistics, a hook, attributes of its own."""
+    model = net(training=True)
+    model(torch.randn(8, 16)).sum().backward()
+    model.history = [1, 2]
+    model.register_forward_hook(lambda *args: None)
+    return model.train(training)
+
+
+def rejected_by(model: torch.nn.Module, offered: type, **options: object) -> kpt.Receipt:
+    """Optimise with one hostile pass; everything has to be as it was."""
+    model_before, process_before = fingerprints.of_model(model), fingerprints.of_process()
+    result = kpt.optimize(
+        model, torch.randn(32, 16), plugins=[plugin(offered)], budget=20.0, cache=False, **options
+    )
+    process_before["torch random"] = fingerprints.bits(torch.get_rng_state())  # the example was drawn
+    assert result is model
+    assert fingerprints.differences(process_before, fingerprints.of_process()) == []
+    assert fingerprints.differences(model_before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+    receipt = kpt.report(model)
+    assert not receipt.optimized and receipt.speedup == 1.0
+    return receipt
+
+
+@pytest.mark.parametrize(("offered", "rule", "training", "options"), CASES, ids=_name)
+def test_a_hostile_pass_is_rejected_by_its_rule_and_leaves_no_trace(offered, rule, training, options):
+    receipt = rejected_by(trained_net(training), offered, **options)
+    assert [entry.rule for entry in receipt.rejected] == [rule], receipt.rejected
+    assert receipt.rejected[0].name == f"{offered.__name__}:direct"
+    assert receipt.rejected[0].reason
+
+
+def test_random_states_are_not_moved_by_a_run():
+    model = trained_net(True)
+    example = torch.randn(32, 16)
+    before = fingerprints.of_process()
+    kpt.optimize(model, example, plugins=[plugin(hostile.ReseedsRandom)], budget=20.0, cache=False)
+    assert fingerprints.differences(before, fingerprints.of_process()) == []
+    optimized(model, example, plugins=[plugin(DirectScale)])
+    assert fingerprints.differences(before, fingerprints.of_process()) == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_honest_pass_is_kept(training):
+    """The control: without it, the rejections above would prove nothing."""
+    model = optimized(trained_net(training), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+    assert receipt.speedup_low > 1.0
+
+
+class _Count(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(model: torch.nn.Module) -> int:
+    with _Count() as count, torch.no_grad():
+        model(torch.randn(32, 16))
+    return count.operations
+
+
+UNABLE_TO_RUN = {
+    hostile.ChangesGlobalsOnApply,
+    hostile.ApplyRaises,
+    hostile.ApplyExits,
+    hostile.ForwardExits,
+    hostile.OutOfMemory,
+    hostile.HostMemory,
+    hostile.Slower,
+    hostile.EditsUsersModel,
+}
+
+
+@pytest.mark.parametrize("offered", sorted({c[0] for c in CASES} - UNABLE_TO_RUN, key=_name), ids=_name)
+def test_the_wrong_ones_do_much_less_work_than_eager(offered):
+    model = net()
+    eager = _operations(model)
+    behaviour = offered()
+    behaviour.apply(model, behaviour.variant)
+    assert _operations(model) < eager / 4
+
+
+@pytest.mark.parametrize(
+    ("offered", "text"),
+    [
+        (hostile.ProposeRaises, "propose is broken"),
+        (hostile.ProposeExits, "SystemExit"),
+        (hostile.ProposesText, "expected Variant or Skip"),
+        (hostile.ProposesTensor, "must be JSON values"),
+    ],
+    ids=_name,
+)
+def test_a_proposal_that_fails_loses_itself_only(offered, text):
+    receipt = rejected_by(trained_net(False), offered)
+    assert [skip["name"] for skip in receipt.skipped] == [offered.__name__]
+    assert text in receipt.skipped[0]["reason"]
+    model = optimized(trained_net(False), torch.randn(32, 16), plugins=[plugin(offered, DirectScale)])
+    assert [entry.name for entry in kpt.report(model).accepted] == ["DirectScale:direct"]
+
+
+def test_the_wrong_pass_is_named_and_the_right_one_kept_beside_it():
+    model = optimized(
+        trained_net(False),
+        torch.randn(32, 16),
+        plugins=[plugin(hostile.OnePercent, DirectScale, hostile.NoEffect)],
+    )
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+    rules = {entry.name: entry.rule for entry in receipt.rejected}
+    assert rules["OnePercent:direct"] == "value"
+
+
+def test_an_undo_that_raises_harms_nobody_and_is_noted():
+    model = trained_net(False)
+    before, example = fingerprints.of_model(model), torch.randn(32, 16)
+    expected = model(example)
+    optimized(model, example, plugins=[plugin(hostile.UndoRaises)])
+    kpt.restore(model)
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert torch.equal(model(example), expected)
+    assert any("undo is broken" in note for note in kpt.report(model).notes)
+
+
+def test_a_pass_for_contiguous_inputs_never_sees_others():
+    """Proven on contiguous inputs, it serves those only; proven on strided ones, it is rejected."""
+    model = slow_models.SlowScale().eval()
+    example = torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(hostile.ContiguousOnly)])
+    strided = torch.randn(16, 32).t()
+    with torch.no_grad():
+        assert torch.equal(model(strided), slow_models.fast_forward(model, strided))
+    assert fingerprints.fast_calls(model) == 0
+    assert any("contiguous" in reason for reason in fingerprints.fallbacks(model))
+    kpt.optimize(model, strided, plugins=[plugin(hostile.ContiguousOnly)], budget=20.0, cache=False)
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["value"]
+    assert fingerprints.ours(model) == []
