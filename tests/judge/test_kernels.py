@@ -285,6 +285,65 @@ def test_arguments_that_the_reference_cannot_run_are_an_error() -> None:
         judge_kernel(F.linear, F.linear, make)
 
 
+def natively(name: str) -> Callable[..., Any]:
+    """torch's own implementation of an op, which differs from the reference in its roundings only."""
+    return {
+        "layer_norm": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias),
+        "attention": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        "masked": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        "cross_entropy": lambda logits, target: F.cross_entropy(logits, target),
+    }[name]
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return (normed * weight + bias).to(x.dtype)
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT / q.shape[-1] ** 0.5 + mask).softmax(-1) @ v
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    mask = torch.full((q.shape[2], k.shape[2]), -1e4, dtype=q.dtype).triu(1)
+    return masked(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return -wide.log_softmax(-1).gather(-1, target[:, None]).mean().to(logits.dtype)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+OPS: dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor]]] = {
+    "layer_norm": (layer_norm, {"x": drawn(2, 8, 64), "weight": drawn(64), "bias": drawn(64)}),
+    "attention": (attention, {"q": drawn(2, 4, 8, 16), "k": drawn(2, 2, 8, 16), "v": drawn(2, 2, 8, 16)}),
+    "masked": (
+        masked,
+        {name: drawn(2, 3, 8, 16) for name in "qkv"} | {"mask": torch.full((8, 8), -1e4).triu(1)},
+    ),
+    "cross_entropy": (cross_entropy, {"logits": drawn(16, 50), "target": torch.arange(16) * 3 % 50}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPS)
+def test_torchs_own_kernels_pass_whatever_is_drawn(name: str, dtype: torch.dtype) -> None:
+    reference, arguments = OPS[name]
+    for seed in range(2):
+        verdict = judge_kernel(
+            natively(name), reference, inputs_like(arguments), backward=True, dtypes=[dtype], seed=seed
+        )
+        assert verdict.passed, verdict
+        assert verdict.figures["probes"] >= 22  # no probe was dropped: every size and layout could be run
+
+
 def test_sizes_and_dimensions_vary_with_the_rows() -> None:
     make = inputs_like({"x": torch.randn(2, 8, 16), "weight": torch.randn(16)})
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,7 @@ def inputs_like(
     Args:
         fixed: names that are passed on as they are, for a kernel that packed these weights.
         dims: dimensions by argument and axis, the ones that vary with the rows. By default every axis
-            but the last of the first activation, and axes of equal position and size of the others.
+            but the features' (and the heads') of the first activation, and those of equal size of the others.
     """
     drawn = {name: value for name, value in arguments.items() if name not in fixed}
     kept = {name: arguments[name] for name in fixed if name in arguments}
@@ -71,17 +71,23 @@ def _row_axes(arguments: Mapping[str, Any]) -> dict[str, dict[int, str]]:
     first = next((value for value in activations.values() if value.is_floating_point()), None)
     if first is None or first.dim() < 2:
         return {}
-    return {
-        name: named
-        for name, value in activations.items()
-        if (
-            named := {
-                axis: f"rows{axis}"
-                for axis in range(min(first.dim() - 1, value.dim()))
-                if value.shape[axis] == first.shape[axis] and (axis < value.dim() - 1 or value.dim() == 1)
-            }
-        )
-    }
+    # Of [batch, heads, sequence, head_dim] the heads are structure: others may have fewer.
+    rows = [axis for axis in range(first.dim() - 1) if first.dim() != 4 or axis != 1]
+    sizes = {axis: first.shape[axis] for axis in rows}
+    found: dict[str, dict[int, str]] = {}
+    for name, value in activations.items():
+        free = list(rows)
+        # The last axis is features, except for class indices [rows] and masks [..., query, key].
+        last = value.dim() if value.dim() == 1 or "mask" in name else value.dim() - 1
+        for axis in range(last):
+            same = value.dim() == first.dim() and axis in free and sizes[axis] == value.shape[axis]
+            match = axis if same else next((row for row in free if sizes[row] == value.shape[axis]), None)
+            if match is None or (value.dim() == first.dim() and not same and "mask" not in name):
+                continue
+            found.setdefault(name, {})[axis] = f"rows{match}"
+            if "mask" not in name:  # both axes of a mask run along the sequence
+                free.remove(match)
+    return found
 
 
 def judge_kernel(
@@ -130,7 +136,8 @@ def judge_kernel(
         if reproducible:
             probes.append(trial.repeated)
         if backward:
-            probes += [trial.gradients, trial.expanded_gradients, trial.partial_gradients]
+            probes += [trial.gradients, trial.partial_gradients]
+            probes += [partial(trial.strided_gradients, layout) for layout in ("expanded", "transposed")]
             probes += [partial(trial.gradients, number) for number in rows[1:2]]
             probes += [partial(trial.gradients, None, layout) for layout in layouts]
         for probe in probes:
@@ -217,11 +224,9 @@ class _Trial:
         changed = outputs.identical(kept, copy)
         if changed is not None:
             return rejected("replay", f"the next call overwrote {changed}")
-        if outputs.identical(again, copy) is None and self._differ(first, second):
-            return rejected("replay", "another call's inputs gave the same outputs")
-        verdict = self._judged(second, "replay")
+        verdict = self._judged(second, "value")
         if not verdict.passed:
-            return verdict
+            return self._replayed(verdict, again, copy, "another call")
         if any(
             tensor.shape != _tensor(third, name).shape or 0 in tensor.stride()
             for name, tensor in _tensors(first).items()
@@ -231,8 +236,15 @@ class _Trial:
             for name, tensor in _tensors(first).items():
                 if name not in self.fixed:
                     tensor.copy_(_tensor(third, name))
-        verdict = self._judged(first, "replay")
-        return verdict.named("replay", "after its inputs changed in place") if not verdict.passed else verdict
+            refilled = self.run(**first)
+        verdict = self._judged(first, "value")
+        return self._replayed(verdict, refilled, copy, "the same tensors with new values")
+
+    def _replayed(self, verdict: Verdict, output: Any, earlier: Any, what: str) -> Verdict:
+        """A wrong output is a replay if it is an earlier call's."""
+        if verdict.passed or outputs.identical(output, earlier) is not None:
+            return verdict
+        return rejected("replay", f"{what} gave an earlier call's outputs", verdict.figures)
 
     def scaled(self, factor: float) -> Verdict | None:
         inputs = {
@@ -269,9 +281,9 @@ class _Trial:
         where = f"on {layout} inputs" if layout else f"with {_shapes(inputs)}" if rows else ""
         return self._gradients(inputs, where)
 
-    def expanded_gradients(self) -> Verdict | None:
-        """The upstream gradient of a sum is one number, repeated by stride 0."""
-        return self._gradients(self._inputs(), "with an expanded upstream gradient", expanded=True)
+    def strided_gradients(self, layout: str) -> Verdict | None:
+        """The upstream gradient of a sum over rows is expanded, that of a transposed use transposed."""
+        return self._gradients(self._inputs(), f"with a {layout} upstream gradient", upstream_layout=layout)
 
     def partial_gradients(self) -> Verdict | None:
         """Only the first activation, then only the weights, require gradients."""
@@ -371,22 +383,19 @@ class _Trial:
         with poisoned(like, fill):  # a failure under poison is no fault: the other probes judge without
             return _attempted(partial(self.run, **copy))[0]
 
-    def _differ(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        """Whether the reference's outputs for two calls differ."""
-        with torch.no_grad():
-            mine = self._reference(first, torch.float64)
-            yours = self._reference(second, torch.float64)
-        return outputs.identical(mine, yours) is not None
-
     def _differentiable(self, inputs: Mapping[str, Any]) -> list[str]:
         return [name for name, value in inputs.items() if _is_float(value) and name not in self.fixed]
+
+    def _upstream(self, like: torch.Tensor, layout: str | None) -> torch.Tensor:
+        drawn = torch.randn(like.shape, generator=self.generator).to(like.device)
+        return drawn if layout is None else with_layout(drawn, layout)
 
     def _gradients(
         self,
         inputs: dict[str, Any],
         where: str,
         names: list[str] | None = None,
-        expanded: bool = False,
+        upstream_layout: str | None = None,
     ) -> Verdict | None:
         wanted = self._differentiable(inputs) if names is None else names
         mine = Call((), inputs)
@@ -394,12 +403,7 @@ class _Trial:
         try:
             with torch.no_grad():
                 template = self._reference(given.kwargs)
-            upstream = [
-                torch.randn((1,) * t.dim() if expanded else t.shape, generator=self.generator)
-                .to(t.device)
-                .expand(t.shape)
-                for t in outputs.tensors(template).values()
-            ]
+            upstream = [self._upstream(t, upstream_layout) for t in outputs.tensors(template).values()]
             eager, _ = _backward(self._reference, given.kwargs, wanted, upstream)
             wide, _ = _backward(self._reference, _widened(given.kwargs, torch.float64), wanted, upstream)
         except _Dropped:
