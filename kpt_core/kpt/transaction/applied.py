@@ -42,6 +42,7 @@ class Applied:
         self.compiled: list[compiling.CompiledForward] = []
         self._undos: list[tuple[Candidate, Callable[[], None]]] = []
         self.behaviours: list[tuple[Candidate, Any]] = []
+        self.setup_seconds = 0.0
         self.undo_errors = undo_errors if undo_errors is not None else []
         flags = {module: module.training for module in self.module.modules()}
         try:

@@ -86,8 +86,11 @@ def commit(
     assert applied is not None
     harmed = len(trials.damage)
     with trials.untouched():
-        draws = trials.judgement.draws(touches_mask=applied.plan.touches_mask, thorough=True)
-        verdict = trials.judgement.judge(applied, draws)
+        if trials.observation.stochastic:  # values were judged without dropout, on an application of its own
+            verdict = trials.judgement.judge_dropout(applied)
+        else:
+            draws = trials.judgement.draws(touches_mask=applied.plan.touches_mask, thorough=True)
+            verdict = trials.judgement.judge(applied, draws)
         for key, value in verdict.figures.items():
             outcome.figures[key] = max(outcome.figures.get(key, value), value)
     rule, detail = verdict.rule, verdict.detail

@@ -153,22 +153,21 @@ class Trials:
         self, outcome: Outcome, holder: list[Applied], against: Applied | None, thorough: bool, timed: bool
     ) -> None:
         observation, plan = self.observation, outcome.plan
-        started = time.perf_counter()
-        applied = Applied(
-            observation.model, plan, training=observation.training, undo_errors=self.undo_errors
-        )
-        holder.append(applied)
-        runner = self.baseline.runner
         draws = self.judgement.draws(touches_mask=plan.touches_mask, thorough=thorough)
-        began = time.perf_counter()
-        # What compiling leaves changed is put back here already: a judged call has to leave nothing.
-        with untouched(), runner.buffers_kept():
-            for call in self.warm_up_calls(plan):
-                runner.step(applied.forward, call)
-        applied.seal()
-        outcome.setup_seconds = time.perf_counter() - began + (began - started)
-        applied.verify()
-        verdict = self.judgement.judge(applied, draws)
+        if observation.stochastic:
+            # Values are compared without dropout, on a second application of the same plan.
+            quiet = self._prepared(self.baseline.judged, plan)
+            try:
+                verdict = self.judgement.judge(quiet, draws)
+            finally:
+                quiet.close()
+            if verdict.passed:
+                holder.append(applied := self._prepared(observation.model, plan))
+                verdict = self.judgement.judge_dropout(applied)
+        else:
+            holder.append(applied := self._prepared(observation.model, plan))
+            verdict = self.judgement.judge(applied, draws)
+        outcome.setup_seconds = holder[0].setup_seconds if holder else 0.0
         outcome.figures = dict(verdict.figures)
         if not verdict.passed:
             outcome.rule, outcome.reason = verdict.rule, verdict.detail
@@ -184,6 +183,24 @@ class Trials:
             outcome.reason = (
                 f"{outcome.timing.ratio:.2f}x, not faster beyond doubt (from {outcome.timing.low:.2f}x)"
             )
+
+    def _prepared(self, source: torch.nn.Module, plan: Plan) -> Applied:
+        """``plan`` on a workspace of ``source``: warmed up, sealed, and seen to have an effect."""
+        started = time.perf_counter()
+        applied = Applied(source, plan, training=self.observation.training, undo_errors=self.undo_errors)
+        try:
+            runner = self.baseline.runner
+            # What compiling leaves changed is put back here already: a judged call has to leave nothing.
+            with untouched(), runner.buffers_kept():
+                for call in self.warm_up_calls(plan):
+                    runner.step(applied.forward, call)
+            applied.seal()
+            applied.setup_seconds = time.perf_counter() - started
+            applied.verify()
+        except BaseException:
+            applied.close()
+            raise
+        return applied
 
     def warm_up_calls(self, plan: Plan) -> list[Call]:
         """Calls of every kind that the plan will serve: what compiles or packs does it on these."""
