@@ -56,12 +56,10 @@ def test_light_commands_import_nothing_heavy(arguments):
 def test_help_imports_no_other_command():
     script = (
         "import sys; from kpt.cli.main import run; run(['--help']);"
-        "sys.stderr.write(repr([name for name in sys.modules if name.startswith('kpt.cli.')]) +"
-        " repr('rich' in sys.modules))"
+        "sys.stderr.write(repr([name for name in sys.modules if name.startswith('kpt.cli.')]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stderr == "['kpt.cli.output', 'kpt.cli.main']False" or done.stderr.endswith("False")
-    assert "kpt.cli.optimize" not in done.stderr
+    assert done.stderr == "['kpt.cli.output', 'kpt.cli.main']"
 
 
 @pytest.mark.parametrize(

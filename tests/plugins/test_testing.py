@@ -346,12 +346,48 @@ def test_kernels_are_judged(home, kernel):
         assert set(found) <= KERNELS[kernel] | {"test_gradients"}, found
 
 
+def test_a_kernel_that_prepares_sites_is_judged_on_one(home):
+    def packed(factor):
+        def setup(site):
+            weights = site.weights()
+            matrix = (weights["weight"] * factor).detach().clone()
+
+            def run(x, weight, bias=None):
+                return torch.nn.functional.linear(x, matrix.to(x.dtype), bias)
+
+            return run
+
+        return setup
+
+    def linear(x, weight, bias=None):
+        return torch.nn.functional.linear(x, weight, bias)
+
+    home.entry = linear
+    spec = KernelSpec(
+        "linear", "packed", f"{HOME}:entry", setup=f"{HOME}:setup", dtypes=("float32", "bfloat16")
+    )
+    suite = type("TestIt", (KernelSuite,), {"kernel": spec})()
+    home.setup = packed(1.0)
+    assert not failures(suite)
+    assert outcomes(suite)["test_values"] == ""
+    home.setup = packed(1.01)
+    assert failures(suite)["test_values"].startswith("linear/packed in torch.float32: value")
+
+
+def test_a_kernel_that_refuses_the_typical_site_is_skipped(home):
+    home.kernel, home.supports = right, lambda site: "only for sequences above 4096"
+    spec = KernelSpec("softmax", "k", f"{HOME}:kernel", supports=f"{HOME}:supports")
+    suite = type("TestIt", (KernelSuite,), {"kernel": spec})()
+    with pytest.raises(SkipTest, match="above 4096"):
+        suite.test_values()
+
+
 def test_plugin_suite_judges_kernels_of_known_ops(home):
     home.kernel = one_percent_off
     plugin = plugin_of(kpt_kernels=[KernelSpec("softmax", "k", f"{HOME}:kernel")])
     found = failures(plugin_suite(plugin))
     assert set(found) == {"test_kernels_equal_their_references"}
-    assert found["test_kernels_equal_their_references"].startswith("softmax/k: value")
+    assert found["test_kernels_equal_their_references"].startswith("softmax/k in torch.float32: value")
 
 
 @pytest.mark.parametrize("op", CORE_OPS)

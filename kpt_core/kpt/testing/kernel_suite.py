@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -12,16 +12,19 @@ from kpt.ops import reference
 from kpt.plugins import load
 from kpt.plugins.validation import spec_faults
 from kpt.specs import KernelSpec
-from kpt.testing.models import op_arguments
+from kpt.testing.models import op_arguments, op_site
 from kpt.testing.suite import Suite, skip
+
+if TYPE_CHECKING:
+    from kpt.judge.calls import Call
+    from kpt.ops import Site
 
 
 class KernelSuite(Suite, standard=True):
     """Tests ``kernel``, a `KernelSpec`, against the reference of its op in fp64.
 
-    Override `arguments` for an op that is not in the core's catalogue or for other shapes, and
-    ``device`` for a kernel of an accelerator. A kernel with a ``setup`` is called through
-    `run`, which has to be overridden to prepare a site.
+    Override `arguments` for an op that is not in the core's catalogue or for other shapes, `site` for
+    a kernel that prepares sites of another kind, and ``device`` for a kernel of an accelerator.
     """
 
     kernel: ClassVar[KernelSpec]
@@ -42,10 +45,12 @@ class KernelSuite(Suite, standard=True):
         """The function in plain PyTorch that defines what is right."""
         return reference(self.kernel.op)
 
+    def site(self, dtype: torch.dtype) -> tuple[Site, Call] | None:
+        """A site that computes the op in ``dtype`` and a call of it; None where there is no typical one."""
+        return op_site(self.kernel.op, dtype, self.device)
+
     def run(self) -> Callable[..., Any]:
         """The function under test, with the reference's signature."""
-        if self.kernel.setup is not None:
-            raise skip("the kernel prepares sites; override run() to prepare one")
         return load(self.kernel.entry)
 
     def dtypes(self) -> list[torch.dtype]:
@@ -54,15 +59,35 @@ class KernelSuite(Suite, standard=True):
 
     def verdict(self, **probes: Any) -> None:
         """Judge the kernel with the given probes; fails with the rule and the detail."""
-        found = judge_kernel(
-            self.run(),
-            self.reference(),
-            inputs_like(self.arguments()),
-            level=self.kernel.level,
-            dtypes=self.dtypes(),
-            **{"rows": (), "layouts": (), "scales": (), **probes},
-        )
-        assert found.passed, f"{self.kernel.op}/{self.kernel.name}: {found.rule}: {found.detail}"
+        judged = 0
+        for dtype in self.dtypes():
+            place = self.site(dtype)
+            refusal = None if place is None else self._refusal(place[0])
+            if refusal is None:
+                judged += 1
+                self._judge(dtype, place, {"rows": (), "layouts": (), "scales": (), **probes})
+        if not judged:
+            raise skip(f"the kernel refuses the typical site: {refusal}; override site()")
+
+    def _refusal(self, site: Site) -> str | None:
+        return None if self.kernel.supports is None else load(self.kernel.supports)(site)
+
+    def _judge(self, dtype: torch.dtype, place: tuple[Site, Call] | None, probes: dict[str, Any]) -> None:
+        if self.kernel.setup is None:
+            run, make, fixed = self.run(), inputs_like(self.arguments()), frozenset[str]()
+            probes["dtypes"] = (dtype,)
+        elif place is None:
+            raise skip(f"there is no typical site of the op {self.kernel.op!r}; override site()")
+        else:
+            site, call = place
+            run = load(self.kernel.setup)(site)
+            # What was packed stays as it is; only the activations are drawn.
+            tensors = {name for name, value in site.weights().items() if isinstance(value, torch.Tensor)}
+            arguments = site.arguments(*call.args, **call.kwargs)
+            fixed = frozenset(tensors)
+            make = inputs_like({name: _detached(value) for name, value in arguments.items()}, fixed=fixed)
+        found = judge_kernel(run, self.reference(), make, level=self.kernel.level, fixed=fixed, **probes)
+        assert found.passed, f"{self.kernel.op}/{self.kernel.name} in {dtype}: {found.rule}: {found.detail}"
 
     def test_spec_is_valid(self) -> None:
         """Names, dtypes and references of the spec are what the API says."""
@@ -108,7 +133,13 @@ class KernelSuite(Suite, standard=True):
         """Inside a compiled graph, without a break, values are those of the kernel itself."""
         if not self.kernel.compile_safe:
             raise skip("the kernel does not promise it")
+        if self.kernel.setup is not None:
+            raise skip("a prepared kernel is compiled together with its model")
         run, arguments = self.run(), dict(self.arguments())
         expected = run(**arguments)
         compiled = torch.compile(lambda: run(**arguments), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(), expected)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

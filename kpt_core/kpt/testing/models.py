@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from kpt.judge.calls import Call
+from kpt.ops import recognise
+
+if TYPE_CHECKING:
+    from kpt.ops import Site
 
 ROWS, HIDDEN, HEADS, HEAD = 6, 32, 4, 8
 
@@ -65,6 +71,39 @@ def tiny_models() -> dict[str, tuple[nn.Module, Any]]:
             "vision": (TinyVision().eval(), torch.randn(2, 3, 16, 16)),
             "encoder": (TinyEncoder().eval(), encoder_inputs),
         }
+
+
+class TinyGatedMLP(nn.Module):
+    """A gated feed-forward block: [..., 32] → [..., 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 48, bias=False)
+        self.up = nn.Linear(HIDDEN, 48, bias=False)
+        self.down = nn.Linear(48, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def op_site(op: str, dtype: torch.dtype, device: str) -> tuple[Site, Call] | None:
+    """A site that computes ``op`` in ``dtype`` and a call of it; None for an op without a module here."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "linear": lambda: nn.Linear(HIDDEN, 48),
+        "layer_norm": lambda: nn.LayerNorm(HIDDEN),
+        "rms_norm": lambda: nn.RMSNorm(HIDDEN, eps=1e-6),
+        "gated_mlp": TinyGatedMLP,
+        "softmax": lambda: nn.Softmax(dim=-1),
+    }
+    if op not in makers:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = makers[op]().to(device, dtype).eval()
+        x = torch.randn(2, ROWS, HIDDEN).to(device, dtype)
+    with torch.no_grad():
+        found = recognise(module, [Call((x,))])
+    return next(((site, Call((x,))) for site in found.sites if site.op == op), None)
 
 
 def op_arguments(op: str, generator: torch.Generator) -> Mapping[str, Any] | None:
