@@ -79,7 +79,7 @@ class KernelBehaviour:
         paths = tuple(sorted({site.name for site in self.sites}))
         return [
             Variant(
-                name=f"{self.spec.name}",
+                name=f"{self.spec.op}/{self.spec.name}",
                 params={"sites": list(paths)},
                 predicted_gain=self.spec.predicted_gain,
                 sites=paths,

@@ -1,0 +1,90 @@
+"""Kernels that are fast and wrong: each is rejected by the rule named here and leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fingerprints
+import kpt
+import slow_kernels
+from fingerprints import optimized
+from kpt.specs import KernelSpec
+from slow_models import plugin
+
+CASES = [
+    ("one_percent", "value", False),
+    ("one_percent", "value", True),
+    ("nan", "nan", False),
+    ("wrong_gradient", "gradient", True),
+    ("contiguous_only", "stride", False),
+    ("even_rows_only", "size", False),
+    ("even_rows_only", "size", True),
+    ("modifies_input", "input-modified", False),
+    ("replays", "replay", False),
+    ("replays", "replay", True),
+    ("leaves_unwritten", "unwritten", False),
+    ("leaves_unwritten", "unwritten", True),
+    ("slower", "slower", False),
+    ("slower", "slower", True),
+    ("raises", "error", False),
+    ("exits", "error", False),
+]
+
+
+def offered(name: str, **options: object) -> object:
+    spec = {"backward": True, "predicted_gain": 3.0, **options}
+    return plugin(
+        kernels=[KernelSpec(op="rms_norm", name=name, entry=f"slow_kernels:{name}", **spec)]  # type: ignore[arg-type]
+    )
+
+
+def norm_net(training: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = slow_kernels.NormNet().train()
+    model(torch.randn(8, 16)).sum().backward()
+    return model.train(training)
+
+
+@pytest.mark.parametrize(("name", "rule", "training"), CASES)
+def test_a_hostile_kernel_is_rejected_by_its_rule_and_leaves_no_trace(name, rule, training):
+    model, example = norm_net(training), torch.randn(64, 16)
+    slow_kernels.replays.last.clear()
+    model_before, process_before = fingerprints.of_model(model), fingerprints.of_process()
+    result = kpt.optimize(model, example, plugins=[offered(name)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert result is model and not receipt.optimized
+    assert [(entry.name, entry.rule) for entry in receipt.rejected] == [(f"rms_norm/{name}", rule)]
+    assert fingerprints.differences(process_before, fingerprints.of_process()) == []
+    assert fingerprints.differences(model_before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_right_kernel_is_kept(training):
+    model = optimized(norm_net(training), torch.randn(64, 16), plugins=[offered("right")])
+    assert [entry.name for entry in kpt.report(model).accepted] == ["rms_norm/right"]
+
+
+def test_a_kernel_that_is_right_forward_only_may_serve_inference():
+    model, example = norm_net(False), torch.randn(64, 16)
+    expected = torch.autograd.grad(model(example).sum(), list(model.parameters()))
+    optimized(model, example, plugins=[offered("wrong_gradient")])
+    found = torch.autograd.grad(model(example).sum(), list(model.parameters()))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def test_a_kernel_without_a_backward_is_not_tried_in_training():
+    model = norm_net(True)
+    kpt.optimize(model, torch.randn(64, 16), plugins=[offered("right", backward=False)], budget=20.0)
+    assert [skip["reason"] for skip in kpt.report(model).skipped] == ["has no backward"]
+
+
+def test_of_many_kernels_only_the_right_one_is_kept():
+    names = ["one_percent", "nan", "contiguous_only", "right", "leaves_unwritten"]
+    specs = [
+        KernelSpec(op="rms_norm", name=name, entry=f"slow_kernels:{name}", backward=True, predicted_gain=3.0)
+        for name in names
+    ]
+    model = optimized(norm_net(False), torch.randn(64, 16), plugins=[plugin(kernels=specs)])
+    assert [entry.name for entry in kpt.report(model).accepted] == ["rms_norm/right"]
