@@ -54,6 +54,7 @@ class Baseline:
         self.seed = seed
         self._exact: tuple[torch.nn.Module, Runner] | None = None
         self._casts: dict[str, tuple[torch.nn.Module, Runner]] = {}
+        self.keep_integers = False
         self.reference_dtype = "float64"
         self.reference_note = ""
         self._prepare_reference()
@@ -115,10 +116,12 @@ class Baseline:
                 return None
         return expected.casts[dtype]
 
-    def draw(self, *, sizes: dict[str, int] | None = None, padding: bool = False) -> Call:
-        """A fresh call like the examples."""
-        call = self.observation.spec.draw(self.generator, sizes=sizes, padding=padding)
-        return call
+    def draw(
+        self, *, sizes: dict[str, int] | None = None, padding: bool = False, keep_integers: bool | None = None
+    ) -> Call:
+        """A fresh call like the examples; integers are the examples' own where eager refused others."""
+        keep = self.keep_integers if keep_integers is None else keep_integers
+        return self.observation.spec.draw(self.generator, sizes=sizes, padding=padding, keep_integers=keep)
 
     def close(self) -> None:
         self._exact = None

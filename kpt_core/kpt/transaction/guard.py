@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.judge import tree
-from kpt.judge.calls import Call
 
 if TYPE_CHECKING:
+    from kpt.judge.calls import Call
     from kpt.judge.draws import InputSpec
 
 
@@ -21,6 +21,7 @@ class InputGuard:
     """
 
     def __init__(self, calls: list[Call], spec: InputSpec) -> None:
+        self.spec = spec
         self.dims = {leaf.name: dict(leaf.dims) for leaf in spec.leaves}
         self.ranges = {
             name: (dim.low, dim.high if dim.declared else None) for name, dim in spec.dimensions.items()
@@ -37,8 +38,9 @@ class InputGuard:
         return min(reasons, key=lambda reason: reason[0])[1] if reasons else "no example inputs"  # type: ignore[index]
 
     def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-        call = Call(args, dict(sorted(kwargs.items())))
-        return [(tree.spell(path), _describe(leaf)) for path, leaf in call.leaves()]
+        positional = [(("args", *path), leaf) for path, leaf in tree.walk(args)]
+        by_keyword = [(("kwargs", *path), leaf) for path, leaf in tree.walk(dict(sorted(kwargs.items())))]
+        return [(self.spec.name_of(path), _describe(leaf)) for path, leaf in (*positional, *by_keyword)]
 
     def _difference(self, form: Any, known: Any) -> tuple[int, str] | None:
         leaves, known_leaves = form, known

@@ -13,7 +13,6 @@ import torch
 
 from kpt import compiling
 from kpt.judge import outputs, referee
-from kpt.judge.calls import Call
 from kpt.judge.poison import poisoned
 from kpt.judge.referee import Verdict
 from kpt.judge.state import untouched
@@ -57,7 +56,7 @@ class Judgement:
         if observation.dynamic:
             for sizes in observation.spec.sizes(self.baseline.generator, 4 if thorough else 2):
                 kinds.append(("size", ", ".join(f"{k}={v}" for k, v in sizes.items()), sizes, False))
-        if touches_mask or (observation.dynamic and self._has_mask()):
+        if touches_mask or (observation.dynamic and observation.spec.has_masks):
             kinds.append(("mask", "padded", None, True))
             if observation.dynamic:
                 sizes = next(iter(observation.spec.sizes(self.baseline.generator, 1)), None)
@@ -65,21 +64,26 @@ class Judgement:
         found = []
         for rule, label, sizes, padding in kinds:
             self._seed += 1
-            call = self.baseline.draw(sizes=sizes, padding=padding)
+            expected = self._expected(sizes, padding, required=label == "like the example")
+            if expected is not None:
+                found.append(Draw(expected, rule, label, self._seed))
+        return found
+
+    def _expected(self, sizes: dict[str, int] | None, padding: bool, *, required: bool) -> Expected | None:
+        """A fresh call that eager can run. Where resampled integers are refused (placeholders that must
+        match in number, say) the example's own are kept; None if eager refuses these too."""
+        for keep_integers in (False, True):
+            call = self.baseline.draw(sizes=sizes, padding=padding, keep_integers=keep_integers)
             try:
-                expected = self.baseline.expected(call, seed=self._seed, padded=padding)
+                return self.baseline.expected(call, seed=self._seed, padded=padding)
             except _STOPS:
                 raise
             except Exception:
                 self.dropped += 1
-                if label == "like the example":
+                if keep_integers and required:
                     raise
-                continue
-            found.append(Draw(expected, rule, label, self._seed))
-        return found
-
-    def _has_mask(self) -> bool:
-        return any(leaf.role == "mask" for leaf in self.observation.spec.leaves)
+                self.baseline.keep_integers = True
+        return None
 
     def judge(self, applied: Applied, draws: list[Draw]) -> Verdict:
         """The first rejection over ``draws``, or an acceptance with the worst figures."""
@@ -155,7 +159,7 @@ class Judgement:
             level=level,
             cast_eager=cast.output if cast else None,
             compute_dtype=dtype,
-            mask=self._mask(expected.call) if plan.touches_mask else None,
+            mask=self.observation.spec.padding_masks(expected.call) if plan.touches_mask else None,
             rule=draw.rule,
             inputs=given,
             eager_inputs=expected.given,
@@ -182,13 +186,6 @@ class Judgement:
                     False, "gradient" if rule == "gradient" else "value", detail, verdict.figures
                 ), None
         return verdict, mine.output
-
-    def _mask(self, call: Call) -> torch.Tensor | None:
-        names = {leaf.name for leaf in self.observation.spec.leaves if leaf.role == "mask"}
-        for name, tensor in call.tensors().items():
-            if name in names and tensor.dim() == 2:
-                return tensor
-        return None
 
 
 def _copied(output: Any) -> Any:

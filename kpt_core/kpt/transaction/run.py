@@ -15,7 +15,7 @@ from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import distributed, memory, recipe
-from kpt.transaction.baseline import Baseline
+from kpt.transaction.baseline import Baseline, free_memory
 from kpt.transaction.budget import Budget, BudgetSpent
 from kpt.transaction.commit import Committed, commit
 from kpt.transaction.dispatch import original_forward
@@ -92,7 +92,7 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
     request.examples = calls
     run = Run(model, request)
     started = time.perf_counter()
-    state = ModelState(model)
+    state = ModelState(model, limit_bytes=int(0.25 * free_memory(device_of(model).type)))
     try:
         with untouched():
             _transact(run, calls, spec)
