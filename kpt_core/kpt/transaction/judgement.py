@@ -75,14 +75,16 @@ class Judgement:
         for keep_integers in (False, True):
             call = self.baseline.draw(sizes=sizes, padding=padding, keep_integers=keep_integers)
             try:
-                return self.baseline.expected(call, seed=self._seed, padded=padding)
+                expected = self.baseline.expected(call, seed=self._seed, padded=padding)
             except _STOPS:
                 raise
             except Exception:
                 self.dropped += 1
                 if keep_integers and required:
                     raise
-                self.baseline.keep_integers = True
+                continue
+            self.baseline.keep_integers |= keep_integers
+            return expected
         return None
 
     def judge(self, applied: Applied, draws: list[Draw]) -> Verdict:
