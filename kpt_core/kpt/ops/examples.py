@@ -15,6 +15,7 @@ from kpt.ops.sites import Anything, Binding, Hypothesis
 
 _PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
 _BIG = 1 << 18  # elements of parameters above which dimensions are shrunk
+_MOST = 1 << 16  # elements of an input with another length
 _LARGE_SIZE = 16  # sizes of the call (batch, length) above this are made small
 
 
@@ -33,16 +34,19 @@ class Examples:
         self.function_of_module = captured.function is not None
         self.protected = _own_sizes(module)
         parameters = list(module.parameters())
+        self.of_parameters = {size for p in parameters for size in p.shape}
         elements = sum(p.numel() for p in parameters)
         self.sizes: dict[int, int] = {}
         if shrink and not self.function_of_module and elements > _BIG:
             self.sizes = _shrunk({d for p in parameters for d in p.shape if d > 64})
+        #: Sizes that are lengths somewhere: as a last dimension (of a mask) they change along
+        self.shared = {size for value in seen for size in value.shape[1:-1]}
         self.lengths = {} if straight else self._small_lengths(seen)
 
     def _small_lengths(self, seen: list[Seen]) -> dict[int, int]:
         """Smaller values for sizes that belong to the call; distinct sizes stay distinct."""
         found: dict[int, int] = {}
-        fresh = iter(range(5, 4096))
+        fresh = iter(range(8, 4096, 4))  # even, because features come in pairs
         for value in seen:
             for size in value.shape[:-1]:
                 if size > _LARGE_SIZE and size not in self.protected and size not in found:
@@ -118,11 +122,7 @@ class Examples:
         strided: bool,
         table: dict[int, int],
     ) -> torch.Tensor:
-        last = len(seen.shape) - 1
-        shape = tuple(
-            self.sizes.get(size, size if axis == last else table.get(size, size))
-            for axis, size in enumerate(seen.shape)
-        )
+        shape = self._shape(seen, table)
         if seen.dtype.is_complex:
             drawn = torch.randn(shape, generator=self.generator, dtype=torch.complex128)
             return drawn.to(self.device, torch.complex128 if dtype == torch.float64 else torch.complex64)
@@ -136,6 +136,13 @@ class Examples:
         else:
             drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return (drawn * scale).to(self.device, dtype)
+
+    def _shape(self, seen: Seen, table: dict[int, int]) -> tuple[int, ...]:
+        last = len(seen.shape) - 1
+        return tuple(
+            self.sizes.get(size, table.get(size, size) if axis != last or size in self.shared else size)
+            for axis, size in enumerate(seen.shape)
+        )
 
     def _integers(self, seen: Seen, shape: tuple[int, ...]) -> torch.Tensor:
         """Resampled from the values seen; the very same values when the shape did not change."""
@@ -156,18 +163,14 @@ class Examples:
         call = self.captured.calls[0]
         sizes = {size for value in _seen(call) for size in value.shape[:-1]}
         free = [size for size in sizes if size not in self.protected] or list(sizes)
-        held = {v for v in vars(self.captured.module).values() if type(v) is int and 2 < v <= 8192}
-        literals = sorted({*integers, *(held - sizes - set(self.sizes))} - {1, 2, 3})[:8]
-        largest = 512 if self.function_of_module else 8192  # attention is quadratic in it
+        held = {v for v in vars(self.captured.module).values() if type(v) is int and 3 < v <= 8192}
+        literals = sorted({*integers, *(held - sizes - self.of_parameters)} - {1, 2, 3})[:8]
         wanted = [1, 2, 3, 33]
         for literal in literals:
-            if literal <= largest:
-                wanted += [literal, literal + 1] if literal > 32 else [literal]
-        elements = max((math.prod(value.shape) for value in _seen(call)), default=1)
+            wanted += [literal, literal + 1] if literal > 32 else [literal]
         for size in sorted(free, reverse=True)[:3]:
             for length in dict.fromkeys(wanted):
-                per_unit = elements / max(size, 1) if size not in self.lengths else 64
-                if length != size and length * min(per_unit, 4096) <= 1 << 21:
+                if length != size and self._affordable(call, {size: length}):
                     try:
                         bound = self.draw(0, twin, lengths={size: length})
                     except (RuntimeError, ValueError):
@@ -177,7 +180,8 @@ class Examples:
         if self.function_of_module:
             # queries and keys have lengths of their own
             name, seen = next(((n, v) for n, v in call.items() if isinstance(v, Seen)), ("", None))
-            if seen is not None and len(seen.shape) > 2:
+            # a mask would no longer fit to fewer queries
+            if seen is not None and len(seen.shape) > 2 and len(list(_seen(call))) == 3:
                 for length in (1, 2):
                     bound = self.draw(0, twin)
                     other = Seen(
@@ -185,6 +189,13 @@ class Examples:
                     )
                     bound[name] = self._tensor(other, 1.0, torch.float64, False, self.lengths)
                     yield f"with {length} rows of {name}", bound
+
+    def _affordable(self, call: dict[str, Any], lengths: dict[int, int]) -> bool:
+        """Whether inputs with other lengths stay small; functions may take the square of one."""
+        table = {**self.lengths, **lengths}
+        elements = max((math.prod(self._shape(seen, table)) for seen in _seen(call)), default=0)
+        longest = max(lengths.values())
+        return elements <= _MOST and (not self.function_of_module or elements * longest <= 16 * _MOST)
 
     # ---- arguments that are not tensors --------------------------------------------------------
 

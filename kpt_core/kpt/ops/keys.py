@@ -110,6 +110,8 @@ def _plain(value: Any, memo: dict[int, Any], depth: int = 2) -> Hashable:
         return (type(value).__name__, value)
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, *(_plain(item, memo, depth) for item in value))
+    if isinstance(value, (set, frozenset)):
+        return ("set", *sorted((_plain(item, memo, depth) for item in value), key=repr))
     if isinstance(value, torch.Tensor):
         return ("tensor", tuple(value.shape), value.dtype)
     if isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
@@ -124,9 +126,10 @@ def _plain(value: Any, memo: dict[int, Any], depth: int = 2) -> Hashable:
         if not depth:
             return "dict"
         return tuple(sorted(((repr(k), _plain(v, memo, depth - 1)) for k, v in value.items()), key=repr))
-    known = memo.get(id(value))
+    held = memo.get(id(value))
+    known = None if held is None else held[1]
     if known is None:
-        memo[id(value)] = known = type(value)  # what refers back to itself ends here
+        memo[id(value)] = (value, type(value))  # what refers back to itself ends here
         if isinstance(value, torch.nn.Module):
             known = tuple(_module(path, inner, memo, _identity) for path, inner in value.named_modules())
         elif type(value).__flags__ & _HEAP_TYPE and hasattr(value, "__dict__"):
@@ -134,29 +137,31 @@ def _plain(value: Any, memo: dict[int, Any], depth: int = 2) -> Hashable:
             known = (type(value), *sorted(((k, _plain(v, memo, depth - 1)) for k, v in items), key=repr))
         else:
             known = value  # the state of types written in C is out of sight
-        memo[id(value)] = known
+        memo[id(value)] = (value, known)  # held, so that the id stays its own
     return cast("Hashable", known)
 
 
 def _function(value: Any, memo: dict[int, Any]) -> Hashable:
     if not isinstance(value, types.FunctionType):
         return cast("Hashable", value)
-    known = memo.get(id(value))
+    held = memo.get(id(value))
+    known = None if held is None else held[1]
     if known is None:
-        memo[id(value)] = value.__code__
+        memo[id(value)] = (value, value.__code__)
         cells = []
         for cell in value.__closure__ or ():
             try:
                 cells.append(_plain(cell.cell_contents, memo, 1))
             except ValueError:
                 cells.append("empty")
-        known = memo[id(value)] = (
+        known = (
             value.__module__,
             value.__code__,
             _plain(value.__defaults__ or (), memo, 1),
             tuple(cells),
             _globals(value),
         )
+        memo[id(value)] = (value, known)
     return cast("Hashable", known)
 
 

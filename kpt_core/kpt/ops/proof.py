@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,8 +110,10 @@ class _Proof:
 
     def _call(self, twin: torch.nn.Module, bound: dict[str, Any]) -> Any:
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
-        function = self.captured.function or twin.forward
-        return function(*arguments.args, **arguments.kwargs)
+        if self.captured.function is None:
+            return twin.forward(*arguments.args, **arguments.kwargs)
+        with _recorded(twin, self.reads):
+            return self.captured.function(*arguments.args, **arguments.kwargs)
 
     def _claim(self, twin: torch.nn.Module, bound: dict[str, Any], binding: Binding) -> Any:
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
@@ -156,8 +158,6 @@ class _Proof:
         examples = self.examples
         twin = examples.twin(torch.float64)
         twin.eval()
-        if self.captured.function is not None:
-            self.reads = _record_reads(twin)
         with torch.no_grad(), torch.autocast(examples.device.type, enabled=False):
             base = examples.draw(0, twin)
             try:
@@ -205,17 +205,16 @@ class _Proof:
         if self.straight:
             return
         strided = [("on inputs that are not contiguous", examples.draw(0, twin, strided=True))]
-        for what, bound in (*strided, *examples.variations(twin, integers)):
+        others = examples.other_values(twin, self.candidates)
+        for what, bound in (*others, *strided, *examples.variations(twin, integers)):
             try:
                 with Promoted():
                     self._call(twin, bound)
             except Refused:
                 raise
-            except Exception as error:  # noqa: BLE001 - a size or stride that the code itself refuses
+            except Exception as error:  # noqa: BLE001 - a call that the code itself refuses
                 self.refused.append(f"{what}: {type(error).__name__}")
                 continue
-            self._filter(twin, bound, what)
-        for what, bound in examples.other_values(twin, self.candidates):
             self._filter(twin, bound, what)
 
     def _by_dtype(self) -> None:
@@ -341,9 +340,9 @@ class _Proof:
                 raise Unproved(f"it takes another branch {what}")
 
 
-def _record_reads(twin: torch.nn.Module) -> set[str]:
-    """Note from now on which attributes of ``twin`` are read."""
-    reads: set[str] = set()
+@contextmanager
+def _recorded(twin: torch.nn.Module, reads: set[str]) -> Iterator[None]:
+    """Note which attributes of ``twin`` are read."""
     cls: Any = type(twin)
 
     def read(self: Any, name: str) -> Any:
@@ -352,7 +351,10 @@ def _record_reads(twin: torch.nn.Module) -> set[str]:
         return cls.__getattribute__(self, name)
 
     twin.__class__ = type(cls.__name__, (cls,), {"__getattribute__": read, "__module__": cls.__module__})
-    return reads
+    try:
+        yield
+    finally:
+        twin.__class__ = cls
 
 
 class _autocast:

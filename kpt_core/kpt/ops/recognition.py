@@ -60,7 +60,10 @@ def recognise(
     with untouched_randomness(), torch.inference_mode(False):
         for captured in observation.modules.values():
             work.consider(captured, "module")
+        whole = {site.path for site in work.sites}
         for captured in observation.functions.values():
+            if captured.path in whole:
+                continue  # the module as a whole is a site
             work.consider(captured, "function" if captured.callee.isidentifier() else "call")
     return Recognition(tuple(work.sites), tuple(work.left_alone), time.monotonic() - started, work.proofs)
 

@@ -81,6 +81,11 @@ class Losses:
         target = [n for n, t in tensors.items() if t.dtype == torch.int64]
         if len(logits) != 1 or len(target) != 1:
             return
+        if (
+            captured.output.shape not in ((), tensors[target[0]].shape)
+            or not captured.output.dtype.is_floating_point
+        ):
+            return
         (x,), (y,) = logits, target
         rank, labels = len(tensors[x].shape), tensors[y].shape
         ignored = options.get("ignore_index", "-100")
