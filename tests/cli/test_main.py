@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -150,3 +151,38 @@ def test_the_whole_application_has_every_command():
 def test_an_error_has_a_hint_on_its_own_line(capsys):
     Output().error(CommandError("x", "It is wrong.", "Do this."))
     assert capsys.readouterr().err == "error: It is wrong.\n  Do this.\n"
+
+
+def test_interrupting_a_command_ends_it_with_its_own_code(tmp_path):
+    (tmp_path / "kpt_test_slow_factory.py").write_text(
+        "import sys, time\ndef make():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    import torch
+
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "model.pt")
+    script = "import sys; from kpt.cli.main import main; sys.exit(main())"
+    options = [
+        "--model",
+        "model.pt",
+        "--arch",
+        "kpt_test_slow_factory:make",
+        "--inputs",
+        "float32[1,2]",
+        "--json",
+    ]
+    running = subprocess.Popen(
+        [sys.executable, "-c", script, "optimize", *options],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    assert any("ready" in line for line in iter(running.stderr.readline, ""))
+    running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 130 and json.loads(out)["code"] == "interrupted"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
+        "kpt_test_slow_factory.py",
+        "model.pt",
+    ]

@@ -155,6 +155,25 @@ def test_inline_plugins_are_versioned_by_what_they_offer():
 
     versions = [registry([plugin(name)]).fingerprint()["inline:Mine"] for name in ("a", "a", "b")]
     assert versions[0] == versions[1] != versions[2]
+    assert versions[0].startswith("inline+")
+
+
+def test_an_edited_plugin_has_another_fingerprint_though_its_version_stays(install, tmp_path):
+    info = install("kpt-plugin-edited", plugin="edited")
+    source = info.parent / "kpt_plugin_edited.py"
+    source.write_text(source.read_text().replace("math:sqrt", "kpt_plugin_edited:Pass"))
+    clear_cache()
+    assert registry().fingerprint() == {"edited": "1.0"}
+
+    (info / "direct_url.json").write_text('{"url": "file:///x", "dir_info": {"editable": true}}')
+    clear_cache()
+    first = registry().fingerprint()["edited"]
+    clear_cache()
+    assert registry().fingerprint()["edited"] == first and first.startswith("1.0+")
+    source.write_text(source.read_text() + "\nclass Pass: pass\n")
+    clear_cache()
+    assert registry().fingerprint()["edited"] != first
+    assert registry().status("edited").version == "1.0"
 
 
 def test_inline_plugins_ignore_the_environment(install, monkeypatch):

@@ -86,7 +86,10 @@ def run(arguments: list[str]) -> int:
         with nullcontext(sys.stdout) if helps else only_results_on_stdout() as stdout:
             output.stdout = stdout
             try:
-                return _call(arguments, output)
+                code = _call(arguments, output)
+                if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this number themselves
+                    raise KeyboardInterrupt
+                return code
             except KeyboardInterrupt:
                 output.error(CommandError("interrupted", "Interrupted.", "", INTERRUPTED))
                 return INTERRUPTED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import threading
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kpt.plugins.isolation import attempt
+from kpt.plugins.stamps import stamp
 from kpt.plugins.status import (
     ALLOW_VARIABLE,
     DENY_VARIABLE,
@@ -118,7 +118,13 @@ def _build(selection: Sequence[str | object] | None) -> Registry:
             specs.setdefault(hook, []).extend(
                 Registered(spec, status.name, status.distribution, status.version) for spec in found
             )
-    return Registry(statuses, specs)
+    editable = {candidate.name for candidate in installed if candidate.editable}
+    stamps = {
+        plugin.status.name: stamp(spec for found in plugin.specs.values() for spec in found)
+        for plugin in plugins
+        if plugin.status.name in editable or not plugin.status.distribution
+    }
+    return Registry(statuses, specs, stamps)
 
 
 def _inline(selection: Iterable[str | object]) -> Iterable[_Plugin]:
@@ -132,9 +138,7 @@ def _inline(selection: Iterable[str | object]) -> Iterable[_Plugin]:
         names[name] = names.get(name, 0) + 1
         label = f"inline:{name}" if names[name] == 1 else f"inline:{name}-{names[name]}"
         loaded = examine(plugin, PluginStatus(label))
-        content = repr(sorted((hook, repr(specs)) for hook, specs in loaded.specs.items()))
-        version = f"inline-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-        yield replace(loaded, status=replace(loaded.status, version=version))
+        yield replace(loaded, status=replace(loaded.status, version="inline"))
 
 
 def _import(status: PluginStatus, entry: Callable[[], object]) -> _Plugin:

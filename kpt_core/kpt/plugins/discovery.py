@@ -14,6 +14,7 @@ import importlib_metadata
 
 from kpt.hookspecs import ENTRY_POINT_GROUP
 from kpt.plugins.isolation import attempt
+from kpt.plugins.stamps import is_editable
 from kpt.plugins.status import (
     ALLOW_VARIABLE,
     DENY_VARIABLE,
@@ -42,6 +43,7 @@ class Candidate:
     version: str
     requirements: tuple[str, ...]
     entry_point: EntryPoint
+    editable: bool = False
 
     @property
     def rank(self) -> tuple[bool, str, str]:
@@ -97,6 +99,7 @@ def _read(distribution: Distribution, seen: set[str]) -> list[Candidate]:
             version=str(active.version),
             requirements=tuple(active.requires or ()),
             entry_point=entry_point,
+            editable=is_editable(active),
         )
         for entry_point in active.entry_points.select(group=ENTRY_POINT_GROUP)
     ]

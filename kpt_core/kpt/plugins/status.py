@@ -74,10 +74,14 @@ class Registry:
     """The specs of every plugin that works, and the status of every plugin that was found."""
 
     def __init__(
-        self, statuses: Iterable[PluginStatus], specs: Mapping[str, Iterable[Registered[Any]]]
+        self,
+        statuses: Iterable[PluginStatus],
+        specs: Mapping[str, Iterable[Registered[Any]]],
+        stamps: Mapping[str, str] | None = None,
     ) -> None:
         self.statuses: tuple[PluginStatus, ...] = tuple(statuses)
         self._specs = {hook: tuple(found) for hook, found in specs.items()}
+        self._stamps = dict(stamps or {})
 
     def specs(self, hook: str) -> tuple[Registered[Any], ...]:
         """The specs that ``hook`` collected, for instance ``specs("kpt_passes")``."""
@@ -94,8 +98,15 @@ class Registry:
         return found[0] if found else None
 
     def fingerprint(self) -> dict[str, str]:
-        """The version of each plugin whose specs are in use; part of the recipe cache's key."""
-        return {status.name: status.version for status in self.statuses if status.hooks}
+        """The version of each plugin whose specs are in use; part of the recipe cache's key.
+
+        The version of a plugin that its author may be editing ends in a stamp of its source files.
+        """
+        return {
+            status.name: "+".join(filter(None, (status.version, self._stamps.get(status.name))))
+            for status in self.statuses
+            if status.hooks
+        }
 
     def __repr__(self) -> str:
         found = ", ".join(f"{status.name}: {status.state}" for status in self.statuses)
@@ -117,7 +128,7 @@ def one_line(error: BaseException) -> str:
     """The type and the first line of an error, for a status."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
+    except BaseException:  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
         text = "(its message cannot be shown)"
     first = text.strip().splitlines()[0] if text.strip() else ""
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
