@@ -160,6 +160,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     quiet()
     torch.set_grad_enabled(False)
+    # Several contenders compile copies of one model, whose entries torch counts together: without room for
+    # all of them the later ones would silently run eagerly.
+    torch._dynamo.config.recompile_limit = 64
     subject = models.build(name)
     runs: dict[str, Run] = {}
     records: dict[str, dict[str, Any]] = {}
