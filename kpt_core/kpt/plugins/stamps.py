@@ -22,7 +22,7 @@ _FILES = 2000
 
 
 def is_editable(distribution: Any) -> bool:
-    """Whether ``distribution`` (of importlib-metadata) is installed from a folder that its author may be editing."""
+    """Whether a distribution (of importlib-metadata) is installed from a folder that is being edited."""
     text = attempt(distribution.read_text, "direct_url.json").value
     facts = attempt(json.loads, text).value if text else None
     return isinstance(facts, dict) and bool((facts.get("dir_info") or {}).get("editable"))
