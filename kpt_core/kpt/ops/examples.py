@@ -199,39 +199,41 @@ class Examples:
 
     # ---- arguments that are not tensors --------------------------------------------------------
 
-    def constants(self, hypotheses: Sequence[Hypothesis]) -> dict[str, Any]:
-        """Arguments with a fixed meaning: those that are plain values and no hypothesis reads."""
-        read: set[str] = set()
-        for hypothesis in hypotheses:
-            for text in (*hypothesis.arguments.values(), *hypothesis.conditions, hypothesis.output):
-                read.update(compile(text, "<hypothesis>", "eval").co_names)
-        parameters = self.captured.signature.parameters
+    def constants(self, hypothesis: Hypothesis) -> dict[str, Any]:
+        """What a call has to share with those of the proof, by parameter name.
+
+        The plain values that ``hypothesis`` does not read, where all calls agreed; `Anything` for an
+        optional tensor that was always given; for ``**kwargs``, the keywords with their values.
+        """
+        texts = (*hypothesis.arguments.values(), *hypothesis.conditions, hypothesis.output)
+        read = {name for text in texts for name in compile(text, "<hypothesis>", "eval").co_names}
+        calls = self.captured.calls
         found: dict[str, Any] = {}
-        for name, value in self.captured.calls[0].items():
-            if parameters[name].kind is parameters[name].VAR_KEYWORD:
-                given: dict[str, Any] = {}
-                for call in self.captured.calls:
-                    for key, item in call.get(name, {}).items():
-                        plain = isinstance(item, _PRIMITIVES) and given.get(key, item) == item
-                        given[key] = item if plain else Anything
-                found[name] = given
+        for name, parameter in self.captured.signature.parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL or name not in calls[0]:
                 continue
-            if parameters[name].kind is parameters[name].VAR_POSITIONAL:
-                continue
-            if name not in read and isinstance(value, _PRIMITIVES):
-                found[name] = value
+            values = [call.get(name) for call in calls]
+            if parameter.kind is parameter.VAR_KEYWORD:
+                found[name] = _keywords(values)
+            elif all(isinstance(value, Seen) for value in values):
+                if parameter.default is None:
+                    found[name] = Anything
+            elif name not in read and all(_plain_and_equal(value, values[0]) for value in values):
+                found[name] = values[0]
         return found
 
     def other_values(
         self, twin: torch.nn.Module, candidates: Sequence[tuple[Hypothesis, Binding]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Calls with other values for the numbers that a hypothesis passes on."""
+        pinned = [binding.constants for _, binding in candidates]
         for name, value in self.captured.calls[0].items():
-            if type(value) is float and name not in self.constants([h for h, _ in candidates]):
+            read = not all(name in constants for constants in pinned)
+            if type(value) is float and read:
                 bound = self.draw(0, twin)
                 bound[name] = value * 0.625 + 0.03125
                 yield f"with another {name}", bound
-            elif type(value) is bool and name not in self.constants([h for h, _ in candidates]):
+            elif type(value) is bool and read:
                 bound = self.draw(0, twin)
                 bound[name] = not value
                 yield f"with {name}={not value}", bound
@@ -250,6 +252,20 @@ def _seen(value: Any) -> Iterator[Seen]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _seen(item)
+
+
+def _plain_and_equal(value: Any, other: Any) -> bool:
+    return isinstance(value, _PRIMITIVES) and type(value) is type(other) and value == other
+
+
+def _keywords(calls: Sequence[Any]) -> dict[str, Any]:
+    """Keywords that were passed on, with the value if it was plain and always the same."""
+    found: dict[str, Any] = {}
+    for call in calls:
+        for key, value in (call or {}).items():
+            same = isinstance(value, _PRIMITIVES) and found.get(key, value) == value
+            found[key] = value if same else Anything
+    return found
 
 
 def _own_sizes(module: torch.nn.Module) -> set[int]:

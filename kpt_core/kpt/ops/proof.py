@@ -94,9 +94,9 @@ class _Proof:
         self.deadline = deadline
         self.straight = straight
         self.examples = Examples(captured, shrink and not straight, straight)
-        self.constants = self.examples.constants(hypotheses)
         self.candidates = [
-            (hypothesis, Binding(hypothesis, captured.signature, self.constants)) for hypothesis in hypotheses
+            (hypothesis, Binding(hypothesis, captured.signature, self.examples.constants(hypothesis)))
+            for hypothesis in hypotheses
         ]
         self.reads: set[str] = set()
         #: Variations that the site's own code does not run with, so that nothing is claimed for them
@@ -178,12 +178,14 @@ class _Proof:
         if len(self.candidates) > 1:
             self._by_dtype()
         if len(self.candidates) > 1:
+            self._most_restricted()
+        if len(self.candidates) > 1:
             names = " and ".join(hypothesis.describe() for hypothesis, _ in self.candidates[:3])
             raise Unproved(f"several hypotheses agree with it: {names}")
         modes = self._modes(twin)
         dtypes = self._native(twin)
-        hypothesis = self.candidates[0][0]
-        return Outcome(hypothesis, "", modes, dtypes, self.constants, frozenset(self.reads))
+        hypothesis, binding = self.candidates[0]
+        return Outcome(hypothesis, "", modes, dtypes, dict(binding.constants), frozenset(self.reads))
 
     def _nondegenerate(self, out: Any) -> None:
         for tensor in tensors(out):
@@ -216,6 +218,16 @@ class _Proof:
                 self.refused.append(f"{what}: {type(error).__name__}")
                 continue
             self._filter(twin, bound, what)
+
+    def _most_restricted(self) -> None:
+        """Of hypotheses that differ only in arguments they read or pin, keep the one that pins most.
+
+        A flag that the site accepts with one value only (a causal flag beside a mask) cannot tell
+        them apart; pinned, it is a condition of each call, and within that all are the same.
+        """
+        pins = [len(binding.constants) for _, binding in self.candidates]
+        if pins.count(max(pins)) == 1 and len({hypothesis.op for hypothesis, _ in self.candidates}) == 1:
+            self.candidates = [self.candidates[pins.index(max(pins))]]
 
     def _by_dtype(self) -> None:
         """Of hypotheses that differ by a cast only, keep those that return the site's own dtype."""

@@ -62,6 +62,10 @@ class Anything:
     """Stands for a value that the proof showed to be without influence."""
 
 
+def _shown(value: Any) -> str:
+    return "given" if value is Anything else repr(value)
+
+
 def _only(given: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     for name in given:
         if name not in known:
@@ -105,7 +109,7 @@ class Binding:
             "output": self.hypothesis.output,
             "conditions": [
                 *self.hypothesis.conditions,
-                *(f"{k} == {v!r}" for k, v in self.constants.items()),
+                *(f"{name} is {_shown(value)}" for name, value in self.constants.items()),
             ],
         }
 
@@ -145,6 +149,8 @@ class Binding:
             if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 namespace[f"_constant_{name}"] = value
                 terms.append(f"_only({name}, _constant_{name})")
+            elif value is Anything:
+                terms.append(f"{name} is not None")
             elif value is None or isinstance(value, bool):
                 terms.append(f"{name} is {value}")
             else:

@@ -105,6 +105,7 @@ def _masks(
     captured: Captured, used: tuple[str, ...], length: int
 ) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
     """How a mask and causality reach the op; a mask that was never seen is made a condition."""
+    biases = [n for n, t in captured.tensors().items() if n not in used and "bias" in n and len(t.shape) == 4]
     names = [n for n in captured.names if n not in used and "mask" in n] or [
         n for n, t in captured.tensors().items() if n not in used and len(t.shape) == 4
     ]
@@ -116,6 +117,14 @@ def _masks(
         conditions = (f"{mask} is None",)
     elif mask and all(isinstance(v, Seen) for v in values):
         conditions = (f"{mask} is not None",)
+    for bias in biases:  # T5 adds positions to the scores, and puts the mask on top
+        lowest = f"torch.finfo({used[1]}.dtype).min"
+        if given:
+            for both in (f"{bias} + {mask}", f"torch.where({mask}, {bias}, {lowest})"):
+                yield {"mask": both}, conditions
+        else:
+            yield {"mask": bias}, conditions
+            yield {"mask": bias, "is_causal": f"{used[0]}.shape[2] > 1"}, conditions
     never = bool(values) and all(isinstance(v, Seen) for v in values)
     for flag in [n for n, v in captured.calls[0].items() if "causal" in n and isinstance(v, bool)]:
         yield {**given, "is_causal": flag}, conditions
