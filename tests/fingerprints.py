@@ -13,6 +13,8 @@ import torch
 
 import kpt
 
+_KPT = os.path.dirname(kpt.__file__)
+
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The tensor's bytes, preceded by its dtype and shape."""
@@ -87,9 +89,9 @@ def ours(model: torch.nn.Module) -> list[str]:
 
 
 def _is_ours(value: Any) -> bool:
-    function = getattr(value, "__func__", value)
-    home = getattr(function, "__module__", None) if callable(function) else None
-    return any(str(name).split(".")[0] == "kpt" for name in (type(value).__module__, home))
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    written_in_kpt = code is not None and code.co_filename.startswith(_KPT)
+    return written_in_kpt or type(value).__module__.split(".")[0] == "kpt"
 
 
 def optimized(model: torch.nn.Module, example: Any, **options: Any) -> torch.nn.Module:

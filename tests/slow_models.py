@@ -93,6 +93,23 @@ class DirectScale:
         return self.applied > 0
 
 
+class DerivedScale(DirectScale):
+    """As `DirectScale`, with copies of the weights, so that the weights have to be watched."""
+
+    variant = Variant("derived", predicted_gain=5.0, sites=(), derives=True)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Callable[[], None]:
+        undo = super().apply(model, variant)
+        for module in model.modules():
+            if isinstance(module, SlowScale):
+                module.packed_weight = module.weight.detach().clone()
+                module.packed_bias = module.bias.detach().clone()
+        return undo
+
+    def replacement(self) -> Callable[..., torch.Tensor]:
+        return lambda self, x: x * self.packed_weight + self.packed_bias
+
+
 def plugin(
     *passes: type,
     kernels: Iterable[KernelSpec] = (),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _MAX_KEYS = 4096
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _deterministic = torch._C._get_deterministic_algorithms
@@ -125,8 +126,6 @@ class Plan:
         return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_compiling():
-            return self.original(model)(*args, **kwargs)
         reason = self.watch.reason or self.switched_off
         grad = _is_grad_enabled()
         if reason is None:
@@ -246,11 +245,15 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     handle = self.__dict__.get("_kpt_plan")
     if handle is None or handle.plan is None:
         return type(self).forward(self, *args, **kwargs)
+    if _is_compiling() or _is_tracing():  # written so that dynamo can follow it
+        previous = handle.plan.previous
+        return type(self).forward(self, *args, **kwargs) if previous is None else previous(*args, **kwargs)
     return handle.plan(self, args, kwargs)
 
 
 def is_dispatcher(function: Any) -> bool:
-    return getattr(getattr(function, "__func__", None), "__kpt_dispatcher__", False) is True
+    """Whether this is our root forward. Not told by an attribute: `functools.wraps` copies those."""
+    return getattr(getattr(function, "__func__", None), "__code__", None) is forward.__code__
 
 
 def plan_of(model: torch.nn.Module) -> Any:
@@ -283,8 +286,8 @@ def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
     original = plan.original(model)
     signature = inspect.signature(original)
     function = types.FunctionType(forward.__code__, forward.__globals__, "forward")
-    function.__kpt_dispatcher__ = True  # type: ignore[attr-defined]
-    function.__doc__ = getattr(original, "__doc__", None)
+    for name in ("__doc__", "__module__", "__qualname__"):
+        setattr(function, name, getattr(original, name, None) or getattr(function, name))
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[inspect.Parameter("self", _first_kind(signature)), *signature.parameters.values()]
     )
@@ -312,6 +315,13 @@ def _first_kind(signature: inspect.Signature) -> Any:
     return only if only in kinds else inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that was not assigned yet
+        return None
+
+
 def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any) -> None:
     """Take the dispatcher out from under a wrapper that was put around it after the commit."""
     replacement = previous if previous is not None else types.MethodType(type(model).forward, model)
@@ -319,24 +329,32 @@ def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any)
         if value is installed and name != "forward":  # accelerate keeps the wrapped forward here
             model.__dict__[name] = replacement
             return
+    unwound = False
     seen: set[int] = set()
     pending = [wrapper]
     while pending:
         function = pending.pop()
+        function = getattr(function, "__func__", function)
         if id(function) in seen:
             continue
         seen.add(id(function))
         for cell in getattr(function, "__closure__", None) or ():
-            if cell.cell_contents is installed:
+            content = _content(cell)
+            if content is installed:
                 cell.cell_contents = replacement
-                return
-            if callable(cell.cell_contents):
-                pending.append(cell.cell_contents)
+                unwound = True
+            elif callable(content):
+                pending.append(content)
+        # What `functools.wraps` keeps serves signatures only.
+        if getattr(function, "__wrapped__", None) is installed:
+            function.__wrapped__ = replacement
+        elif getattr(function, "__wrapped__", None) is installed.__func__:
+            function.__wrapped__ = getattr(replacement, "__func__", replacement)
         for inner in (getattr(function, "__wrapped__", None), getattr(function, "func", None)):
-            if inner is installed and inner is getattr(function, "__wrapped__", None):
-                function.__wrapped__ = replacement
             if callable(inner):
                 pending.append(inner)
+    if unwound:
+        return
     raise RuntimeError(
         f"{getattr(wrapper, '__qualname__', type(wrapper).__name__)} wraps the optimised forward and cannot "
         "be unwound; remove that wrapper, then call kpt.restore(model) again"

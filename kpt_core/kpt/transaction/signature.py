@@ -35,21 +35,11 @@ class Canonical:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` in canonical form.
-
-        Raises:
-            TypeError: too many positional arguments, or one given twice, as Python itself says it.
-        """
-        if not args or not self.by_name:
+        """``(args, kwargs)`` in canonical form; a call that Python would refuse comes back as it is."""
+        if not args or not self.by_name or len(args) > len(self.names):
             return args, kwargs
-        if len(args) > len(self.names):
-            raise TypeError(
-                f"forward() takes {len(self.names)} positional arguments ({', '.join(self.names)}) "
-                f"but {len(args)} were given"
-            )
         named = dict(zip(self.names, args))
-        for name in named:
-            if name in kwargs:
-                raise TypeError(f"forward() got multiple values for argument {name!r}")
+        if not named.keys().isdisjoint(kwargs):
+            return args, kwargs
         named.update(kwargs)
         return (), named

@@ -92,9 +92,9 @@ class Watch:
             self._undo.append(_restore_hooks(module, name, original))
 
     def _watch_apply(self, module: torch.nn.Module) -> None:
-        if not _is_ours(module.__dict__.get("_apply", self)):
-            if "_apply" in module.__dict__:
-                return  # somebody else's
+        current = module.__dict__.get("_apply")
+        if current is not None and getattr(current, "__func__", None) is not _apply:
+            return  # somebody else's; ours stays behind in a deep copy of an optimised model
         module.__dict__["_apply"] = types.MethodType(_apply, module)
         _apply_watchers[module] = weakref.ref(self)
         self._undo.append(_restore_apply(module))

@@ -105,8 +105,9 @@ class _Copier:
         if type(value) is tuple:
             return tuple(self(item) for item in value)
         if isinstance(value, types.MethodType):
-            owner = self(value.__self__)
-            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+            owner, function = self(value.__self__), self(value.__func__)
+            same = owner is value.__self__ and function is value.__func__
+            return value if same else types.MethodType(function, owner)
         if isinstance(value, functools.partial):
             return functools.partial(
                 self(value.func), *map(self, value.args), **{k: self(v) for k, v in value.keywords.items()}
@@ -121,6 +122,7 @@ class _Copier:
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         """A closure over a module (accelerate's hooks, say) has to close over its copy."""
+        self._remember(function, function)  # a function that closes over itself ends here
         cells = []
         changed = False
         for cell in function.__closure__ or ():
@@ -145,6 +147,7 @@ class _Copier:
         )
         new_function.__kwdefaults__ = copy.copy(function.__kwdefaults__)
         new_function.__dict__.update(function.__dict__)
+        self._remember(function, new_function)
         return new_function
 
 

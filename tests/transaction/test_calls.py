@@ -1,0 +1,323 @@
+"""Calls that a committed plan does not serve: they run the original forward and are counted with the reason."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+
+import pytest
+import torch
+
+import fingerprints
+import kpt
+import slow_models
+from fingerprints import fallbacks, fast_calls, optimized
+from slow_models import DirectScale, net, plugin
+
+PLUGINS = [plugin(DirectScale)]
+
+
+def ready(**options: object) -> tuple[slow_models.Net, torch.Tensor]:
+    model, example = net(), torch.randn(32, 16)
+    optimized(model, example, plugins=PLUGINS, **options)
+    return model, example
+
+
+class Many(torch.nn.Module):
+    """A forward with optional arguments, nested inputs and several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, extra: dict | None = None, scale: float = 1.0, flag: bool = False):
+        y = self.net(x) * scale
+        if extra is not None:
+            y = y + extra["bias"]
+        return (y, x) if flag else y
+
+
+def test_positional_and_keyword_calls_are_one():
+    model, example = Many().eval(), torch.randn(32, 16)
+    optimized(model, (example, {"bias": torch.randn(4)}), plugins=PLUGINS)
+    bias = torch.randn(4)
+    with torch.no_grad():
+        first = model(example, {"bias": bias})
+        assert torch.equal(first, model(x=example, extra={"bias": bias}))
+        assert torch.equal(first, model(example, extra={"bias": bias}))
+    assert fast_calls(model) == 3
+    with torch.no_grad():
+        model(example)
+        model(example, {"bias": bias}, 2.0)
+        output = model(example, {"bias": bias}, flag=True)
+    assert isinstance(output, tuple)
+    assert fast_calls(model) == 3 and sum(fallbacks(model).values()) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.double(), "dtype of 'x' is torch.float64; proven for torch.float32"),
+        (lambda x: x[0], "rank of 'x' is 1; proven for 2"),
+        (lambda x: x[:7], "dimension 0 of 'x' is 7; proven for 32"),
+        (lambda x: x.t().contiguous().t(), "contiguous"),
+        (lambda x: torch.nn.Buffer(x), None),
+    ],
+)
+def test_other_inputs_run_the_original_forward_and_are_counted(change, reason):
+    scale, example = slow_models.SlowScale().eval(), torch.randn(32, 16)
+    optimized(scale, example, plugins=PLUGINS)
+    given = change(example)
+    with torch.no_grad():
+        assert torch.equal(scale(given), slow_models.fast_forward(scale, given))
+    if reason is None:
+        assert sum(fallbacks(scale).values()) + fast_calls(scale) == 1
+        return
+    assert fast_calls(scale) == 0
+    (found,) = fallbacks(scale)
+    assert reason in found
+
+
+def test_declared_sizes_are_served():
+    model, _ = ready(dynamic_shapes={"x": {0: "batch"}})
+    with torch.no_grad():
+        for size in (2, 3, 5, 31, 64):
+            x = torch.randn(size, 16)
+            assert torch.equal(model(x), net()(x))
+    assert fast_calls(model) == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((), {}), ((1, 2, 3), {}), ((), {"y": 1}), ((torch.ones(1, 16),), {"x": torch.ones(1, 16)})],
+)
+def test_wrong_calls_raise_what_python_raises(args, kwargs):
+    model, example = ready()
+    with pytest.raises(TypeError) as expected:
+        net()(*args, **kwargs)
+    with pytest.raises(TypeError) as found:
+        model(*args, **kwargs)
+    assert str(found.value) == str(expected.value)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(32, 9))
+    assert torch.equal(model(example), net()(example))
+
+
+def test_autocast_and_deterministic_mode_are_part_of_the_guard():
+    model, example = ready()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(example)
+        assert torch.equal(found, net()(example)) and found.dtype == torch.bfloat16
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(example)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fast_calls(model) == 0
+    assert fallbacks(model) == {
+        "autocast differs from when the model was optimised": 1,
+        "torch's deterministic mode differs from when the model was optimised": 1,
+    }
+
+
+def test_a_model_optimised_under_autocast_is_served_under_autocast():
+    model, example = net(), torch.randn(32, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimized(model, example, plugins=PLUGINS)
+        with torch.no_grad():
+            assert model(example).dtype == torch.bfloat16
+    assert fast_calls(model) == 1
+    assert model(example).dtype == torch.float32
+    assert fast_calls(model) == 1
+
+
+def test_tracing_compiling_and_exporting_see_the_original_model():
+    model, example = ready()
+    expected = net()(example)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(example), expected)
+    exported = torch.export.export(model, (example,))
+    torch.testing.assert_close(exported.module()(example), expected)
+    traced = torch.jit.trace(model, example, check_trace=False)
+    torch.testing.assert_close(traced(example), expected)
+    assert torch.equal(model(example), expected)
+
+
+def test_eight_threads():
+    model, example = ready(dynamic_shapes={"x": {0: "batch"}})
+    inputs = [torch.randn(4 + i, 16) for i in range(8)]
+    expected = [net()(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(model(inputs[index]), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == [] and fast_calls(model) == 400
+
+
+def test_hooks_that_are_there_before_are_respected_or_refused_by_name():
+    model, example = net(), torch.randn(32, 16)
+    seen = []
+    model.register_forward_hook(lambda *args: seen.append("root"))
+    optimized(model, example, plugins=PLUGINS)
+    assert seen == []
+    model(example)
+    assert seen == ["root"] and fast_calls(model) == 1
+    inner = net()
+    handle = inner.slow.register_forward_hook(lambda *args: seen.append("inner"))
+    kpt.optimize(inner, example, plugins=PLUGINS, budget=20.0)
+    receipt = kpt.report(inner)
+    assert not receipt.optimized and "slow has a hook (forward_hooks)" in receipt.reason
+    inner(example)
+    assert seen == ["root", "inner"]
+    handle.remove()
+    optimized(inner, example, plugins=PLUGINS)
+
+
+def test_a_hook_that_comes_later_fires():
+    model, example = ready()
+    seen = []
+    handle = model.slow.register_forward_pre_hook(lambda *args: seen.append(1))
+    model(example)
+    assert seen == [1] and fallbacks(model) == {"a hook was registered on slow": 1}
+    handle.remove()
+    model(example)
+    assert seen == [1]
+    kpt.refresh(model)
+    model(example)
+    assert fast_calls(model) == 1
+
+
+def test_a_parent_absorbs_an_optimised_child():
+    torch.manual_seed(0)
+    parent, example = Many().eval(), torch.randn(32, 16)
+    expected = parent(example)
+    optimized(parent.net, example, plugins=PLUGINS)
+    optimized(parent, example, plugins=PLUGINS)
+    assert torch.equal(parent(example), expected) and fast_calls(parent) == 1
+    assert "forward" not in vars(parent.net)
+    kpt.restore(parent)
+    assert fingerprints.ours(parent) == []
+
+
+def test_optimising_twice_and_restoring_twice():
+    model, example = net(), torch.randn(32, 16)
+    before = fingerprints.of_model(model)
+    optimized(model, example, plugins=PLUGINS)
+    optimized(model, example, plugins=PLUGINS)
+    model(example)
+    assert fast_calls(model) == 1
+    for _ in range(2):
+        assert kpt.restore(model) is model
+        assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert kpt.report(model).status == "restored" and not kpt.report(model).optimized
+    assert kpt.restore(net()) is not None
+
+
+def test_a_forward_that_the_user_replaced_is_the_original():
+    model, example = net(), torch.randn(32, 16)
+    own = types.MethodType(lambda self, x: type(self).forward(self, x) + 1.0, model)
+    model.forward = own
+    expected = model(example)
+    optimized(model, example, plugins=PLUGINS)
+    assert torch.equal(model(example), expected) and fast_calls(model) == 1
+    kpt.restore(model)
+    assert model.forward is own
+
+
+def test_a_wrapper_that_comes_later_survives_restore():
+    model, example = ready()
+    before, calls = net()(example), []
+
+    @functools.wraps(model.forward)
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    inner = model.forward
+    model.forward = wrapper
+    del wrapper
+    assert torch.equal(model(example), before) and fast_calls(model) == 1
+    kpt.restore(model)
+    assert torch.equal(model(example), before) and calls == [1, 1]
+    assert not _reaches_ours(model.forward)
+
+
+def test_a_wrapper_bound_to_the_model_is_not_taken_for_ours():
+    model, example = ready()
+    inner = model.forward
+
+    @functools.wraps(inner.__func__)
+    def wrapper(self, *args, **kwargs):
+        return inner(*args, **kwargs) + 1.0
+
+    model.forward = types.MethodType(wrapper, model)
+    expected = net()(example) + 1.0
+    assert torch.equal(model(example), expected)
+    kpt.restore(model)
+    assert torch.equal(model(example), expected) and not _reaches_ours(model.forward)
+    optimized(model, example, plugins=PLUGINS)
+    assert torch.equal(model(example), expected) and fast_calls(model) == 1
+
+
+def _reaches_ours(function) -> bool:
+    seen, pending = set(), [function]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if fingerprints._is_ours(item):
+            return True
+        item = getattr(item, "__func__", item)
+        cells = [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
+        held = [getattr(item, "__wrapped__", None), getattr(item, "func", None), *cells]
+        pending.extend(value for value in held if callable(value))
+    return False
+
+
+def test_accelerate_hooks_added_later():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Plus(ModelHook):
+        def post_forward(self, module, output):
+            return output + 1.0
+
+    model, example = ready()
+    before = net()(example)
+    add_hook_to_module(model, Plus())
+    assert torch.equal(model(example), before + 1.0) and fast_calls(model) == 1
+    kpt.restore(model)
+    assert torch.equal(model(example), before + 1.0)
+    remove_hook_from_module(model)
+    assert torch.equal(model(example), before) and fingerprints.ours(model) == []
+
+
+def test_a_wrapper_that_cannot_be_unwound_is_named_and_nothing_is_lost():
+    class Opaque:
+        __slots__ = ("inner",)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model, example = ready()
+    before, bound = net()(example), model.forward
+    model.forward = Opaque(bound)
+    with pytest.raises(RuntimeError, match="Opaque wraps the optimised forward"):
+        kpt.restore(model)
+    assert torch.equal(model(example), before) and fast_calls(model) == 1
+    model.forward = bound
+    kpt.restore(model)
+    assert fingerprints.ours(model) == []

@@ -1,0 +1,297 @@
+"""A committed plan through the life of a model: no stale weight, no wrong mode, no call that fails."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+
+import fingerprints
+import kpt
+from fingerprints import fallbacks, fast_calls, optimized
+from slow_models import DerivedScale, DirectScale, Net, net, plugin
+
+PLANS = {"live": DirectScale, "derived": DerivedScale}
+plans = pytest.mark.parametrize("plan", PLANS)
+
+
+def ready(plan: str = "live", *, training: bool = False, **options: object) -> tuple[Net, torch.Tensor]:
+    """An optimised model and the example that it was optimised for."""
+    model, example = net(training), torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(PLANS[plan])], **options)
+    assert fast_calls(model) == 0
+    return model, example
+
+
+def eager(model: Net) -> Net:
+    """A model without any plan that shares the weights."""
+    twin = net(model.training)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def agrees(model: Net, example: torch.Tensor) -> bool:
+    with torch.no_grad():
+        return torch.equal(model(example), eager(model)(example))
+
+
+def trains(model: Net, example: torch.Tensor) -> None:
+    """One step that moves every parameter well beyond rounding."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(example).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@plans
+def test_evaluation_training_step_evaluation(plan):
+    model, example = ready(plan)
+    assert agrees(model, example) and fast_calls(model) == 1
+    before = model(example).detach().clone()
+    trains(model.train(), example)
+    assert fallbacks(model)["the model is in training mode"] == 1
+    model.eval()
+    assert agrees(model, example)
+    assert not torch.allclose(model(example), before)
+    kpt.refresh(model)
+    assert agrees(model, example) and fast_calls(model) == 1
+
+
+def test_a_plan_that_reads_live_weights_stays_fast_after_a_training_step():
+    model, example = ready("live")
+    trains(model.train(), example)
+    model.eval()
+    assert agrees(model, example) and fast_calls(model) == 1
+
+
+def test_a_plan_for_training_trains_as_eager_does():
+    model, example = ready(training=True)
+    twin = copy.deepcopy(eager(model))
+    for step in range(8):
+        batch = torch.randn(32, 16)
+        trains(model, batch)
+        trains(twin, batch)
+        for mine, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert fast_calls(model) == 8 and not fallbacks(model)
+    model.eval()
+    torch.testing.assert_close(model(example), twin.eval()(example), rtol=1e-5, atol=1e-6)
+    assert fallbacks(model) == {"the model is in evaluation mode": 1}
+
+
+@plans
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(plan, assign):
+    model, example = ready(plan)
+    torch.manual_seed(9)
+    other = Net().eval()
+    model.load_state_dict(other.state_dict(), assign=assign)
+    with torch.no_grad():
+        assert torch.equal(model(example), other(example))
+    kpt.refresh(model)
+    with torch.no_grad():
+        assert torch.equal(model(example), other(example))
+    assert fast_calls(model) == 1
+
+
+@plans
+def test_weights_written_in_place(plan):
+    model, example = ready(plan)
+    with torch.no_grad():
+        model.slow.weight.mul_(2.0)
+        model.norm.running_mean.add_(1.0)
+    assert agrees(model, example)
+    if plan == "derived":
+        assert "written in place" in next(iter(fallbacks(model)))
+
+
+@plans
+def test_a_weight_replaced_by_another(plan):
+    model, example = ready(plan)
+    model.slow.weight = torch.nn.Parameter(torch.ones(16))
+    assert agrees(model, example)
+    assert fast_calls(model) == 0 and fallbacks(model)
+
+
+@plans
+def test_a_write_without_a_trace_needs_refresh(plan):
+    model, example = ready(plan)
+    model.slow.weight.data.mul_(2.0)
+    assert kpt.refresh(model) is model
+    assert agrees(model, example) and fast_calls(model) == 1
+
+
+@plans
+def test_converted_to_another_dtype_and_back(plan):
+    model, example = ready(plan)
+    model.to(torch.float64)
+    with torch.no_grad():
+        assert torch.equal(model(example.double()), eager(model).double()(example.double()))
+    model.to(torch.float32)
+    assert agrees(model, example)
+    assert fast_calls(model) == 0
+    kpt.refresh(model)
+    assert agrees(model, example) and fast_calls(model) == 1
+
+
+@plans
+def test_a_submodule_in_another_mode(plan):
+    model, example = ready(plan)
+    model.norm.train()
+    twin = eager(model)
+    twin.norm.train()
+    assert torch.equal(model(example), twin(example))
+    assert torch.equal(model.norm.running_mean, twin.norm.running_mean)
+    model.norm.eval()
+    assert agrees(model, example)
+
+
+@plans
+def test_an_attribute_of_a_submodule_edited(plan):
+    model, example = ready(plan)
+    model.norm.eps = 0.5
+    twin = eager(model)
+    twin.norm.eps = 0.5
+    assert torch.equal(model(example), twin(example))
+    model.norm.eps = 1e-5
+    assert agrees(model, example)
+
+
+def test_a_submodule_replaced():
+    model, example = ready()
+    model.last = torch.nn.Linear(16, 7)
+    assert model(example).shape == (32, 7)
+
+
+@plans
+def test_a_deep_copy_runs_its_own_weights(plan):
+    model, example = ready(plan)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(example)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(example), torch.zeros(32, 4))
+        assert torch.equal(model(example), before)
+    assert fast_calls(model) == 2
+    with pytest.raises(ValueError, match="was not optimised"):
+        kpt.report(twin)
+
+
+def test_a_deep_copy_can_be_optimised_by_itself():
+    model, example = ready("derived")
+    twin = optimized(copy.deepcopy(model), example, plugins=[plugin(DerivedScale)])
+    assert agrees(twin, example) and fast_calls(twin) == 1 and fast_calls(model) == 0
+    twin.to(torch.float64).to(torch.float32)
+    assert agrees(twin, example) and fast_calls(twin) == 1
+    assert agrees(model, example) and fast_calls(model) == 1
+    kpt.restore(twin)
+    assert fingerprints.ours(twin) == []
+
+
+@plans
+def test_saved_weights_and_pickles_are_those_of_the_untouched_model(plan, tmp_path):
+    untouched = net()
+    model, example = ready(plan)
+    assert list(model.state_dict()) == list(untouched.state_dict())
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    loaded = net()
+    loaded.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert agrees(loaded, example)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    again = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert fingerprints.ours(again) == [] and b"kpt." not in buffer.getvalue()
+    assert torch.equal(again(example), model(example))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(example), model(example))
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    model, example = ready("derived")
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = net()
+    load_model(loaded, tmp_path / "model.safetensors")
+    assert torch.equal(loaded(example), model(example))
+    with torch.no_grad():
+        loaded.slow.weight.mul_(3.0)
+    save_model(loaded, tmp_path / "other.safetensors")
+    load_model(model, tmp_path / "other.safetensors")
+    assert torch.equal(model(example), loaded(example))
+
+
+class Tied(torch.nn.Module):
+    """Two layers that share one weight and one module that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = net()
+        self.first, self.again = inner.slow, inner.slow
+        self.up, self.down = torch.nn.Linear(16, 16, bias=False), torch.nn.Linear(16, 16, bias=False)
+        self.down.weight = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.down(self.first(self.up(x))))
+
+
+@plans
+def test_shared_modules_and_tied_weights(plan):
+    torch.manual_seed(0)
+    model, example = Tied().eval(), torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(PLANS[plan])])
+    assert model.down.weight is model.up.weight and model.again is model.first
+    twin = Tied().eval()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model(example), twin(example)) and fast_calls(model) == 1
+    with torch.no_grad():
+        model.up.weight.mul_(2.0)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model(example), twin(example))
+
+
+@plans
+def test_inference_mode_and_then_training(plan):
+    model, example = ready(plan)
+    with torch.inference_mode():
+        assert torch.equal(model(example), eager(model)(example))
+    assert fast_calls(model) == 1
+    trains(model.train(), example)
+    model.eval()
+    with torch.inference_mode():
+        assert torch.equal(model(example), eager(model)(example))
+
+
+@plans
+def test_gradients_through_a_model_optimised_for_inference(plan):
+    model, example = ready(plan)
+    twin = eager(model)
+    mine, theirs = example.clone().requires_grad_(), example.clone().requires_grad_()
+    model(mine).square().sum().backward()
+    twin(theirs).square().sum().backward()
+    assert fast_calls(model) == 1
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+
+
+def test_frozen_parameters_get_no_gradient():
+    model, example = ready()
+    model.requires_grad_(False)
+    model.last.requires_grad_(True)
+    model(example).sum().backward()
+    assert model.slow.weight.grad is None and model.last.weight.grad is not None
+
+
+def test_signature_state_and_identity_are_those_of_the_model():
+    before = inspect.signature(net().forward)
+    model, example = ready()
+    assert inspect.signature(model.forward) == before
+    assert model.forward.__name__ == "forward" and isinstance(model, Net)
+    kpt.restore(model)
+    assert inspect.signature(model.forward) == before
+    assert "forward" not in vars(model) and fingerprints.ours(model) == []
