@@ -375,6 +375,13 @@ def test_dropout_inside_holds_for_inference_only() -> None:
     assert "evaluation mode only" in reason(module, X)
 
 
+def test_a_module_in_several_dtypes_has_to_return_what_the_op_does() -> None:
+    assert only_site(RMSNorm().bfloat16(), X.bfloat16()).op == "rms_norm"
+    # float32 weights make the result float32, where the op keeps the dtype of its input
+    assert "returns float32" in reason(RMSNorm(), X.bfloat16())
+    assert only_site(PlusOne(), X.bfloat16()).op == "rms_norm"
+
+
 def test_what_a_shared_module_sees_is_all_looked_at() -> None:
     class Twice(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

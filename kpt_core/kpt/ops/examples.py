@@ -55,8 +55,15 @@ class Examples:
 
     # ---- parameters ---------------------------------------------------------------------------
 
-    def twin(self, dtype: torch.dtype) -> torch.nn.Module:
-        """A copy of the module with random parameters of ``dtype`` (relative precisions are lost)."""
+    @property
+    def mixed(self) -> bool:
+        """Whether parameters and inputs come in several float dtypes."""
+        held = [t.dtype for t in self.captured.module.parameters() if t.is_floating_point()]
+        given = [seen.dtype for seen in _seen(self.captured.calls[0]) if seen.dtype.is_floating_point]
+        return not self.function_of_module and len({*held, *given}) > 1
+
+    def twin(self, dtype: torch.dtype | None) -> torch.nn.Module:
+        """A copy of the module with random parameters of ``dtype``, or each of its own dtype."""
         own = torch.Generator(device="cpu").manual_seed(0xC0DE)
 
         def tensor(value: torch.Tensor, is_parameter: bool) -> torch.Tensor:
@@ -75,7 +82,7 @@ class Examples:
                 drawn = drawn / math.sqrt(max(shape[-1], 1))
             else:
                 drawn = 0.5 * drawn + 0.3
-            drawn = drawn.to(self.device, dtype)
+            drawn = drawn.to(self.device, dtype or value.dtype)
             return torch.nn.Parameter(drawn) if is_parameter else drawn
 
         def attribute(value: Any) -> Any:
@@ -96,7 +103,7 @@ class Examples:
         twin: torch.nn.Module,
         *,
         scale: float = 1.0,
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = torch.float64,
         strided: bool = False,
         lengths: dict[int, int] | None = None,
     ) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class Examples:
         self,
         seen: Seen,
         scale: float,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         strided: bool,
         table: dict[int, int],
     ) -> torch.Tensor:
@@ -135,7 +142,7 @@ class Examples:
             drawn = drawn.transpose(-1, -2)
         else:
             drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-        return (drawn * scale).to(self.device, dtype)
+        return (drawn * scale).to(self.device, dtype or seen.dtype)
 
     def _shape(self, seen: Seen, table: dict[int, int]) -> tuple[int, ...]:
         last = len(seen.shape) - 1

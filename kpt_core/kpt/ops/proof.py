@@ -333,6 +333,16 @@ class _Proof:
             held.append(_name(dtype))
         if not held:
             raise Unproved("it returns another dtype than the op does")
+        if examples.mixed:
+            twin = examples.twin(None)
+            twin.eval()
+            bound = examples.draw(0, twin, dtype=None)
+            with torch.no_grad():
+                out, claimed = self._call(twin, bound), self._claim(twin, bound, binding)
+            dtypes = [[_name(t.dtype) for t in tensors(value)] for value in (out, claimed)]
+            if dtypes[0] != dtypes[1]:
+                given = " and ".join(dtypes[0])
+                raise Unproved(f"it returns {given} where {binding.op} gives {' and '.join(dtypes[1])}")
         return tuple(held)
 
     def _branches(self, twin: torch.nn.Module, bound: dict[str, Any], baseline: list[str]) -> None:
