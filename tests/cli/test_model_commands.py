@@ -10,6 +10,7 @@ import torch
 
 import kpt
 from kpt.cli.contest import Entrant, by_name, contest, eager
+from kpt.cli.output import CommandError
 from kpt.judge.calls import Call
 from kpt.plugins import registry
 from kpt.transaction.receipt import Entry, Receipt
@@ -234,6 +235,18 @@ def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told
     assert by["right"].low <= by["right"].ratio <= by["right"].high
     assert seen["right"][1:] == seen["wrong"][1:] and len(set(seen["right"][1:])) > 5
     assert torch.equal(model.weight, weights)
+
+
+def test_a_model_that_does_not_run_itself_is_an_error():
+    found = [eager()]
+    with pytest.raises(CommandError, match="does not run: RuntimeError"):
+        contest(
+            torch.nn.Linear(4, 4),
+            found,
+            lambda: Call((torch.ones(2, 5),)),
+            seconds=0.0,
+            tell=lambda text: None,
+        )
 
 
 def test_inputs_get_the_names_of_the_forward():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from kpt.cli.output import CommandError
 from kpt.plugins import instantiate
 from kpt.plugins.isolation import attempt
 from kpt.plugins.status import one_line
@@ -153,11 +154,11 @@ def contest(
             if not entrant.absent:
                 tell(f"preparing {entrant.name}")
                 _prepare(entrant, model, first, wait)
-        running = [entrant for entrant in entrants if entrant.run is not None]
+        if reference.run is not None:
+            _compare([entrant for entrant in entrants if entrant.run], by_name(model, draw().clone()))
         if reference.run is None:
-            raise RuntimeError(f"the model itself does not run: {reference.failed}")
-        _compare(running, by_name(model, draw().clone()))
-        running = [entrant for entrant in running if entrant.run is not None]
+            raise CommandError("model-fails", f"The model itself does not run: {reference.failed}.")
+        running = [entrant for entrant in entrants if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
         repeats = _repeats(reference.run, first, wait)
         order = random.Random(0)
@@ -190,17 +191,18 @@ def _prepare(entrant: Entrant, model: torch.nn.Module, example: Inputs, wait: Ca
 
 
 def _compare(running: Sequence[Entrant], inputs: Inputs) -> None:
+    """Give each its error from the first, which is eager; every one gets inputs of its own."""
     outputs: dict[str, list[Any]] = {}
     for entrant in running:
         assert entrant.run is not None
-        outcome = attempt(entrant.run, inputs)
+        outcome = attempt(entrant.run, copy.deepcopy(dict(inputs)))
         if outcome.error is not None:
             entrant.failed, entrant.run = f"on fresh inputs: {one_line(outcome.error)}", None
         else:
             outputs[entrant.name] = list(_tensors(outcome.value))
-    expected = outputs[running[0].name]
+    expected = outputs.get(running[0].name)
     for entrant in running:
-        if entrant.name in outputs:
+        if entrant.name in outputs and expected is not None:
             entrant.error = _relative_error(outputs[entrant.name], expected)
 
 

@@ -16,6 +16,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _TRUSTED = (_TORCH, _HERE, "<frozen", "<kpt")
+_IMPORTING = "<frozen importlib"
 _CONTAINERS = (dict, list, set, bytearray)
 
 
@@ -24,11 +25,15 @@ class Executed:
 
     def __init__(self) -> None:
         self.codes: dict[types.CodeType, str | None] = {}
+        self._imports = 0
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event != "call":
-            return
         code = frame.f_code
+        if code.co_filename.startswith(_IMPORTING):
+            # A first call may import modules lazily (torch does); what they run is not the site's code.
+            self._imports += {"call": 1, "return": -1}.get(event, 0)
+        if event != "call" or self._imports:
+            return
         if code in self.codes or _trusted(code.co_filename):
             return
         self.codes[code] = _writes(code) or _mutable(code, frame)
