@@ -73,19 +73,38 @@ def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) 
     """Store ``content`` with date, machine and versions as ``name-YYYY-MM-DD.json``."""
     import torch
 
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     whole = {
         "benchmark": name,
         "schema": 1,
-        "date": today,
+        "date": today(),
         "machine": {**machine(), "threads": torch.get_num_threads()},
         "versions": versions(),
         **content,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{today}.json"
+    path = folder / f"{name}-{today()}.json"
     path.write_text(json.dumps(rounded(whole), indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def with_todays(
+    name: str, part: str, records: Mapping[str, Any], settings: Mapping[str, Any], folder: Path = RESULTS
+) -> dict[str, Any]:
+    """``records`` and those that today's result file already holds, so that a long run can be done in parts.
+
+    Records of a run with other settings are left out. Each record names the commit it was measured on.
+    """
+    path = folder / f"{name}-{today()}.json"
+    if not path.exists():
+        return dict(records)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["settings"] != rounded(settings):
+        return dict(records)
+    return {**before[part], **records}
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def rounded(value: Any) -> Any:

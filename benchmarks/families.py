@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, at_most, tensor_error, tensors, write_result
+from common import RESULTS, ROOT, at_most, rounded, tensor_error, tensors, versions, with_todays, write_result
 from model_families import FAMILIES
 
 #: What an output may be off relative to fp64, beyond twice the eager model's own error, by level.
@@ -111,7 +111,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     model = family.build()
     runs: dict[str, Any] = {"eager": lambda call: model(**call)}
     eager = worst_error(runs["eager"], model, family)
-    record: dict[str, Any] = {"kind": family.kind, "eager_error": eager["relative_error"]}
+    record: dict[str, Any] = {
+        "kind": family.kind,
+        "eager_error": eager["relative_error"],
+        "commit": versions()["commit"],
+    }
     for contender, prepare in (("kpt", optimised_by_kpt), ("torch.compile", compiled_by_torch)):
         started = time.perf_counter()
         try:
@@ -137,8 +141,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def counted(row: dict[str, Any]) -> float:
-    """The ratio that enters the mean: 1.0 for a failure or a wrong answer."""
-    return row["ratio"]["median"] if row.get("status") == "ok" and row["right"] else 1.0
+    """The ratio that enters the mean: 1.0 for a failure, a wrong answer, or an untouched model."""
+    unchanged = row.get("accepted") == []
+    return row["ratio"]["median"] if row.get("status") == "ok" and row["right"] and not unchanged else 1.0
 
 
 def summary(records: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def summary(records: dict[str, Any]) -> dict[str, Any]:
     slower = [
         name
         for name, record in records.items()
-        if record.get("kpt", {}).get("ratio", {"high": 1.0})["high"] < 0.98
+        if record.get("kpt", {}).get("accepted") and record["kpt"]["ratio"]["high"] < 0.98
     ]
     return {
         "families": len(records),
@@ -216,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--setup-limit", type=float, default=180.0, help="seconds a contender's set-up may take"
     )
-    parser.add_argument("--results", type=Path, help="folder of the result file (default benchmarks/results)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--child", choices=list(FAMILIES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -229,16 +234,16 @@ def main() -> None:
     for name in options.families:
         records[name] = in_a_process(name, passed_on, limit=options.setup_limit * 2 + 120)
         show(name, records[name])
-    content = {
-        "settings": {"level": options.level, "budget": options.budget, "seconds": options.seconds},
-        "summary": summary(records),
-        "families": records,
-    }
-    print(json.dumps(content["summary"], indent=1))
-    whole = len(options.families) == len(FAMILIES)
-    path = write_result(
-        "families" if whole else "families_partial", content, *([options.results] if options.results else [])
-    )
+    settings = {"level": options.level, "budget": options.budget, "seconds": options.seconds}
+    known = records
+    for name in ("families_partial", "families"):
+        known = with_todays(name, "families", known, settings, options.results)
+    ordered = {name: known[name] for name in FAMILIES if name in known}
+    content = {"settings": settings, "summary": summary(ordered), "families": ordered}
+    print(json.dumps(rounded(content["summary"]), indent=1))
+    # Fewer than all would make another mean.
+    whole = len(ordered) == len(FAMILIES)
+    path = write_result("families" if whole else "families_partial", content, options.results)
     print(path)
 
 
