@@ -28,6 +28,7 @@ $(VENV)/.stamp-venv:
 
 # torch first and by itself, so that TORCH_INDEX never serves another package than torch.
 $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
+	@echo "Setting up $(VENV); the first time this takes a few minutes."
 	$(PIP) install -q -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
