@@ -170,6 +170,25 @@ def test_cross_entropy_in_a_forward() -> None:
     torch.testing.assert_close(module(logits, labels), expected)
 
 
+def test_the_loss_that_a_transformers_model_holds() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).train()
+    ids = torch.randint(0, 50, (2, 7))
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    site = ops.recognise(model, [Call((), inputs)]).of("cross_entropy")[0]
+    assert site.callee == "self.loss_function" and "1:" in site.binding.arguments["target"]
+    expected = model(**inputs).loss
+    held = dict(vars(model))
+    undo = ops.install(model, site, lambda **arguments: 2 * ops.reference("cross_entropy")(**arguments))
+    torch.testing.assert_close(model(**inputs).loss, 2 * expected)
+    undo()
+    assert vars(model).keys() == held.keys() and torch.equal(model(**inputs).loss, expected)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_attention_interface_of_transformers(masked: bool) -> None:
     transformers = pytest.importorskip("transformers")

@@ -308,9 +308,15 @@ class _Watch:
             )
         callee = self.callees[key]
         path = self._caller(caller)
-        if callee is None or path is None:
+        if path is None:
             return
-        function = resolve_callee(callee, caller.f_globals, code)
+        if callee is None:
+            module = self.modules[path]
+            callee = self.callees[key] = _held_callee(module, caller.f_code, code) or ""
+        if callee.startswith("self."):
+            function = getattr(self.modules[path], callee[5:], None)
+        else:
+            function = resolve_callee(callee, caller.f_globals, code) if callee else None
         if function is None:
             return
         args, kwargs = _frame_arguments(frame)
@@ -340,6 +346,17 @@ class _Watch:
         if frame is not None:
             self.pending[id(frame)] = (captured, len(captured.calls) - 1)
         return captured
+
+
+def _held_callee(module: torch.nn.Module, caller: types.CodeType, code: types.CodeType) -> str | None:
+    """``self.name`` if the module holds the function under a name that the caller uses."""
+    for name in caller.co_names:
+        held = vars(module).get(name)
+        if held is None and isinstance(getattr(type(module), name, None), property):
+            held = getattr(module, name)
+        if isinstance(held, types.FunctionType) and held.__code__ is code:
+            return f"self.{name}"
+    return None
 
 
 def resolve_callee(callee: str, names: Mapping[str, Any], code: types.CodeType | None = None) -> Any:

@@ -112,6 +112,8 @@ class _Proof:
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
         if self.captured.function is None:
             return twin.forward(*arguments.args, **arguments.kwargs)
+        if not any(value is twin for value in bound.values()):
+            return self.captured.function(*arguments.args, **arguments.kwargs)
         with _recorded(twin, self.reads):
             return self.captured.function(*arguments.args, **arguments.kwargs)
 
@@ -119,7 +121,8 @@ class _Proof:
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
         # references keep float64 as it is; only a binding that casts needs to be promoted, which is slow
         casts = any(".float()" in text or ".to(" in text for text in binding.arguments.values())
-        with Promoted() if casts else nullcontext():
+        wide = any(value.dtype == torch.float64 for value in tensors(bound))
+        with Promoted() if casts and wide else nullcontext():
             return binding.run(twin, self.reference(binding.op), *arguments.args, **arguments.kwargs)
 
     def _filter(self, twin: torch.nn.Module, bound: dict[str, Any], what: str) -> Any:

@@ -339,6 +339,8 @@ def install(root: torch.nn.Module, site: Site, kernel: Callable[..., Any]) -> Ca
         current = module.forward
         own = getattr(current, "__func__", None) if getattr(current, "__self__", None) is module else None
         bound: Any = types.MethodType(site.binding.forward(kernel, own or type(module).forward), module)
+    elif site.callee.startswith("self."):
+        return _install_held(module, site, kernel)
     elif site.kind in ("function", "call"):
         from kpt.ops.rebind import bind_function
 
@@ -355,4 +357,26 @@ def install(root: torch.nn.Module, site: Site, kernel: Callable[..., Any]) -> Ca
         else:
             module.__dict__.pop(site.attribute, None)
 
+    return undo
+
+
+def _install_held(module: torch.nn.Module, site: Site, kernel: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a function that the module holds as an attribute, through its property if it has one."""
+    name = site.callee.removeprefix("self.")
+    assert site.original is not None
+    before = dict(module.__dict__)
+    function = site.binding.function(kernel, site.original, module)
+    setattr(module, name, function)
+    changed = [key for key, value in module.__dict__.items() if key not in before or before[key] is not value]
+
+    def undo() -> None:
+        for key in changed:
+            if key in before:
+                module.__dict__[key] = before[key]
+            else:
+                module.__dict__.pop(key, None)
+
+    if getattr(module, name) is not function:
+        undo()
+        raise ValueError(f"{site.path or 'the root'} does not let {name} be replaced")
     return undo
