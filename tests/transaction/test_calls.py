@@ -1,4 +1,4 @@
-"""Calls that a committed plan does not serve: they run the original forward and are counted with the reason."""
+"""Calls that a committed plan does not serve: the original forward runs and the reason is counted."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_a_plan_that_reads_live_weights_stays_fast_after_a_training_step():
 def test_a_plan_for_training_trains_as_eager_does():
     model, example = ready(training=True)
     twin = copy.deepcopy(eager(model))
-    for step in range(8):
+    for _ in range(8):
         batch = torch.randn(32, 16)
         trains(model, batch)
         trains(twin, batch)

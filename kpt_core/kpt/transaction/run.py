@@ -94,23 +94,38 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
     started = time.perf_counter()
     state = ModelState(model, limit_bytes=int(0.25 * free_memory(device_of(model).type)))
     try:
-        with untouched():
+        # A graph that waits for its backward must not find the buffers written, now that they are back.
+        with untouched(), _versions_kept(model):
             _transact(run, calls, spec)
+        if run.committed is not None:
+            run.committed.watch.settle()
     except (Unsuitable, WorkspaceError) as error:
         run.receipt.reason = str(error)
     except (BudgetSpent, compiling.DeadlinePassed):
         run.receipt.reason = f"the budget of {run.budget.seconds:.0f} s was spent before a plan was proven"
         _take_back(run)
+        _put_back(state)
     except BaseException:
         _take_back(run)
-        if state.differences():
-            state.restore()
+        _put_back(state)
         raise
     total = time.perf_counter() - started
     run.receipt.search_seconds = max(0.0, total - run.receipt.setup_seconds)
     emit("done", run.receipt.headline(), seconds=run.budget.spent(), budget=run.budget.seconds)
     _track(run)
     return run.receipt
+
+
+def _versions_kept(model: torch.nn.Module) -> Any:
+    """Put the version counters of all tensors back, as their bits are."""
+    tensors = tuple(t for t in (*model.parameters(), *model.buffers()) if not t.is_inference())
+    return torch.autograd._unsafe_preserve_version_counter(tensors)
+
+
+def _put_back(state: ModelState) -> None:
+    """An interruption may hit the very code that puts things back; here it is over."""
+    if state.differences():
+        state.restore()
 
 
 def _take_back(run: Run) -> None:

@@ -242,8 +242,8 @@ class Trials:
             return
         try:
             if self.accuracy_before is None:
-                self.accuracy_before = self.accuracy.measure(self.baseline.plain)
-            after = self.accuracy.measure(applied.module)
+                self.accuracy_before = self._measure(self.accuracy, self.baseline.plain)
+            after = self._measure(self.accuracy, applied.module)
         except (KeyboardInterrupt, compiling.DeadlinePassed):
             raise
         except BaseException as error:
@@ -256,6 +256,18 @@ class Trials:
             outcome.reason = (
                 f"the metric fell by {drop:.4g} to {after:.4g}; at most {self.accuracy.max_drop:.4g} allowed"
             )
+
+    def _measure(self, accuracy: Accuracy, module: torch.nn.Module) -> float:
+        """The metric of ``module``; what the user's code does to modes, buffers and gradients is put back."""
+        modes = {child: child.training for child in module.modules()}
+        try:
+            with untouched():
+                return accuracy.measure(module)
+        finally:
+            for child, mode in modes.items():
+                child.training = mode
+            if self.state.differences():
+                self.state.restore()
 
     def _judge_memory(self, outcome: Outcome, applied: Applied) -> None:
         runner, plain = self.baseline.runner, self.baseline.plain

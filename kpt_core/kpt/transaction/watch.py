@@ -66,6 +66,10 @@ class Watch:
                 return "an attribute of a submodule changed"
         return None
 
+    def settle(self) -> None:
+        """Take the weights' versions as they are now: nothing but kpt wrote since construction."""
+        self._versions = list(map(_version, self._tensors))
+
     def registered(self, module: torch.nn.Module, kind: str, name: str) -> None:
         path = self._names.get(id(module))
         if path is not None and self.reason is None:

@@ -1,0 +1,98 @@
+"""Passes that do not come back by themselves, or that interrupt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from kpt.specs import Variant
+from slow_models import DirectScale, fast_forward
+
+
+class Sleeps(DirectScale):
+    def apply(self, model, variant):
+        time.sleep(1000.0)
+
+
+class SleepsInSteps(DirectScale):
+    def apply(self, model, variant):
+        while True:
+            time.sleep(0.01)
+
+
+class Loops(DirectScale):
+    def replacement(self):
+        def forward(self, x):
+            while True:
+                x = x + 0.0
+
+        return forward
+
+
+class SwallowsEverything(DirectScale):
+    """Takes every exception for its own and tries again."""
+
+    def replacement(self):
+        def forward(self, x):
+            while True:
+                try:
+                    while True:
+                        x = x + 0.0
+                except BaseException:  # noqa: BLE001 - hostile on purpose; ends at the fifth
+                    self.__dict__["caught"] = self.__dict__.get("caught", 0) + 1
+                    if self.__dict__["caught"] >= 5:
+                        raise
+
+        return forward
+
+
+class ProposesForEver(DirectScale):
+    def propose(self, observation, hardware):
+        while True:
+            time.sleep(0.01)
+            yield Variant(f"v{time.monotonic_ns()}", predicted_gain=0.5)
+
+
+class InterruptsApply(DirectScale):
+    def apply(self, model, variant):
+        super().apply(model, variant)
+        raise KeyboardInterrupt
+
+
+class InterruptsForward(DirectScale):
+    def replacement(self):
+        def forward(self, x):
+            self.weight.data.add_(1.0)
+            torch.manual_seed(5)
+            raise KeyboardInterrupt
+
+        return forward
+
+
+class InterruptsUndo(DirectScale):
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * 1.01
+
+    def apply(self, model, variant):
+        super().apply(model, variant)
+
+        def undo():
+            raise KeyboardInterrupt
+
+        return undo
+
+
+class SignalsItself(DirectScale):
+    """A real Ctrl-C in the middle of a trial, after it wrote where it must not."""
+
+    def replacement(self):
+        def forward(self, x):
+            self.bias.data.add_(1.0)
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                x = x + 0.0
+
+        return forward
