@@ -173,7 +173,7 @@ def exported_onnx(model: torch.nn.Module, example: Inputs) -> bytes:
     twin = copy.deepcopy(model).eval()
     tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
     dims = {
-        name: {axis: torch.export.Dim.AUTO for axis in range(min(value.dim(), 2))}
+        name: dict.fromkeys(range(min(value.dim(), 2)), torch.export.Dim.AUTO)
         for name, value in tensors.items()
         if not value.is_floating_point()
     }

@@ -1,0 +1,43 @@
+"""bfloat16: weights stored and arithmetic done in it, the model's interface unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt_plugin_cpu.casting import cast_calls, cast_weights
+from kpt_plugin_cpu.estimates import gain_of_dtype
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+
+
+class Bf16:
+    """The `Pass` of the policy."""
+
+    def __init__(self) -> None:
+        self.replaced = 0
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        if "bfloat16" not in hardware.native_dtypes:
+            yield Skip("this CPU has no bfloat16 instructions")
+        elif not observation.parameter_dtypes & {"float32", "float64"}:
+            yield Skip("the model has no float32 weights")
+        else:
+            yield Variant(
+                "cast",
+                predicted_gain=gain_of_dtype(observation, hardware, "bfloat16"),
+                setup_seconds=observation.parameter_bytes / max(hardware.bandwidth, 1e9),
+                compute_dtype="bfloat16",
+                derives=True,
+            )
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        self.replaced = cast_weights(model, torch.bfloat16)
+        return cast_calls(model, torch.bfloat16)
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return self.replaced > 0

@@ -1,0 +1,63 @@
+"""Convolutions with channels innermost, the layout that oneDNN computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt_plugin_cpu.estimates import matmul_seconds
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+
+
+class ChannelsLast:
+    """Converts 4-d inputs at the root and convolution weights in the workspace."""
+
+    def __init__(self) -> None:
+        self.weights = 0
+        self.calls = 0
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in observation.model.modules())
+        images = any(len(leaf.shape) == 4 and leaf.role == "float" for leaf in observation.spec.leaves)
+        if not convolutions or not images:
+            yield Skip("the model takes no images" if convolutions else "the model has no 2-d convolution")
+            return
+        share = matmul_seconds(observation, hardware, "float32") / max(observation.baseline_seconds, 1e-9)
+        yield Variant("convolutions", {}, 1.0 + 0.3 * share, sites=("",), derives=True)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.weight is not None and module.weight.dim() == 4:
+                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                module._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+                self.weights += 1
+        inner = model.forward
+
+        def convert(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() == 4:
+                return leaf.contiguous(memory_format=torch.channels_last)
+            return leaf
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.calls += 1
+            return inner(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
+
+        before = model.__dict__.get("forward")
+        model.forward = forward  # type: ignore[method-assign, assignment]
+
+        def undo() -> None:
+            if before is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.__dict__["forward"] = before
+
+        return undo
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return self.weights > 0

@@ -1,0 +1,87 @@
+"""Changes of the captured graph that inductor does not make by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Keys up to which attention runs as two batched products. Beyond, not keeping the scores pays.
+LONGEST = 1024
+#: Scores (batch x heads x queries x keys) up to which they are kept: 64 MiB in float32.
+MOST_SCORES = 1 << 24
+
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+def attention_as_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` as batched products around a softmax that inductor fuses.
+
+    The flash kernel for CPUs does its products in tiles that are too small for short sequences: 0.53 ms
+    against 0.14 ms for BERT-base's 12 x 128 x 64 in bf16. Scores are kept in float32 from the product
+    on. The softmax is spelt out, because inductor recognises one between two products and would put
+    the flash kernel back. A row without any key yields zeros, as it does there.
+    """
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
+    if is_causal:
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.matmul((weights / total).to(value.dtype), value)
+
+
+def _size(value: Any) -> int:
+    """A size without a guard on it: the example's, where it is symbolic."""
+    if isinstance(value, int):
+        return value
+    return int(value.node.hint or 1)
+
+
+def _pays(node: torch.fx.Node) -> bool:
+    """Whether this attention is short, without dropout, and in a dtype whose products are fast."""
+    values = [getattr(item, "meta", {}).get("example_value") for item in node.args[:3]]
+    if len(values) < 3 or not all(isinstance(value, Tensor) and value.dim() == 4 for value in values):
+        return False
+    query, key, _ = values
+    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    if dropout != 0.0 or query.dtype is not torch.bfloat16 or query.device.type != "cpu":
+        return False
+    batch, heads, queries = (_size(size) for size in query.shape[:3])
+    keys = _size(key.shape[2])
+    return keys <= LONGEST and batch * heads * queries * keys <= MOST_SCORES
+
+
+class ShortAttention:
+    """A graph pass that exchanges short bf16 attention for `attention_as_products`; counts what it did."""
+
+    def __init__(self) -> None:
+        self.exchanged = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> torch.fx.GraphModule:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target is _ATTENTION and _pays(node):
+                node.target = attention_as_products
+                self.exchanged += 1
+        graph.recompile()
+        return graph

@@ -1,0 +1,184 @@
+"""Compilation with inductor: live or frozen weights, a C++ wrapper, measured templates, single blocks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.compiling import CompiledForward
+from kpt.specs import Skip, Variant
+from kpt_plugin_cpu import estimates
+from kpt_plugin_cpu.graphs import ShortAttention
+
+if TYPE_CHECKING:
+    from kpt.specs import HardwareProfile, Undo
+    from kpt.transaction.observe import Observation
+
+#: Seconds to compile a model: a part of its own, and one for each module with parameters.
+_SETUP, _SETUP_PER_MODULE = 3.0, 0.06
+
+
+def compiler() -> str | None:
+    """The C++ compiler that inductor would call, or None."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++"]
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+@contextmanager
+def packing_for_onednn() -> Iterator[None]:
+    """Let inductor pack fp32 weights for oneDNN, with which it also fuses activations, instead of MKL.
+
+    Inductor chooses oneDNN for any weight whose products may run in reduced precision, so permission
+    for tf32 is given while it compiles. The products themselves ask when they run, when it is gone:
+    they stay in fp32.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def declared_dims(observation: Observation) -> dict[str, dict[str, str]]:
+    """Dynamic axes by input, in the form that a recipe keeps (JSON has no integer keys)."""
+    return {
+        leaf.name: {str(axis): name for axis, name in leaf.dims.items()}
+        for leaf in observation.spec.leaves
+        if leaf.dims
+    }
+
+
+def repeated_blocks(model: torch.nn.Module) -> list[str]:
+    """Paths of the outermost children of a module list that are of one class: a model's layers."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(path + ".") for path in found):
+            continue
+        children = list(module.named_children())
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(children) > 1:
+            kinds = {type(child) for _, child in children}
+            if len(kinds) == 1 and next(children[0][1].children(), None) is not None:
+                found += [f"{name}.{child}" if name else child for child, _ in children]
+    return found
+
+
+class Inductor:
+    """Replaces the root's forward (or each block's) by compiled code.
+
+    With frozen weights, constants are folded and packed: faster, but copies that have to be watched.
+    Live weights are read on each call, and serve training too.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: list[CompiledForward] = []
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        if compiler() is None:
+            yield Skip("no C++ compiler was found (g++ or clang++, or the one named by CXX)")
+            return
+        estimate = estimates.estimate(observation, hardware)
+        modules = estimates.modules_with_work(observation)
+        setup = _SETUP + _SETUP_PER_MODULE * modules
+        shared: dict[str, Any] = {"dims": declared_dims(observation)}
+        live = estimate.gain(rest_ratio=estimates.FUSED)
+        if observation.training:
+            setup *= 3  # the backward graph is about twice the forward one
+        yield Variant("live", {**shared, "freeze": False}, live, setup, reproducible=True)
+        if not observation.training:
+            faster = max(estimates.onednn_ratio(hardware), 1.0)
+            frozen = estimate.gain(rate_ratio=faster, rest_ratio=0.9 * estimates.FUSED)
+            choice = {**shared, "freeze": True, "onednn": True}
+            yield Variant("frozen", choice, frozen, setup, derives=True, reproducible=True)
+            # What Python spends between kernels; about two calls for a module with parameters.
+            between = min(2e-6 * 2 * modules, 0.3 * estimate.total / frozen)
+            wrapped = estimate.total / (estimate.total / frozen - between)
+            yield Variant(
+                "frozen, C++ wrapper",
+                {**choice, "cpp_wrapper": True},
+                wrapped,
+                1.6 * setup,
+                derives=True,
+                reproducible=True,
+            )
+            if estimates.onednn_ratio(hardware) < 1.1:
+                yield Variant(
+                    "frozen, MKL",
+                    {**choice, "onednn": False},
+                    estimate.gain(rest_ratio=0.9 * estimates.FUSED),
+                    setup,
+                    derives=True,
+                    reproducible=True,
+                )
+            yield Variant(
+                "max-autotune",
+                {**choice, "autotune": True},
+                0.97 * frozen,
+                8.0 * setup,
+                derives=True,
+                note="C++ templates compete with the library for each product",
+            )
+        blocks = repeated_blocks(observation.model)
+        if blocks and not observation.dynamic:
+            yield Variant(
+                "blocks",
+                {"freeze": not observation.training, "onednn": True, "blocks": blocks},
+                1 + 0.8 * (live - 1),
+                setup,
+                sites=tuple(blocks),
+                derives=not observation.training,
+                reproducible=True,
+                note="for models that are not one graph",
+            )
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        params = variant.params
+        replaced: list[tuple[torch.nn.Module, Any]] = []
+        for path in params.get("blocks") or ("",):
+            module = model.get_submodule(path)
+            replaced.append((module, module.__dict__.get("forward")))
+            compiled = CompiledForward(module.forward, label=path or type(module).__name__, **settings(params))
+            self.compiled.append(compiled)
+            module.forward = compiled  # type: ignore[method-assign, assignment]
+
+        def undo() -> None:
+            for module, before in replaced:
+                if before is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.__dict__["forward"] = before
+            for compiled in self.compiled:
+                compiled.dispose()
+
+        return undo
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return bool(self.compiled) and all(item.graphs and item.executions for item in self.compiled)
+
+
+def settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a `CompiledForward` for a variant's parameters."""
+    frozen = bool(params.get("freeze"))
+    inductor: dict[str, Any] = {"freezing": frozen}
+    if params.get("cpp_wrapper"):
+        inductor["cpp_wrapper"] = True
+    if params.get("autotune"):
+        inductor |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+    around: Callable[[], Any] | None = None
+    if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):
+        around = packing_for_onednn
+    return {
+        "inductor_config": inductor,
+        "dynamic_dims": {
+            name: {int(axis): dim for axis, dim in axes.items()}
+            for name, axes in (params.get("dims") or {}).items()
+        },
+        "graph_pass": ShortAttention() if frozen else None,
+        "around_compilation": around,
+    }

@@ -1,0 +1,78 @@
+"""int8: large linears in integer arithmetic, all else in bfloat16 where the CPU has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt_plugin_cpu.casting import cast_calls, cast_weights
+from kpt_plugin_cpu.estimates import gain_of_dtype
+from kpt_plugin_cpu.int8_linear import Int8Linear
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+
+#: Smaller weights gain nothing: quantising the activations costs more than the product saves.
+_SMALLEST = 128 * 128
+
+
+class Int8:
+    """The `Pass` of the policy."""
+
+    def __init__(self) -> None:
+        self.layers: list[Int8Linear] = []
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        paths = tuple(_large_linears(observation.model))
+        if "int8" not in hardware.native_dtypes:
+            yield Skip("this CPU has no int8 dot product")
+        elif not paths:
+            yield Skip("the model has no large linear layer")
+        elif not hasattr(torch.ops.onednn, "qlinear_prepack"):
+            yield Skip("this torch has no int8 linear")
+        else:
+            for rest in ("bfloat16", "float32"):
+                if rest not in hardware.native_dtypes:
+                    continue
+                yield Variant(
+                    f"linears, {rest} between",
+                    params={"rest": rest},
+                    predicted_gain=gain_of_dtype(observation, hardware, "int8")
+                    * (1.0 if rest == "bfloat16" else 0.9),
+                    setup_seconds=3.0 * observation.parameter_bytes / max(hardware.bandwidth, 1e9),
+                    sites=("", *paths),
+                    compute_dtype="bfloat16" if rest == "bfloat16" else None,
+                    derives=True,
+                )
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        rest = getattr(torch, variant.params["rest"])
+        for path in _large_linears(model):
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent) if parent else model
+            layer = Int8Linear(getattr(owner, name))
+            owner._modules[name] = layer
+            self.layers.append(layer)
+        if rest is torch.float32:
+            return lambda: None
+        cast_weights(model, rest)
+        return cast_calls(model, rest)
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def _large_linears(model: torch.nn.Module) -> list[str]:
+    """Paths of plain linears that are worth it; each shared module once."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if path
+        and type(module) is torch.nn.Linear
+        and module.weight.numel() >= _SMALLEST
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and "forward" not in module.__dict__
+    ]

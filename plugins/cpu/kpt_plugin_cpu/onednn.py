@@ -1,0 +1,48 @@
+"""fp32 linears by oneDNN with packed weights.
+
+torch sends fp32 products to MKL, which is slow on CPUs of other vendors; oneDNN also keeps the
+weight in the layout of its inner loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from kpt.ops.sites import Site
+
+
+def supports(site: Site) -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    if "cpu" not in site.devices and site.devices:
+        return f"the site is on {', '.join(site.devices)}"
+    weight = site.weights().get("weight")
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        return "the weight is no module's own matrix"
+    return None
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` [N, K] in oneDNN's layout, an opaque tensor."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)  # type: ignore[no-any-return]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]; fp32."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def prepare(site: Site) -> Callable[..., Any]:
+    """Pack the site's weight once and return the kernel that uses it."""
+    packed = pack(site.weights()["weight"])
+
+    def packed_linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+    return packed_linear

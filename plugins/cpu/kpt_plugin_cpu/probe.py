@@ -1,0 +1,221 @@
+"""What CPU this is, how much of it this process may use, and how fast it really is."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kpt.specs import HardwareProfile
+
+_FEATURES = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512-vnni",
+    "avx_vnni": "avx-vnni",
+    "avx512_bf16": "avx512-bf16",
+    "avx512_fp16": "avx512-fp16",
+    "amx_tile": "amx",
+    "amx_bf16": "amx-bf16",
+    "amx_int8": "amx-int8",
+    "asimd": "neon",
+    "sve": "sve",
+    "sve2": "sve2",
+    "bf16": "arm-bf16",
+    "i8mm": "arm-i8mm",
+}
+_VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel", "0x41": "arm", "0xc0": "ampere"}
+#: Seconds that one rate may take to measure.
+_SPAN = 0.25
+
+
+class CpuProbe:
+    """Reads what the system says and measures the rest with torch."""
+
+    def detect(self) -> HardwareProfile | str:
+        facts = _cpuinfo()
+        features = tuple(sorted(name for flag, name in _FEATURES.items() if flag in facts["flags"]))
+        native = ["float32", "float64"]
+        if {"avx512-bf16", "amx-bf16", "arm-bf16"} & set(features):
+            native.append("bfloat16")
+        if {"avx512-fp16"} & set(features):
+            native.append("float16")
+        if {"avx512-vnni", "avx-vnni", "amx-int8", "arm-i8mm"} & set(features):
+            native.append("int8")
+        return HardwareProfile(
+            name="cpu",
+            device_type="cpu",
+            vendor=_VENDORS.get(facts["vendor"], facts["vendor"] or "unknown"),
+            architecture=platform.machine(),
+            compute_units=usable_cores(),
+            memory_bytes=usable_memory(),
+            native_dtypes=tuple(native),
+            features=features,
+            caches=_caches(),
+            details={
+                "model": facts["model"],
+                "logical_cores": os.cpu_count() or 1,
+                "cgroup_cores": quota_cores(),
+            },
+        )
+
+    def measure(self, profile: HardwareProfile) -> HardwareProfile:
+        """Bandwidth and matmul rates with as many threads as torch uses now; about two seconds."""
+        return replace(profile, bandwidth=_bandwidth(), matmul_rates=_rates())
+
+
+# ---------------------------------------------------------------------------------------------
+# What the system says
+
+
+def _cpuinfo() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "vendor": "",
+        "model": platform.processor() or platform.machine(),
+        "flags": set(),
+    }
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        text = path.read_text(errors="replace")
+        for key, names in (("vendor", ("vendor_id", "CPU implementer")), ("model", ("model name", "Model"))):
+            for name in names:
+                found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+                if found:
+                    facts[key] = found.group(1).strip()
+                    break
+        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+        if found:
+            facts["flags"] = set(found.group(1).split())
+    elif sys.platform == "darwin":
+        facts["vendor"] = "apple" if platform.machine() == "arm64" else "intel"
+        facts["flags"] = {"asimd"} if platform.machine() == "arm64" else set()
+    return facts
+
+
+def usable_cores() -> int:
+    """Cores that this process may really use: affinity and the container's quota taken into account."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_cores()
+    return max(1, min(affinity, math.ceil(quota))) if quota else affinity
+
+
+def quota_cores() -> float:
+    """The cgroup's CPU quota in cores (v2, then v1); 0 where there is none."""
+    for folder in _cgroup_folders("cpu"):
+        limit = _read(folder / "cpu.max")
+        if limit and not limit.startswith("max"):
+            quota, _, period = limit.partition(" ")
+            return int(quota) / int(period or 100_000)
+        v1 = _read(folder / "cpu.cfs_quota_us")
+        if v1 and int(v1) > 0:
+            return int(v1) / int(_read(folder / "cpu.cfs_period_us") or 100_000)
+    return 0.0
+
+
+def usable_memory() -> int:
+    """Bytes of memory, within the cgroup's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _read(folder / name)
+            if limit and limit.isdigit():
+                total = min(total, int(limit))
+    return int(total)
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    root = Path("/sys/fs/cgroup")
+    folders = [root, root / controller]
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, names, path = (line.split(":", 2) + ["", ""])[:3]
+        if names == "" or controller in names.split(","):
+            inner = (root if names == "" else root / controller) / path.lstrip("/")
+            # A limit may be set on any folder above; the innermost is looked at first.
+            folders = [
+                inner,
+                *(parent for parent in inner.parents if root in (parent, *parent.parents)),
+                *folders,
+            ]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # not there, or not ours to read
+        return ""
+
+
+def _caches() -> dict[str, int]:
+    """Bytes by level, as the first core sees them."""
+    found: dict[str, int] = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if _read(index / "type") == "Instruction":
+            continue
+        size = re.fullmatch(r"(\d+)([KMG]?)", _read(index / "size"))
+        if size:
+            scale = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size.group(2)]
+            found[f"L{_read(index / 'level')}"] = int(size.group(1)) * scale
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+
+
+def _best(run: Callable[[], Any], work: float) -> float:
+    """``work`` per second of the fastest of as many runs as fit the span."""
+    run()
+    best, end = math.inf, time.perf_counter() + _SPAN
+    for _ in range(50):
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            break
+    return work / best
+
+
+def _bandwidth() -> float:
+    import torch
+
+    source = torch.ones(32 << 20, dtype=torch.float32)  # 128 MiB: beyond the usual last-level cache
+    target = torch.empty_like(source)
+    return _best(lambda: target.copy_(source), 2.0 * source.numel() * source.element_size())
+
+
+def _rates() -> dict[str, float]:
+    """Operations per second by dtype of a 768-wide product; "float32:onednn" is fp32 through oneDNN."""
+    import torch
+
+    rows, width = 512, 768
+    work = 2.0 * rows * width * width
+    rates: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(rows, width, generator=generator)
+    square = torch.randn(width, width, generator=generator)
+    rates["float32"] = _best(lambda: torch.mm(wide, square), work)
+    if torch.backends.mkldnn.is_available():
+        from kpt_plugin_cpu.onednn import pack
+
+        packed = pack(square)
+        rates["float32:onednn"] = _best(
+            lambda: torch.ops.mkldnn._linear_pointwise(wide, packed, None, "none", [], ""), work
+        )
+    half, half_square = wide.bfloat16(), square.bfloat16()
+    rates["bfloat16"] = _best(lambda: torch.mm(half, half_square), work)
+    codes = torch.randint(-127, 127, (rows, width), dtype=torch.int8, generator=generator)
+    code_square = torch.randint(-127, 127, (width, width), dtype=torch.int8, generator=generator)
+    try:
+        rates["int8"] = _best(lambda: torch._int_mm(codes, code_square), work)
+    except RuntimeError:  # no integer product in this build
+        pass
+    return rates
