@@ -41,6 +41,8 @@ def open_source(
 ) -> Source:
     """Load ``model`` and make or load its inputs; errors say which option mends them."""
     require_torch()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries that load models draw bars with tqdm
     import torch
 
     from kpt.modelfiles import load_model
