@@ -83,7 +83,9 @@ X = torch.randn(2, 6, 16)
 
 def sites(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, ops.Site]:
     found = ops.recognise(module, [Call(args, kwargs)])
-    return {site.callee: site for site in found.sites if site.kind != "module"}
+    named = {site.callee: site for site in found.sites if site.kind != "module"}
+    assert named, found.left_alone
+    return named
 
 
 def test_rope_is_found_in_both_layouts_and_both_pairings() -> None:
