@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _WORTH = 1.02
 #: Share of the budget kept for the commit's own judgement and timing.
 _RESERVE = 0.1
+#: A trial may take this many times the set-up that its variants announced.
+_OVERRUN = 3.0
 
 
 @dataclass
@@ -104,6 +106,9 @@ class Search:
             self._reject_outcome(plan.steps[0], outcome)
             return True
         if outcome.rule == "deadline":
+            if not any(step.variant.setup_seconds for step in plan.steps):
+                self._wrong_plans.add(plan.key)
+                return False  # nobody announced to be slow: they are tried one by one
             slowest = max(plan.steps, key=lambda step: step.variant.setup_seconds)
             self._reject_outcome(slowest, outcome)
             return True
@@ -249,11 +254,22 @@ class Search:
             against=against.applied if against is not None else None,
             keep=True,
             timed=timed,
-            seconds=max(0.5, self.budget.left() - _RESERVE * self.budget.seconds),
+            seconds=self._patience(plan),
         )
         text = f"{plan.key}: {outcome.rule}" + (f" ({_ratio(outcome):.2f}x)" if outcome.timing else "")
         emit("trial", text, rule=outcome.rule, seconds=self.budget.spent(), budget=self.budget.seconds)
         return outcome
+
+    def _patience(self, plan: Plan) -> float:
+        """Seconds that a trial may take: all there is only if nothing else is open or its set-up asks for it.
+
+        A variant that never comes back must not take the budget of all others.
+        """
+        left = max(0.5, self.budget.left() - _RESERVE * self.budget.seconds)
+        if len(self._candidates()) < 2:
+            return left
+        announced = _OVERRUN * sum(step.variant.setup_seconds for step in plan.steps)
+        return min(left, max(0.5 * left, announced))
 
     def _reject_outcome(self, candidate: Candidate, outcome: Outcome) -> None:
         gain = _ratio(outcome) if outcome.timing else None
