@@ -37,7 +37,7 @@ _DTYPE_NICKNAMES = {
     "int": "int32",
     "long": "int64",
 }
-_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][\w.+\-]*", re.ASCII)
 _REFERENCES = frozenset({"probe", "reference", "recogniser", "entry", "supports", "setup"})
 _DTYPE_FIELDS = frozenset({"dtypes", "compute_dtype", "storage_dtype"})
 _CHOICES: dict[str, tuple[str, ...]] = {"Level": LEVELS, "Mode": MODES, "Phase": PHASES}
@@ -207,7 +207,7 @@ def _text_fault(name: str, kind: str, value: Any) -> str:
         hint = f"did you mean {nickname!r}?" if nickname in DTYPES else nearest(nickname, DTYPES)
         return f"{name}={value!r} is not a dtype name; {hint}"
     if name in ("name", "op") and not _NAME.fullmatch(value):
-        return f"{name}={value!r} is not a name; use letters, digits, '_', '-' and '.'"
+        return f"{name}={value!r} is not a name; use letters, digits, '_', '-', '+' and '.'"
     return ""
 
 
