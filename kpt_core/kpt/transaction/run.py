@@ -96,7 +96,7 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
     try:
         # A graph that waits for its backward must not find the buffers written, now that they are back.
         with untouched(), _versions_kept(model):
-            _transact(run, calls, spec)
+            _transact(run, calls, spec, state)
         if run.committed is not None:
             run.committed.watch.settle()
     except (Unsuitable, WorkspaceError) as error:
@@ -134,27 +134,28 @@ def _take_back(run: Run) -> None:
         run.committed = None
 
 
-def _transact(run: Run, calls: list[Call], spec: InputSpec) -> None:
+def _transact(run: Run, calls: list[Call], spec: InputSpec, state: ModelState) -> None:
     request, receipt, budget = run.request, run.receipt, run.budget
     among = distributed.group(budget.seconds)
     hardware = profiles.hardware(device_of(run.model), registry=request.registry)
     emit("observe", f"observing {receipt.model}", seconds=budget.spent(), budget=budget.seconds)
-    observation, plain = observe(
-        run.model,
-        calls,
-        spec,
-        level=request.level,
-        objective=request.objective,
-        hardware=hardware,
-        registry=request.registry,
-        deadline=budget,
-    )
+    with budget.limit():
+        observation, plain = observe(
+            run.model,
+            calls,
+            spec,
+            level=request.level,
+            objective=request.objective,
+            hardware=hardware,
+            registry=request.registry,
+            deadline=budget,
+        )
     _describe(receipt, observation, request)
     emit("baseline", "storing the reference", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
         baseline = Baseline(observation, plain, seed=_seed(observation))
     receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
-    trials = Trials(observation, baseline, budget, accuracy=request.accuracy)
+    trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy)
     try:
         if among is not None:
             _together(run, trials, among)

@@ -16,7 +16,6 @@ from kpt.judge import clock
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import memory
 from kpt.transaction.applied import Applied, StepFailed
-from kpt.transaction.baseline import free_memory
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.judgement import Judgement
 
@@ -86,6 +85,7 @@ class Trials:
         observation: Observation,
         baseline: Baseline,
         budget: Budget,
+        state: ModelState,
         *,
         accuracy: Accuracy | None = None,
     ) -> None:
@@ -96,9 +96,7 @@ class Trials:
         self.accuracy_before: float | None = None
         self.accuracy_after: dict[str, float] = {}
         self.judgement = Judgement(observation, baseline, budget)
-        self.state = ModelState(
-            observation.model, limit_bytes=int(0.25 * free_memory(observation.device_type))
-        )
+        self.state = state
         self.log: list[Outcome] = []
         self.damage: list[str] = []
         self.undo_errors: list[str] = []
