@@ -142,8 +142,6 @@ class KernelBehaviour:
 
 def propose(observation: Any, registry: Any, proposals: Any) -> None:
     """Add a candidate for every registered kernel that some recognised site can use."""
-    from kpt.transaction.plan import Candidate
-
     for registered in registry.specs("kpt_kernels"):
         spec: KernelSpec = registered.spec
         name = f"{spec.op}/{spec.name}"
@@ -156,18 +154,16 @@ def propose(observation: Any, registry: Any, proposals: Any) -> None:
             continue
         make = functools.partial(KernelBehaviour, spec, tuple(sites))
         for variant in make().propose(observation, observation.hardware):
-            proposals.candidates.append(
-                Candidate(
-                    variant=variant,
-                    phase="kernels",
-                    plugin=registered.plugin,
-                    source=name,
-                    make=make,
-                    level=spec.level,
-                    dtypes=spec.dtypes,
-                    provides=frozenset({f"kernel:{spec.op}"}),
-                    priority=spec.priority,
-                )
+            proposals.offer(
+                variant=variant,
+                phase="kernels",
+                plugin=registered.plugin,
+                source=name,
+                make=make,
+                level=spec.level,
+                dtypes=spec.dtypes,
+                provides=frozenset({f"kernel:{spec.op}"}),
+                priority=spec.priority,
             )
 
 

@@ -182,5 +182,9 @@ class Proposals:
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
 
+    def offer(self, **facts: Any) -> None:
+        """Add a `Candidate` with these fields; lower layers offer without knowing its class."""
+        self.candidates.append(Candidate(**facts))
+
     def skip(self, source: str, plugin: str, phase: str, reason: str) -> None:
         self.skipped.append({"name": source, "plugin": plugin, "phase": phase, "reason": reason})
