@@ -172,6 +172,19 @@ def test_cross_entropy_in_a_forward() -> None:
     torch.testing.assert_close(module(logits, labels), expected)
 
 
+def test_a_loss_that_ignores_a_class_no_example_held_is_left_alone() -> None:
+    class Ignoring(nn.Module):
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits.view(-1, 9), labels.view(-1), ignore_index=2)
+
+    labels = torch.tensor([[0, 1, 3, 4, 5], [6, 7, 8, 8, 0]])
+    found = ops.recognise(Ignoring(), [Call((torch.randn(2, 5, 9), labels))])
+    assert [(site.kind, site.binding.arguments["ignore_index"]) for site in found.sites] == [
+        ("call", "ignore_index")
+    ]
+    assert any("integers" in text for _, text in found.left_alone)
+
+
 def test_the_loss_that_a_transformers_model_holds() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -197,6 +197,34 @@ class Examples:
                     bound[name] = self._tensor(other, 1.0, torch.float64, False, self.lengths)
                     yield f"with {length} rows of {name}", bound
 
+    def integer_draws(
+        self, name: str, low: int, high: int, literals: tuple[int, ...]
+    ) -> Iterator[torch.Tensor]:
+        """Tensors for an integer argument that together cover ``[low, high)``, its ends if it is long.
+
+        Then one for each value that the code or the module mentions, and for the usual markers of
+        positions to ignore, mixed with ordinary values.
+        """
+        seen = self.captured.calls[0][name]
+        shape = self._shape(seen, self.lengths)
+        room = max(math.prod(shape), 1)
+        covered = list(range(low, high))
+        if len(covered) > 512:
+            covered = [*covered[:128], *covered[-128:]]
+        mixed = torch.tensor(covered)[torch.randperm(len(covered), generator=self.generator)]
+        for start in range(0, len(covered), room):
+            picks = torch.arange(start, start + room) % len(covered)
+            yield mixed[picks].view(shape).to(self.device, seen.dtype)
+        module = self.captured.module
+        held = {v for inner in module.modules() for v in vars(inner).values() if type(v) is int}
+        config = vars(getattr(module, "config", None) or object) if hasattr(module, "config") else {}
+        held.update(v for v in config.values() if type(v) is int)
+        for special in sorted({-100, -1, *literals, *held}):
+            picks = torch.randint(0, len(covered), (room,), generator=self.generator)
+            values = mixed[picks]
+            values[: (room + 1) // 2] = special
+            yield values.view(shape).to(self.device, seen.dtype)
+
     def _affordable(self, call: dict[str, Any], lengths: dict[int, int]) -> bool:
         """Whether inputs with other lengths stay small; functions may take the square of one."""
         table = {**self.lengths, **lengths}
@@ -240,6 +268,10 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = value * 0.625 + 0.03125
                 yield f"with another {name}", bound
+            elif type(value) is int and read:
+                bound = self.draw(0, twin)
+                bound[name] = value - 1
+                yield f"with {name}={value - 1}", bound
             elif type(value) is bool and read:
                 bound = self.draw(0, twin)
                 bound[name] = not value

@@ -174,6 +174,7 @@ class _Proof:
                 raise Unproved(watch.complaint)
             first = self._filter(twin, base, "on random inputs")
             self._nondegenerate(first)
+            self._integers(twin, watch.all_integers)
             self._values(twin, watch.integers)
             again = self._filter(twin, base, "when called again")
             if difference(first, again) > 0.0:
@@ -221,6 +222,23 @@ class _Proof:
                 self.refused.append(f"{what}: {type(error).__name__}")
                 continue
             self._filter(twin, bound, what)
+
+    def _integers(self, twin: torch.nn.Module, literals: tuple[int, ...]) -> None:
+        """Integers that the examples did not hold: one class may be ignored or treated apart."""
+        wanted = {name: limits for h, _ in self.candidates for name, limits in h.integers.items()}
+        for name, (low, high) in wanted.items():
+            for values in self.examples.integer_draws(name, low, high, literals):
+                bound = self.examples.draw(0, twin)
+                bound[name] = values
+                try:
+                    with Promoted():
+                        self._call(twin, bound)
+                except Refused:
+                    raise
+                except Exception as error:  # noqa: BLE001 - values that the code itself refuses
+                    self.refused.append(f"integers in {name}: {type(error).__name__}")
+                    continue
+                self._filter(twin, bound, f"with other integers in {name}")
 
     def _most_restricted(self) -> None:
         """Of hypotheses that differ only in arguments they read or pin, keep the one that pins most.

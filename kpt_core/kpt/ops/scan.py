@@ -43,6 +43,12 @@ class Executed:
         return next((text for text in self.codes.values() if text), None)
 
     @property
+    def all_integers(self) -> tuple[int, ...]:
+        """Every integer literal: a loss may leave a class out by one."""
+        found = {v for code in self.codes for v in code.co_consts if type(v) is int and abs(v) < 1 << 20}
+        return tuple(sorted(found))
+
+    @property
     def integers(self) -> tuple[int, ...]:
         """Integer literals: sizes on either side of one may take different branches."""
         found: set[int] = set()

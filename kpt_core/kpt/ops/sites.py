@@ -34,7 +34,8 @@ class Hypothesis:
     ``self`` (the module) and ``torch``; parameters left out keep their defaults. ``output`` builds
     the forward's return value from ``result``. ``conditions`` are expressions that must be true
     for a call to be served by a kernel. ``scales`` are magnitudes of input at which the claim is to
-    be tested besides the usual ones (the square root of an epsilon, for instance).
+    be tested besides the usual ones (the square root of an epsilon, for instance), and ``integers``
+    the range ``[low, high)`` of integer inputs, which else are drawn from the values seen only.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Hypothesis:
     output: str = "result"
     conditions: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
+    integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def describe(self) -> str:
         inner = ", ".join(f"{name}={expression}" for name, expression in self.arguments.items())

@@ -88,22 +88,30 @@ class Losses:
             return
         (x,), (y,) = logits, target
         rank, labels = len(tensors[x].shape), tensors[y].shape
+        classes = (
+            tensors[x].shape[-1] if rank == 2 or labels == tensors[x].shape[:-1] else tensors[x].shape[1]
+        )
+        limits = {y: (0, classes)}
         ignored = options.get("ignore_index", "-100")
         if rank == 2 and len(labels) == 1:
-            yield Hypothesis("cross_entropy", {"logits": x, "target": y, **options})
-            yield Hypothesis("cross_entropy", {"logits": f"{x}.float()", "target": y, **options})
+            yield Hypothesis("cross_entropy", {"logits": x, "target": y, **options}, integers=limits)
+            yield Hypothesis(
+                "cross_entropy", {"logits": f"{x}.float()", "target": y, **options}, integers=limits
+            )
         if rank == 3 and labels == tensors[x].shape[:-1]:
             for cast in (".float()", ""):
                 flat = {"logits": f"{x}{cast}.flatten(0, -2)", **options}
-                yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"})
-                yield Hypothesis("cross_entropy", {**flat, "target": _SHIFTED.format(y, ignored)})
+                yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"}, integers=limits)
+                yield Hypothesis(
+                    "cross_entropy", {**flat, "target": _SHIFTED.format(y, ignored)}, integers=limits
+                )
         if (
             rank >= 3
             and labels == (tensors[x].shape[0], *tensors[x].shape[2:])
             and captured.output.shape == ()
         ):
             flat = {"logits": f"{x}.movedim(1, -1).flatten(0, -2)", **options}
-            yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"})
+            yield Hypothesis("cross_entropy", {**flat, "target": f"{y}.flatten()"}, integers=limits)
 
 
 _HOME = "kpt.ops.references.loss"
