@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
@@ -120,7 +120,7 @@ def structure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ..
 def named_tensors(
     signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a call by name: the argument's name, then ``.key`` or ``.index`` per level."""
+    """The tensors of a call by name, spelt as an input spec does: ``mask``, ``past[0].keys``."""
     found: dict[str, torch.Tensor] = {}
 
     def visit(name: str, value: Any) -> None:
@@ -128,10 +128,10 @@ def named_tensors(
             found[name] = value
         elif isinstance(value, (tuple, list)):
             for index, item in enumerate(value):
-                visit(f"{name}.{index}", item)
+                visit(f"{name}[{index}]", item)
         elif isinstance(value, dict):
             for key, item in value.items():
-                visit(f"{name}.{key}", item)
+                visit(f"{name}[{key}]" if isinstance(key, int) else f"{name}.{key}", item)
 
     arguments: Mapping[str, Any] = kwargs
     if args:
@@ -190,7 +190,8 @@ class CompiledForward:
     ``dynamo_config`` hold while compiling. ``dynamic_dims`` maps an argument's name (see
     `named_tensors`) to its dynamic axes: ``{"input_ids": {0: "batch", 1: "sequence"}}``; all other
     sizes are static. ``graph_pass(graph, example_inputs)`` may replace nodes of the captured graph
-    before the backend sees it.
+    before the backend sees it. ``around_compilation`` makes a context that compilation runs in, for
+    what is no configuration of the compiler's.
 
     Counters: ``graphs`` compiled, ``executions`` of compiled code, ``misses`` (calls that ran the
     original forward), ``compile_seconds``. Calls are thread-safe; compilation takes a process-wide
@@ -209,6 +210,7 @@ class CompiledForward:
         dynamo_config: Mapping[str, Any] | None = None,
         dynamic_dims: Mapping[str, Mapping[int, Any]] | None = None,
         graph_pass: GraphPass | None = None,
+        around_compilation: Callable[[], AbstractContextManager[Any]] | None = None,
         label: str = "",
     ) -> None:
         self.forward = forward
@@ -217,6 +219,7 @@ class CompiledForward:
         self.dynamo_config = dict(dynamo_config or {})
         self.dynamic_dims = {name: dict(axes) for name, axes in (dynamic_dims or {}).items()}
         self.graph_pass = graph_pass
+        self.around_compilation = around_compilation
         self.label = label
         self.graphs = 0
         self.compile_seconds = 0.0
@@ -302,6 +305,8 @@ class CompiledForward:
         try:
             with ExitStack() as stack:
                 self._enter_settings(stack)
+                if self.around_compilation is not None:
+                    stack.enter_context(self.around_compilation())
                 stack.enter_context(self._tracked_modules())
                 stack.enter_context(
                     _marked_dynamic(named_tensors(self._signature, args, kwargs), self.dynamic_dims)

@@ -1,58 +1,86 @@
-"""Attention written out as two products and a softmax, for the compiler to fuse."""
+"""Short attention written out as two products and a softmax, for inductor to fuse."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+
+#: Keys up to which attention runs as two batched products. Beyond, not keeping the scores pays.
+LONGEST = 1024
+#: Scores (batch x heads x queries x keys) up to which they are kept: 64 MiB in float32.
+MOST_SCORES = 1 << 24
+
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
-def written_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
+def attention_as_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` of [B, H, S, D] tensors; scores and softmax in fp32.
+) -> Tensor:
+    """`scaled_dot_product_attention` as batched products around a softmax that inductor fuses.
 
-    A row of which every key is masked gives zeros, as the fused kernel does.
+    The flash kernel for CPUs does its products in tiles that are too small for short sequences: 0.53 ms
+    against 0.14 ms for BERT-base's 12 x 128 x 64 in bf16. Scores are kept in float32 from the product
+    on. The softmax is spelt out, because inductor recognises one between two products and would put
+    the flash kernel back. A row without any key yields zeros, as it does there.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
     if is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
-    masked = is_causal
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
     if attn_mask is not None:
-        masked = True
         if attn_mask.dtype is torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         else:
             scores = scores + attn_mask
-    top = scores.amax(-1, keepdim=True)
-    if masked:
-        top = torch.where(top == float("-inf"), 0.0, top)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    if masked:
-        total = torch.where(total == 0.0, 1.0, total)
+    largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.matmul((weights / total).to(value.dtype), value)
 
 
-def write_out_attention(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> torch.fx.GraphModule:
-    """Replace every call of the fused attention without dropout in a captured graph."""
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
-            rate = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-            if rate == 0.0:
-                node.target = written_out
-    graph.recompile()
-    return graph
+def _size(value: Any) -> int:
+    """A size without a guard on it: the example's, where it is symbolic."""
+    if isinstance(value, int):
+        return value
+    return int(value.node.hint or 1)
+
+
+def _pays(node: torch.fx.Node) -> bool:
+    """Whether this attention is short, without dropout, and in a dtype whose products are fast."""
+    query, key = (getattr(item, "meta", {}).get("example_value") for item in (*node.args, None, None)[:2])
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.dim() != 4 or key.dim() != 4:
+        return False
+    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    if dropout != 0.0 or query.dtype is not torch.bfloat16 or query.device.type != "cpu":
+        return False
+    batch, heads, queries = (_size(size) for size in query.shape[:3])
+    keys = _size(key.shape[2])
+    return keys <= LONGEST and batch * heads * queries * keys <= MOST_SCORES
+
+
+class ShortAttention:
+    """A graph pass that exchanges short bf16 attention for `attention_as_products`; counts what it did."""
+
+    def __init__(self) -> None:
+        self.exchanged = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> torch.fx.GraphModule:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target is _ATTENTION and _pays(node):
+                node.target = attention_as_products
+                self.exchanged += 1
+        graph.recompile()
+        return graph

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 #: Share of the rest that is left when a compiler fuses it: measured 0.35 to 0.6 on encoders.
 FUSED = 0.5
-#: Seconds of Python and dispatch for one operator in eager mode.
-DISPATCH = 6e-6
+#: The rate of fp32 products by oneDNN; "float32" is that of the library which eager calls.
+ONEDNN = "float32:onednn"
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,34 @@ class Estimate:
         return self.total / after if after > 0 else 1.0
 
 
-def eager_rate(hardware: HardwareProfile) -> float:
-    """Operations per second of eager's fp32 matrix products."""
-    libraries = hardware.details.get("float32_rates") or {}
-    return float(libraries.get("eager") or hardware.matmul_rates.get("float32") or 0.0)
-
-
 def estimate(observation: Observation, hardware: HardwareProfile) -> Estimate:
     """The split of one eager call; without measured rates half of it counts as products."""
     total = observation.baseline_seconds or 1e-3
-    rate = eager_rate(hardware)
+    rate = hardware.matmul_rates.get("float32", 0.0)
     products = observation.operations / rate if rate and observation.operations else 0.5 * total
     # Rates are measured at one size; small or skinny products run below them.
     products = min(products, 0.95 * total)
     return Estimate(products, total - products)
 
 
-def rate_ratio(hardware: HardwareProfile, dtype: str) -> float:
-    """How much faster than eager fp32 the best products in ``dtype`` are; 1.0 where not measured."""
-    rate, eager = hardware.matmul_rates.get(dtype, 0.0), eager_rate(hardware)
+def rate_ratio(hardware: HardwareProfile, name: str) -> float:
+    """How much faster than eager's fp32 the products called ``name`` are; 1.0 where not measured."""
+    rate, eager = hardware.matmul_rates.get(name, 0.0), hardware.matmul_rates.get("float32", 0.0)
     return rate / eager if rate and eager else 1.0
 
 
-def onednn_ratio(hardware: HardwareProfile) -> float:
-    """How much faster oneDNN's fp32 products are than eager's; 0.0 where oneDNN is missing."""
-    libraries = hardware.details.get("float32_rates") or {}
-    if "onednn" not in libraries:
-        return 0.0 if libraries else 1.0
-    return float(libraries["onednn"]) / (eager_rate(hardware) or 1.0)
+def gain_of_dtype(observation: Observation, hardware: HardwareProfile, dtype: str) -> float:
+    """The gain of doing products in ``dtype``, with half the bytes moved everywhere else."""
+    return estimate(observation, hardware).gain(rate_ratio=rate_ratio(hardware, dtype), rest_ratio=0.8)
+
+
+def matmul_seconds(observation: Observation, hardware: HardwareProfile, dtype: str) -> float:
+    """Seconds of one call's products in ``dtype``."""
+    return estimate(observation, hardware).products / rate_ratio(hardware, dtype)
 
 
 def modules_with_work(observation: Observation) -> int:
     """Modules that hold parameters themselves: a measure of how long a model takes to compile."""
-    return sum(1 for module in observation.model.modules() if next(module.parameters(False), None) is not None)
+    return sum(
+        1 for module in observation.model.modules() if next(module.parameters(False), None) is not None
+    )

@@ -13,7 +13,7 @@ import torch
 from kpt.compiling import CompiledForward
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
-from kpt_plugin_cpu.graphs import ShortAttention
+from kpt_plugin_cpu.attention import ShortAttention
 
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Undo
@@ -92,7 +92,8 @@ class Inductor:
             setup *= 3  # the backward graph is about twice the forward one
         yield Variant("live", {**shared, "freeze": False}, live, setup, reproducible=True)
         if not observation.training:
-            faster = max(estimates.onednn_ratio(hardware), 1.0)
+            onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
+            faster = max(onednn, 1.0)
             frozen = estimate.gain(rate_ratio=faster, rest_ratio=0.9 * estimates.FUSED)
             choice = {**shared, "freeze": True, "onednn": True}
             yield Variant("frozen", choice, frozen, setup, derives=True, reproducible=True)
@@ -107,7 +108,7 @@ class Inductor:
                 derives=True,
                 reproducible=True,
             )
-            if estimates.onednn_ratio(hardware) < 1.1:
+            if onednn < 1.1:
                 yield Variant(
                     "frozen, MKL",
                     {**choice, "onednn": False},
@@ -143,7 +144,9 @@ class Inductor:
         for path in params.get("blocks") or ("",):
             module = model.get_submodule(path)
             replaced.append((module, module.__dict__.get("forward")))
-            compiled = CompiledForward(module.forward, label=path or type(module).__name__, **settings(params))
+            compiled = CompiledForward(
+                module.forward, label=path or type(module).__name__, **settings(params)
+            )
             self.compiled.append(compiled)
             module.forward = compiled  # type: ignore[method-assign, assignment]
 

@@ -67,7 +67,7 @@ class PackPadding:
         def forward(**kwargs: Any) -> Any:
             mask = kwargs.get(name)
             chunks = _chunks(mask, groups) if mask is not None else None
-            if chunks is None:
+            if mask is None or chunks is None:
                 self.whole += 1
                 return inner(**kwargs)
             self.split += 1
