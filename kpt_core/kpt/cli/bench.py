@@ -141,7 +141,8 @@ def _table(data: dict[str, Any]) -> Any:
             f"{entry['setup_seconds']:.1f} s",
         )
     profile = data["machine"]["profile"]
-    facts = f"{profile['name']}, {profile['compute_units']} compute units, {data['machine']['system']}"
+    name = profile["details"].get("model") or profile["name"]
+    facts = f"{name}, {profile['compute_units']} compute units, {data['machine']['system']}"
     return Group(table, facts, _pairs(list(data["versions"].items())), data["date"])
 
 

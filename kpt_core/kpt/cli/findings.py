@@ -126,7 +126,8 @@ def hardware() -> Iterable[Finding]:
             profile = found.profile
             gigabytes = f", {profile.memory_bytes / 2**30:.0f} GiB" if profile.memory_bytes else ""
             units = f", {profile.compute_units} compute units" if profile.compute_units else ""
-            yield Finding("ok", f"{profile.device_type}: {profile.name}{units}{gigabytes}")
+            model = profile.details.get("model") or profile.name
+            yield Finding("ok", f"{profile.device_type}: {model}{units}{gigabytes}")
         elif found.broken:
             mend = f"kpt plugins show {found.registered.plugin}"
             yield Finding("fault", f"{name}: {found.reason}", mend)
