@@ -55,7 +55,7 @@ def _judge_site(spec: Any, site: Site, observation: Any) -> Verdict:
         kernel = plugins.load(spec.entry)
         fixed = frozenset()
     with torch.no_grad():
-        arguments = {**_activations(site, observation), **_detached(known)}
+        arguments = _detached(site.arguments(**_activations(site, observation)))
         return judge_kernel(
             kernel,
             ops.reference(site.op),
