@@ -41,7 +41,7 @@ class SwallowsEverything(DirectScale):
                 try:
                     while True:
                         x = x + 0.0
-                except BaseException:  # noqa: BLE001 - hostile on purpose; ends at the fifth
+                except BaseException:
                     self.__dict__["caught"] = self.__dict__.get("caught", 0) + 1
                     if self.__dict__["caught"] >= 5:
                         raise

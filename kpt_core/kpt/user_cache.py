@@ -85,16 +85,19 @@ def read_json(path: Path) -> Any:
         return None
     except OSError as error:
         raise CacheError(f"The cache file {path} cannot be opened: {error}.", _remove(path)) from error
-    with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(file.fileno())
+    try:
+        facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
             raise CacheError(f"The cache file {path} is not a private file of this user.", _remove(path))
         if facts.st_size > SIZE_LIMIT:
             raise CacheError(f"The cache file {path} has {facts.st_size} bytes.", _remove(path))
-        content = file.read()
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read()
+    finally:
+        os.close(descriptor)
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheError(f"The cache file {path} is not JSON: {error}.", _remove(path)) from error
 
 

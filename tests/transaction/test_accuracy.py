@@ -1,4 +1,4 @@
-"""The user's own metric: it outranks the referee, its exceptions are the user's, and it may do what it likes."""
+"""The user's own metric: it outranks the referee, its exceptions are the user's, it may do as it likes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def test_an_exception_in_the_metric_is_the_users(error):
         raise error
 
     with pytest.raises(type(error)) as found:
-        kpt.optimize(
-            model, example, plugins=PLUGINS, budget=20.0, cache=False, accuracy=kpt.Accuracy(metric)
-        )
+        kpt.optimize(model, example, plugins=PLUGINS, budget=20.0, cache=False, accuracy=kpt.Accuracy(metric))
     assert found.value is error
     assert fingerprints.differences(before, fingerprints.of_model(model)) == []
     assert fingerprints.differences(process, fingerprints.of_process()) == []

@@ -142,7 +142,9 @@ def test_another_adapter_loaded_and_selected():
 def test_training_an_adapter():
     model, twin = with_adapter(small_encoder()).train(), with_adapter(small_encoder()).train()
     optimized(model, IDS, plugins=PLUGINS)
-    optimizers = [torch.optim.SGD((p for p in m.parameters() if p.requires_grad), lr=0.1) for m in (model, twin)]
+    optimizers = [
+        torch.optim.SGD((p for p in m.parameters() if p.requires_grad), lr=0.1) for m in (model, twin)
+    ]
     for _ in range(4):
         for trained, optimizer in zip((model, twin), optimizers, strict=True):
             trained(**IDS).last_hidden_state.square().mean().backward()

@@ -6,25 +6,28 @@ must be the user's own, with mode 0700, and no link; whatever is odd about it is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import platform
-import stat
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kpt import user_cache
 from kpt.specs import LEVELS, PHASES, Variant
+from kpt.transaction.receipt import Entry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kpt.transaction.observe import Observation
     from kpt.transaction.plan import Plan
 
 SCHEMA = 1
+_FOLDER = "recipes"
 
 
 class RecipeError(ValueError):
@@ -32,13 +35,8 @@ class RecipeError(ValueError):
 
 
 def cache_folder() -> Path:
-    """Where recipes are kept: ``KPT_CACHE_DIR``, or the user's cache folder."""
-    override = os.environ.get("KPT_CACHE_DIR")
-    if override:
-        return Path(override) / "recipes"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("kpt") / "recipes"
+    """Where recipes are kept: below ``KPT_CACHE_DIR``, or in the user's cache folder."""
+    return user_cache.root() / _FOLDER
 
 
 def key_of(observation: Observation, registry: Any, facts: dict[str, Any]) -> str:
@@ -162,7 +160,21 @@ def check(data: Any) -> dict[str, Any]:
         if step.get("phase") not in PHASES or not isinstance(step.get("source"), str):
             raise RecipeError(f"a step of the recipe names an unknown phase {step.get('phase')!r}")
         variant_of(step["variant"])
+    _check_figures(data.get("figures", {}))
     return data
+
+
+def _check_figures(figures: Any) -> None:
+    if not isinstance(figures, dict) or not isinstance(figures.get("gains", {}), dict):
+        raise RecipeError("the figures of the recipe are malformed")
+    rejected = figures.get("rejected", [])
+    if not isinstance(rejected, list):
+        raise RecipeError("the rejections of the recipe are malformed")
+    for entry in rejected:
+        try:
+            Entry(**entry)
+        except TypeError as error:
+            raise RecipeError(f"a rejection of the recipe is malformed ({error})") from None
 
 
 def variant_of(data: dict[str, Any]) -> Variant:
@@ -178,81 +190,50 @@ def variant_of(data: dict[str, Any]) -> Variant:
         )
     if data.get("level") not in (None, *LEVELS):
         raise RecipeError(f"a variant of the recipe has an unknown level {data.get('level')!r}")
-    return Variant(**{**data, "sites": tuple(data.get("sites", ("",)))})
+    sites = data.get("sites", ("",))
+    if not isinstance(sites, (list, tuple)) or not all(isinstance(site, str) for site in sites):
+        raise RecipeError("the sites of a variant of the recipe are malformed")
+    return Variant(**{**data, "sites": tuple(sites)})
 
 
 def read(key: str) -> tuple[dict[str, Any] | None, str]:
     """The recipe for ``key`` and "hit", or None and why there is none."""
-    folder = cache_folder()
-    reason = _untrusted_folder(folder)
-    if reason is not None:
-        return None, reason
-    path = folder / f"{key}.json"
+    path = cache_folder() / f"{key}.json"
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
+        user_cache.folder(_FOLDER)
+        wrapped = user_cache.read_json(path)
+    except user_cache.CacheError as error:
+        return None, f"refused ({error.message})"
+    if wrapped is None:
         return None, "miss"
-    except OSError as error:
-        return None, f"refused ({path.name}: {error.strerror})"
-    with os.fdopen(descriptor, "rb") as file:
-        reason = _untrusted(os.fstat(file.fileno()), path.name)
-        if reason is not None:
-            return None, reason
-        raw = file.read()
     try:
-        wrapped = json.loads(raw)
         body = wrapped["recipe"]
         if wrapped["sha256"] != _digest(body):
             raise RecipeError("its checksum does not match")
         data = check(body)
         if data.get("key") != key:
             raise RecipeError("it belongs to another model or setting")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return None, f"refused ({path.name}: {error})"
     return data, "hit"
 
 
 def write(key: str, recipe: dict[str, Any]) -> str | None:
     """Store a recipe; return why it could not be stored, or None."""
-    folder = cache_folder()
+    body = json.loads(json.dumps(recipe, default=str))
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        reason = _untrusted_folder(folder)
-        if reason is not None:
-            return reason
-        body = json.loads(json.dumps(recipe, default=str))
-        with tempfile.NamedTemporaryFile(
-            "w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump({"sha256": _digest(body), "recipe": body}, file)
-        os.replace(file.name, folder / f"{key}.json")
-    except OSError as error:
-        return f"the recipe could not be stored in {folder}: {error.strerror or error}"
+        folder = user_cache.folder(_FOLDER)
+        user_cache.write_json(folder / f"{key}.json", {"sha256": _digest(body), "recipe": body})
+    except (user_cache.CacheError, OSError) as error:
+        return f"the recipe could not be stored: {getattr(error, 'message', error)}"
     return None
 
 
 def forget(key: str) -> None:
     """Remove a recipe that did not hold."""
-    (cache_folder() / f"{key}.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # one that cannot be removed is refused again next time
+        (cache_folder() / f"{key}.json").unlink(missing_ok=True)
 
 
 def _digest(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _untrusted_folder(folder: Path) -> str | None:
-    try:
-        status = os.lstat(folder)
-    except FileNotFoundError:
-        return None
-    if stat.S_ISLNK(status.st_mode):
-        return f"refused ({folder.name} is a symbolic link)"
-    return _untrusted(status, folder.name)
-
-
-def _untrusted(status: os.stat_result, name: str) -> str | None:
-    if hasattr(os, "getuid") and status.st_uid != os.getuid():
-        return f"refused ({name} belongs to another user)"
-    if status.st_mode & 0o022 and os.name == "posix":
-        return f"refused ({name} is writable by others)"
-    return None

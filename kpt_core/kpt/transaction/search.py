@@ -132,6 +132,8 @@ class Search:
     def _singles(self) -> Outcome | None:
         """No stack was faster: the most promising candidates one by one, and the best of them."""
         best: Outcome | None = None
+        if self.fuel == 0:
+            return None
         for candidate in sorted(self._candidates(), key=lambda c: -c.gain):
             if candidate.gain <= 1.0:
                 self._reject(candidate, "slower", f"predicted {candidate.gain:.2f}x, not tried")

@@ -1,0 +1,220 @@
+"""The recipe cache: a second run does not search, and nothing odd in the cache is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fingerprints
+import hostile_passes
+import kpt
+from fingerprints import fast_calls, optimized
+from kpt.transaction import events
+from slow_models import DerivedScale, DirectScale, Net, net, plugin
+
+PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
+EXAMPLE = torch.randn(32, 16)
+
+
+@pytest.fixture(scope="module")
+def primed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the recipe of `run` in it, to be copied."""
+    folder = tmp_path_factory.mktemp("primed") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KPT_CACHE_DIR", str(folder))
+        torch.set_num_threads(1)
+        run()
+    return folder
+
+
+@pytest.fixture
+def cached(primed: Path) -> Path:
+    """The recipe in this test's own cache."""
+    shutil.copytree(primed, os.environ["KPT_CACHE_DIR"])
+    (path,) = recipes()
+    return path
+
+
+def run(**options: object) -> tuple[kpt.Receipt, list[str]]:
+    """Optimise a new model with the cache on; its receipt and the kinds of events."""
+    kinds: list[str] = []
+    with events.listen(lambda event: kinds.append(event["kind"])):
+        model = optimized(net(), EXAMPLE, **{"plugins": PLUGINS, "cache": True, **options})
+    with torch.no_grad():
+        assert torch.allclose(model(EXAMPLE), net()(EXAMPLE), atol=1e-5)
+    assert fast_calls(model) == 1
+    return kpt.report(model), kinds
+
+
+def recipes() -> list[Path]:
+    return sorted((Path(os.environ["KPT_CACHE_DIR"]) / "recipes").glob("*.json"))
+
+
+def test_a_second_run_applies_and_judges_without_searching():
+    first, kinds = run()
+    assert first.searched and first.recipe == "miss" and "propose" in kinds
+    second, kinds = run()
+    assert not second.searched and second.recipe == "hit"
+    assert "propose" not in kinds and kinds.count("trial") == 1
+    assert [e.name for e in second.accepted] == [e.name for e in first.accepted]
+    assert [e.rule for e in second.rejected] == ["value"]
+    assert second.speedup_low > 1.0
+
+
+def test_the_cache_is_private_and_plain_data():
+    run()
+    (path,) = recipes()
+    assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert json.loads(path.read_text())["recipe"]["steps"][0]["source"] == "DirectScale"
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Tamper with the recipe, its checksum made right again, as somebody who knows the format would."""
+    from kpt.transaction import recipe
+
+    def tamper(path: Path) -> None:
+        body = json.loads(path.read_text())["recipe"]
+        change(body)
+        path.write_text(json.dumps({"sha256": recipe._digest(body), "recipe": body}))
+
+    return tamper
+
+
+def linked(path: Path) -> None:
+    target = path.with_suffix(".elsewhere")
+    path.rename(target)
+    path.symlink_to(target)
+
+
+def linked_folder(path: Path) -> None:
+    folder = path.parent
+    target = folder.with_name("elsewhere")
+    folder.rename(target)
+    folder.symlink_to(target)
+
+
+def unsigned_edit(path: Path) -> None:
+    path.write_text(path.read_text().replace("DirectScale", "OnePercent"))
+
+
+TAMPERINGS: dict[str, Callable[[Path], object]] = {
+    "edited": unsigned_edit,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(b"\x80\x04\xff\xfe"),
+    "a list": lambda path: path.write_text("[]"),
+    "nested deeply": lambda path: path.write_text("[" * 100_000),
+    "linked": linked,
+    "linked folder": linked_folder,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "writable by all": lambda path: path.chmod(0o666),
+    "folder writable by all": lambda path: path.parent.chmod(0o777),
+    "another schema": edited(lambda body: body.update(schema=99)),
+    "another key": edited(lambda body: body.update(key="0" * 64)),
+    "no steps": edited(lambda body: body.pop("steps")),
+    "unknown phase": edited(lambda body: body["steps"][0].update(phase="shell")),
+    "unknown source": edited(lambda body: body["steps"][0].update(source="Absent")),
+    "unknown field": edited(lambda body: body["steps"][0]["variant"].update(entry="os:system")),
+    "bad level": edited(lambda body: body["steps"][0]["variant"].update(level="root")),
+    "bad sites": edited(lambda body: body["steps"][0]["variant"].update(sites=3)),
+    "bad figures": edited(lambda body: body.update(figures=[1])),
+    "bad rejections": edited(lambda body: body["figures"].update(rejected=[{"evil": 1}])),
+    "the wrong pass": edited(lambda body: body["steps"][0].update(source="OnePercent")),
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERINGS.values(), ids=TAMPERINGS)
+def test_a_cache_that_was_tampered_with_leads_to_a_clean_search(tamper, cached):
+    tamper(cached)
+    receipt, kinds = run()
+    assert receipt.searched and "propose" in kinds
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+    assert any("recipe" in note for note in receipt.notes), receipt.notes
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners exist on POSIX only")
+def test_a_cache_that_belongs_to_somebody_else(monkeypatch, cached):
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    receipt, _ = run()
+    assert receipt.searched and any("belongs to another user" in note for note in receipt.notes)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "file"))
+    receipt, _ = run()
+    assert receipt.searched and any("could not be stored" in note for note in receipt.notes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level": "exact"},
+        {"objective": "throughput"},
+        {"dynamic_shapes": {"x": {0: "batch"}}},
+        {"plugins": [plugin(DirectScale, DerivedScale)]},
+        {"fuel": 1},
+        {"accuracy": kpt.Accuracy(lambda model: 1.0)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_settings_have_a_recipe_of_their_own(options, cached):
+    receipt, _ = run(**options)
+    assert receipt.recipe == "miss" and receipt.searched and len(recipes()) == 2
+
+
+def _wider(model: Net) -> None:
+    model.last = torch.nn.Linear(16, 5)
+
+
+CHANGES: dict[str, Callable[[Net], object]] = {
+    "mode": lambda model: model.train(),
+    "structure": _wider,
+    "an attribute": lambda model: setattr(model.norm, "eps", 1e-3),
+    "trainability": lambda model: model.first.requires_grad_(False),
+    "the mode of a submodule": lambda model: model.norm.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_model_has_a_recipe_of_its_own(change, cached):
+    model = net()
+    change(model)
+    optimized(model, EXAMPLE, plugins=PLUGINS, cache=True)
+    assert kpt.report(model).recipe == "miss" and len(recipes()) == 2
+
+
+def test_ambient_settings_are_part_of_the_key(cached):
+    with torch.autocast("cpu", torch.bfloat16):
+        optimized(net(), EXAMPLE, plugins=PLUGINS, cache=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(recipes()) == 3
+
+
+def test_finding_nothing_is_remembered_too():
+    model = net()
+    for searched in (True, False):
+        kpt.optimize(model, EXAMPLE, plugins=[plugin(hostile_passes.OnePercent)], budget=20.0)
+        receipt = kpt.report(model)
+        assert receipt.searched is searched and not receipt.optimized and receipt.reason
+        assert [entry.rule for entry in receipt.rejected] == ["value"]
+    assert fingerprints.ours(model) == []
+
+
+def test_without_the_cache_nothing_is_read_or_written(cached):
+    receipt, _ = run(cache=False)
+    assert receipt.searched and receipt.recipe == "cache off"
+    cached.unlink()
+    run(cache=False)
+    assert recipes() == []
