@@ -166,7 +166,13 @@ class PluginSuite(Suite, standard=True):
                     continue
                 tried[candidate.source] = tried.get(candidate.source, 0) + 1
                 if tried[candidate.source] <= self.variants_per_pass:
-                    _try(candidate, observation, f"on {name}: {candidate.name}")
+                    where = f"on {name}: {candidate.name}"
+                    try:
+                        _try(candidate, observation, where)
+                    except AssertionError:
+                        raise
+                    except Exception as error:
+                        raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
     # -- kernels
 
