@@ -94,8 +94,8 @@ class KernelBehaviour:
         self.tables = []
         self.traced = 0
         undos: list[Undo] = []
-        entry = None if self.spec.setup else plugins.load(self.spec.entry)
         setup = plugins.load(self.spec.setup) if self.spec.setup else None
+        entry: Any = plugins.load(self.spec.entry)
         for site in self.sites:
             here = site.at(model)
             kernel = setup(here) if setup is not None else entry

@@ -93,7 +93,7 @@ def _how_to_build(model: torch.nn.Module, build: Mapping[str, str] | None, scrat
         return {"kind": "named", **build}
     cls = type(model)
     reference = f"{cls.__module__}:{cls.__qualname__}"
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if cls.__module__.startswith("transformers.") and hasattr(config, "to_json_file"):
         config.to_json_file(str(scratch / "config.json"), use_diff=False)
         return {"kind": "transformers", "class": cls.__name__, "config": type(config).__name__}

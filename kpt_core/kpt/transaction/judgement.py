@@ -54,13 +54,13 @@ class Judgement:
             ("value", "like the example", None, False)
         ] * 2
         if observation.dynamic:
-            for sizes in observation.spec.sizes(self.baseline.generator, 4 if thorough else 2):
-                kinds.append(("size", ", ".join(f"{k}={v}" for k, v in sizes.items()), sizes, False))
+            for odd in observation.spec.sizes(self.baseline.generator, 4 if thorough else 2):
+                kinds.append(("size", ", ".join(f"{k}={v}" for k, v in odd.items()), odd, False))
         if touches_mask or (observation.dynamic and observation.spec.has_masks):
             kinds.append(("mask", "padded", None, True))
             if observation.dynamic:
-                sizes = next(iter(observation.spec.sizes(self.baseline.generator, 1)), None)
-                kinds.append(("mask", "padded, other sizes", sizes, True))
+                other = observation.spec.sizes(self.baseline.generator, 1)
+                kinds.append(("mask", "padded, other sizes", other[0] if other else None, True))
         found = []
         for rule, label, sizes, padding in kinds:
             self._seed += 1
@@ -131,7 +131,8 @@ class Judgement:
     def judge_dropout(self, applied: Applied) -> Verdict:
         """Whether outputs vary from seed to seed as much as the untouched model's do."""
         runner, call = self.baseline.runner, self.baseline.draw()
-        mine, eager = [], []
+        mine: list[Any] = []
+        eager: list[Any] = []
         for seed in range(8):
             for forward, results in ((applied.forward, mine), (self.baseline.plain.forward, eager)):
                 with seeded(seed):

@@ -111,7 +111,7 @@ def structure_hash(model: torch.nn.Module) -> str:
                     digest.update(
                         f"{key}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{tensor.requires_grad}".encode()
                     )
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         digest.update(config.to_json_string(use_diff=False).encode())
     return digest.hexdigest()

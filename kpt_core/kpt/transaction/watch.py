@@ -126,7 +126,7 @@ class _HookDict(OrderedDict):  # type: ignore[type-arg]
 
         return OrderedDict((key, copy.deepcopy(value, memo)) for key, value in self.items())
 
-    def copy(self) -> OrderedDict[Any, Any]:
+    def copy(self) -> OrderedDict[Any, Any]:  # type: ignore[override]
         return OrderedDict(self)
 
 

@@ -51,7 +51,8 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
             raise WorkspaceError(
                 f"{type(module).__name__} is a scripted module, which has no Python forward to change"
             )
-        memo[id(module)] = type(module).__new__(type(module))
+        cls: Any = type(module)
+        memo[id(module)] = cls.__new__(cls)
     copier = _Copier(memo, replaced, kept_alive)
     for module in modules:
         target = memo[id(module)]
