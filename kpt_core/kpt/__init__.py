@@ -50,7 +50,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        raise AttributeError(f"module 'kpt' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'kpt' has no attribute {name!r}; its public names are {', '.join(__all__)}"
+        )
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -222,9 +222,7 @@ class PassSpec:
 class Pass(Protocol):
     """The behaviour behind a `PassSpec` or a `PolicySpec`."""
 
-    def propose(
-        self, observation: Observation, hardware: HardwareProfile
-    ) -> Iterable[Variant | Skip]:
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterable[Variant | Skip]:
         """Variants worth a trial, each with its predicted gain, or a `Skip` with the reason."""
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
