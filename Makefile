@@ -1,5 +1,5 @@
 # make demo · make test · make lint · make docs · make bench — each sets up .venv first where that is needed.
-# make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu   picks the build of torch.
+# make setup TORCH_INDEX=<index of CPU builds>   picks the build of torch.
 SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
