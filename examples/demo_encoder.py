@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import kpt
 from side_by_side import race, ratio
-from trained_models import quiet, sentence_encoder, sentences
+from trained_models import quiet, sentence_encoder, sentences, terminal
 
 BATCH = 8
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="seconds for each measurement")
     arguments = parser.parse_args()
     quiet()
-    console = Console()
+    console = terminal()
 
     model, tokenizer = sentence_encoder()
     texts = sentences()

@@ -9,12 +9,11 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import kpt
 from side_by_side import race, ratio
-from trained_models import passage, quiet, smollm2
+from trained_models import passage, quiet, smollm2, terminal
 
 WINDOW = 256
 
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25.0, help="seconds of measurement")
     arguments = parser.parse_args()
     quiet()
-    console = Console()
+    console = terminal()
 
     model, tokenizer = smollm2()
     model.config.use_cache = False  # scoring a text needs no cache of keys and values

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,6 +65,13 @@ def sentences() -> list[str]:
 def passage() -> str:
     """A story of some five hundred words."""
     return (HERE / "passage.txt").read_text(encoding="utf-8")
+
+
+def terminal() -> Console:
+    """Where a demo prints: as wide as the terminal, or wide enough for a receipt if it is a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def quiet() -> None:
