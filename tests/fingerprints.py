@@ -96,7 +96,7 @@ def _is_ours(value: Any) -> bool:
 
 def optimized(model: torch.nn.Module, example: Any, **options: Any) -> torch.nn.Module:
     """``kpt.optimize`` with a plan that is accepted; a test whose plan was rejected proves nothing."""
-    options = {"budget": 20.0, "cache": False, **options}
+    options = {"budget": 10.0, "cache": False, **options}
     result = kpt.optimize(model, example, **options)
     receipt = kpt.report(model)
     assert result is model

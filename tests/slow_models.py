@@ -68,7 +68,7 @@ def fast_forward(self: SlowScale, x: torch.Tensor) -> torch.Tensor:
 class DirectScale:
     """The pass that takes the detour out of every `SlowScale`. Hostile passes override `replacement`."""
 
-    variant = Variant("direct", predicted_gain=5.0, sites=())
+    variant = Variant("direct", predicted_gain=5.0, sites=(), reproducible=True)
 
     def replacement(self) -> Callable[..., torch.Tensor]:
         return fast_forward

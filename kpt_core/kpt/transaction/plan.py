@@ -132,10 +132,16 @@ def excludes(left: Candidate, right: Candidate) -> str | None:
     return None
 
 
-def assemble(candidates: Iterable[Candidate], *, limit: int | None = None) -> Plan:
-    """The stack of best predictions: greedily by predicted gain, skipping what is excluded."""
+def assemble(candidates: Iterable[Candidate], *, limit: int | None = None, fixed: bool = False) -> Plan:
+    """The stack of best predictions: greedily by predicted gain, skipping what is excluded.
+
+    Predictions rest on measured rates; a ``fixed`` order does without them.
+    """
     chosen: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (-c.gain, PHASES.index(c.phase), -c.priority, c.name)):
+    for candidate in sorted(
+        candidates,
+        key=lambda c: (0.0 if fixed else -c.gain, PHASES.index(c.phase), -c.priority, c.name),
+    ):
         if limit is not None and len(chosen) >= limit:
             break
         if candidate.gain > 1.0 and all(excludes(candidate, other) is None for other in chosen):

@@ -42,7 +42,8 @@ class Search:
     """One search; `run` returns what it found.
 
     ``fuel`` bounds how many candidates a plan may hold, best predictions first, so that a bad step
-    can be found by bisection.
+    can be found by bisection. In torch's deterministic mode the plan is the stack of the variants that
+    promise equal bits, in a fixed order; the clock can only refuse it as a whole.
     """
 
     def __init__(
@@ -52,23 +53,34 @@ class Search:
         self.budget = budget
         self.fuel = fuel
         self.open = list(proposals.candidates)
+        self.deterministic = False
         self.found = Found()
         self._gone: set[Candidate] = set()
         self._wrong_plans: set[str] = set()
 
     def run(self) -> Found:
+        self.deterministic = self.trials.observation.deterministic
+        if self.deterministic:
+            self._only_reproducible()
         self._gate()
         best = self._stack()
-        if best is None:
-            best = self._singles()
-        if best is not None:
-            best = self._ablate(best)
-            best = self._alternatives(best)
+        if not self.deterministic:  # else clocks would choose the plan, and with it the bits
+            if best is None:
+                best = self._singles()
+            if best is not None:
+                best = self._ablate(best)
+                best = self._alternatives(best)
         self._leftovers(best)
         self.found.best = best
         return self.found
 
     # -- stages
+
+    def _only_reproducible(self) -> None:
+        for candidate in self._candidates():
+            if not candidate.variant.reproducible:
+                reason = "torch's deterministic mode is on and the variant does not promise equal bits"
+                self._reject(candidate, "nondeterministic", reason)
 
     def _gate(self) -> None:
         """Kernels are judged alone first: a wrong one is named by what is wrong with it."""
@@ -81,7 +93,7 @@ class Search:
     def _stack(self) -> Outcome | None:
         """The first stack that holds, dropping whatever is at fault until one does."""
         while True:
-            plan = assemble(self._candidates(), limit=self.fuel)
+            plan = assemble(self._candidates(), limit=self.fuel, fixed=self.deterministic)
             if not plan.steps or plan.key in self._wrong_plans:
                 return None
             outcome = self._try(plan)

@@ -1,0 +1,105 @@
+"""What tests run in processes of their own: ``python jobs.py NAME FOLDER`` prints one JSON object."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import kpt
+from fingerprints import bits
+from slow_models import DerivedScale, DirectScale, Net, net, plugin
+
+STEPS = 32
+
+
+def _steps(model: torch.nn.Module, rank: int) -> list[str]:
+    """The losses of some training steps, as exact hexadecimal numbers."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(torch.randn(32, 16, generator=generator)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item().hex())
+    return losses
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    example = torch.randn(32, 16)
+    plugins = [plugin(DirectScale)]
+    parallel = torch.nn.parallel.DistributedDataParallel
+    found: dict[str, Any] = {"eager": _steps(parallel(net(training=True)), rank)}
+
+    wrapped = parallel(net(training=True))
+    kpt.optimize(wrapped, example, plugins=plugins, budget=20.0, cache=False)
+    found["after"] = _steps(wrapped, rank)
+    receipt = kpt.report(wrapped)
+    found["receipt"] = [receipt.optimized, receipt.mode, receipt.reason, receipt.calls, receipt.searched]
+
+    model: Net = net(training=True)
+    kpt.optimize(model, example, plugins=plugins, budget=20.0, cache=False)
+    found["before"] = _steps(parallel(model), rank)
+    found["fast before"] = kpt.report(model).calls
+
+    only_here = net(training=True)
+    if rank == 1:  # a plan that this rank cannot apply
+        only_here.slow = torch.nn.Identity()
+    kpt.optimize(only_here, example, plugins=plugins, budget=20.0, cache=False)
+    found["disagreement"] = [kpt.report(only_here).optimized, kpt.report(only_here).reason]
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def distributed(folder: str) -> list[Any]:
+    torch.multiprocessing.spawn(_rank, args=(folder,), nprocs=2, join=True)
+    return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def deterministic(folder: str) -> dict[str, Any]:
+    """Train and evaluate a little under deterministic algorithms; a digest of every bit."""
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    digest = hashlib.sha256()
+    accepted = []
+    for training in (False, True):
+        model = net(training=training)
+        torch.manual_seed(1)
+        example = torch.randn(32, 16)
+        kpt.optimize(model, example, plugins=[plugin(DirectScale, DerivedScale)], budget=20.0, cache=False)
+        accepted.append([entry.name for entry in kpt.report(model).accepted])
+        digest.update(",".join(_steps(model, 0)).encode() if training else bits(model(example)))
+        for tensor in model.state_dict().values():
+            digest.update(bits(tensor))
+    return {"digest": digest.hexdigest(), "accepted": accepted}
+
+
+def cached(folder: str) -> dict[str, Any]:
+    """Optimise with the cache on."""
+    torch.set_num_threads(1)
+    model = net()
+    torch.manual_seed(1)
+    kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
+    receipt = kpt.report(model)
+    return {"searched": receipt.searched, "recipe": receipt.recipe, "optimized": receipt.optimized}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](sys.argv[2])))

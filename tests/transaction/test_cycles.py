@@ -1,0 +1,85 @@
+"""Optimise and restore, again and again: nothing is left over, memory included."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import weakref
+
+import pytest
+import torch
+
+import fingerprints
+import kpt
+import mixed_models
+from fingerprints import fast_calls, optimized
+
+EVERY_PHASE = {"layout", "kernels", "precision", "compile"}
+
+
+def resident_bytes() -> int:
+    """Memory of this process, without what malloc only keeps for later."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cycles(model: torch.nn.Module, example: torch.Tensor, number: int, compiled: type) -> None:
+    expected = mixed_models.mixed()(example)
+    offered = mixed_models.plugins(compiled)
+    for _ in range(number):
+        optimized(model, example, plugins=offered, cache=True, budget=20.0)
+        assert {entry.phase for entry in kpt.report(model).accepted} == EVERY_PHASE
+        with torch.no_grad():
+            torch.testing.assert_close(model(example), expected, rtol=0.05, atol=0.05)
+        assert fast_calls(model) == 1
+        kpt.restore(model)
+
+
+def stays_flat(compiled: type, warm_up: int, number: int) -> None:
+    model, example = mixed_models.mixed(), torch.randn(64, 64)
+    before = fingerprints.of_model(model)
+    cycles(model, example, warm_up, compiled)
+    memory = resident_bytes()
+    cycles(model, example, number - warm_up, compiled)
+    assert resident_bytes() < 1.02 * memory
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_fifty_cycles():
+    stays_flat(mixed_models.Compiled, 10, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_cycles_with_inductor():
+    stays_flat(mixed_models.CompiledByInductor, 10, 50)
+
+
+def test_a_few_cycles_leave_nothing_behind():
+    model, example = mixed_models.mixed(), torch.randn(64, 64)
+    before, process = fingerprints.of_model(model), fingerprints.of_process()
+    optimized(model, example, plugins=mixed_models.plugins(), cache=True)
+    workspace = weakref.ref(kpt.transaction.dispatch.plan_of(model).committed.applied.module)
+    kpt.restore(model)
+    gc.collect()
+    assert workspace() is None
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert fingerprints.differences(process, fingerprints.of_process()) == []
+    assert fingerprints.ours(model) == []
+
+
+def test_an_optimised_model_dies_with_its_plan():
+    model = optimized(mixed_models.mixed(), torch.randn(64, 64), plugins=mixed_models.plugins())
+    plan = weakref.ref(kpt.transaction.dispatch.plan_of(model))
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None and plan() is None

@@ -1,0 +1,51 @@
+"""Several processes: data parallelism, determinism, and a recipe that another process found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+JOBS = Path(__file__).resolve().parent.parent / "jobs.py"
+
+
+def run_job(name: str, folder: Path) -> Any:
+    """What the job prints; it is ended after three minutes."""
+    done = subprocess.run(
+        [sys.executable, str(JOBS), name, str(folder)], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_two_data_parallel_processes_train_as_without_kpt(tmp_path):
+    ranks = run_job("distributed", tmp_path)
+    for rank, found in enumerate(ranks):
+        optimized, mode, reason, calls, searched = found["receipt"]
+        assert optimized and mode == "training", reason
+        assert searched is (rank == 0)
+        assert calls == {"optimized": 32, "fallback": 0, "reasons": {}}
+        assert found["fast before"]["optimized"] == 32
+        assert len(set(found["eager"])) == 32
+        assert found["after"] == found["eager"]
+        assert found["before"] == found["eager"]
+        assert found["disagreement"][0] is False
+    assert "another rank" in ranks[0]["disagreement"][1]
+    assert ranks[0]["eager"] != ranks[1]["eager"]
+
+
+def test_three_processes_under_deterministic_algorithms_agree_bit_for_bit(tmp_path):
+    first, second, third = (run_job("deterministic", tmp_path) for _ in range(3))
+    assert first == second == third
+    assert first["accepted"] == [["DirectScale:direct"], ["DirectScale:direct"]]
+
+
+def test_a_second_process_does_not_search(tmp_path):
+    assert run_job("cached", tmp_path) == {"searched": True, "recipe": "miss", "optimized": True}
+    assert run_job("cached", tmp_path) == {"searched": False, "recipe": "hit", "optimized": True}
