@@ -157,8 +157,8 @@ def _verify(model: torch.nn.Module, forward: Any, folder: Path, manifest: dict[s
         if not error <= _TOLERANCES[level]:
             raise ArtifactError(
                 "verify",
-                f"Output {name} differs from verify/{which} by {error:.2g} relative; at most {_TOLERANCES[level]:.2g} "
-                "is expected.",
+                f"Output {name} differs from verify/{which} by {error:.2g} relative; at most "
+                f"{_TOLERANCES[level]:.2g} is expected.",
                 "The weights, the code that builds the model, or verify/ are not those that were saved.",
             )
 
