@@ -132,15 +132,23 @@ def excludes(left: Candidate, right: Candidate) -> str | None:
     return None
 
 
-def assemble(candidates: Iterable[Candidate], *, limit: int | None = None, fixed: bool = False) -> Plan:
-    """The stack of best predictions: greedily by predicted gain, skipping what is excluded.
+def worth(candidate: Candidate, budget: float) -> float:
+    """The predicted gain, less what its set-up costs of the budget: a trial that takes all of it had
+    better be the only one."""
+    return candidate.gain / (1.0 + candidate.variant.setup_seconds / budget)
+
+
+def assemble(
+    candidates: Iterable[Candidate], *, budget: float = 120.0, limit: int | None = None, fixed: bool = False
+) -> Plan:
+    """The stack of best predictions: greedily by their worth, skipping what is excluded.
 
     Predictions rest on measured rates; a ``fixed`` order does without them.
     """
     chosen: list[Candidate] = []
     for candidate in sorted(
         candidates,
-        key=lambda c: (0.0 if fixed else -c.gain, PHASES.index(c.phase), -c.priority, c.name),
+        key=lambda c: (0.0 if fixed else -worth(c, budget), PHASES.index(c.phase), -c.priority, c.name),
     ):
         if limit is not None and len(chosen) >= limit:
             break

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kpt.transaction import gate
 from kpt.transaction.events import emit
-from kpt.transaction.plan import Candidate, Plan, assemble, excludes
+from kpt.transaction.plan import Candidate, Plan, assemble, excludes, worth
 from kpt.transaction.receipt import Entry
 from kpt.transaction.trial import Outcome, Trials
 
@@ -93,7 +93,9 @@ class Search:
     def _stack(self) -> Outcome | None:
         """The first stack that holds, dropping whatever is at fault until one does."""
         while True:
-            plan = assemble(self._candidates(), limit=self.fuel, fixed=self.deterministic)
+            plan = assemble(
+                self._candidates(), budget=self.budget.seconds, limit=self.fuel, fixed=self.deterministic
+            )
             if not plan.steps or plan.key in self._wrong_plans:
                 return None
             outcome = self._try(plan)
@@ -146,7 +148,7 @@ class Search:
         best: Outcome | None = None
         if self.fuel == 0:
             return None
-        for candidate in sorted(self._candidates(), key=lambda c: -c.gain):
+        for candidate in sorted(self._candidates(), key=lambda c: -worth(c, self.budget.seconds)):
             if candidate.gain <= 1.0:
                 self._reject(candidate, "slower", f"predicted {candidate.gain:.2f}x, not tried")
                 continue
@@ -208,7 +210,7 @@ class Search:
 
     def _alternatives(self, best: Outcome) -> Outcome:
         """Try what was left out in place of (or beside) what was chosen, most promising first."""
-        for candidate in sorted(self._candidates(), key=lambda c: -c.gain):
+        for candidate in sorted(self._candidates(), key=lambda c: -worth(c, self.budget.seconds)):
             if any(candidate is step for step in best.plan.steps):
                 continue
             replaced = [step for step in best.plan.steps if excludes(step, candidate) is not None]
