@@ -36,8 +36,14 @@ class Bf16:
             )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        self.replaced = cast_weights(model, torch.bfloat16)
-        return cast_calls(model, torch.bfloat16)
+        self.replaced, put_back = cast_weights(model, torch.bfloat16)
+        unwrap = cast_calls(model, torch.bfloat16)
+
+        def undo() -> None:
+            unwrap()
+            put_back()
+
+        return undo
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.replaced > 0

@@ -6,22 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from kpt.judge import tree
+from torch.utils import _pytree as pytree
 
 _FLOATS = (torch.float32, torch.float64)
+#: How deep tensors are looked for inside objects that a model returns (a cache of layers of keys).
+_DEPTH = 4
 
 
-def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> int:
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
     """Replace every wide floating tensor of the workspace by a copy in ``dtype``; tied ones stay tied.
 
-    Returns how many were replaced. Only the workspace's own dictionaries change.
+    Vectors in non-persistent buffers stay wide: they are constants that a model computes with in full
+    precision on purpose (the frequencies of rotary embeddings). Only the workspace's own dictionaries
+    change. Returns how many were replaced, and what puts the wide ones back.
     """
     copies: dict[int, torch.Tensor] = {}
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is None or tensor.dtype not in _FLOATS:
+                    continue
+                if (
+                    store is module._buffers
+                    and tensor.dim() == 1
+                    and name in module._non_persistent_buffers_set
+                ):
                     continue
                 copy = copies.get(id(tensor))
                 if copy is None:
@@ -30,8 +40,14 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> int:
                         torch.nn.Parameter(cast, requires_grad=False) if store is module._parameters else cast
                     )
                     copies[id(tensor)] = copy
+                replaced.append((store, name, tensor))
                 store[name] = copy  # type: ignore[assignment]
-    return len(copies)
+
+    def undo() -> None:
+        for store, name, tensor in replaced:
+            store[name] = tensor
+
+    return len(copies), undo
 
 
 def cast_calls(
@@ -39,28 +55,61 @@ def cast_calls(
 ) -> Callable[[], None]:
     """Let the workspace's root take inputs in ``wide``, compute in ``dtype`` and return ``wide``."""
     inner = model.forward
+    before = model.__dict__.get("forward")
 
-    def narrow(path: Any, leaf: Any) -> Any:
+    def narrow(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype in _FLOATS else leaf
 
-    def widen(path: Any, leaf: Any) -> Any:
-        return leaf.to(wide) if isinstance(leaf, torch.Tensor) and leaf.dtype == dtype else leaf
-
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(lambda leaf: narrow((), leaf), (args, kwargs))
-        return _widened(inner(*args, **kwargs), widen)
+        args, kwargs = pytree.tree_map(narrow, (args, kwargs))
+        return _widened(inner(*args, **kwargs), dtype, wide)
 
     model.forward = forward  # type: ignore[method-assign]
 
     def undo() -> None:
-        model.__dict__.pop("forward", None)
+        if before is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.__dict__["forward"] = before
 
     return undo
 
 
-def _widened(output: Any, widen: Callable[[Any, Any], Any]) -> Any:
-    if isinstance(output, torch.Tensor):
-        return widen((), output)
-    if type(output) in (tuple, list, dict) or torch.utils._pytree.SUPPORTED_NODES.get(type(output)):
-        return torch.utils._pytree.tree_map(lambda leaf: widen((), leaf), output)
-    return tree.rebuild(output, widen)
+def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
+    """``output`` with its ``narrow`` tensors in ``wide``; objects that the forward made are changed in place."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(wide) if value.dtype == narrow else value
+        _widen_inside(value, narrow, wide, _DEPTH)
+        return value
+
+    return pytree.tree_map(leaf, output)
+
+
+def _widen_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> None:
+    """Cast the tensors that hang on an object such as a cache, at most ``depth`` levels down."""
+    if depth == 0 or value is None or isinstance(value, (int, float, str, bytes, torch.nn.Module, type)):
+        return
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if isinstance(item, torch.Tensor):
+                if item.dtype == narrow and isinstance(value, list):
+                    value[index] = item.to(wide)
+            else:
+                _widen_inside(item, narrow, wide, depth - 1)
+        return
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            if isinstance(item, torch.Tensor):
+                if item.dtype == narrow:
+                    value[key] = item.to(wide)
+            else:
+                _widen_inside(item, narrow, wide, depth - 1)
+        return
+    for name, item in list(getattr(value, "__dict__", {}).items()):
+        if isinstance(item, torch.Tensor):
+            if item.dtype == narrow:
+                setattr(value, name, item.to(wide))
+        elif not callable(item):
+            _widen_inside(item, narrow, wide, depth - 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +22,6 @@ _SMALLEST = 128 * 128
 
 class Int8:
     """The `Pass` of the policy."""
-
-    def __init__(self) -> None:
-        self.layers: list[Int8Linear] = []
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         paths = tuple(_large_linears(observation.model))
@@ -49,17 +47,22 @@ class Int8:
                 )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        rest = getattr(torch, variant.params["rest"])
+        undos: list[Callable[[], None]] = []
         for path in _large_linears(model):
             parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent) if parent else model
-            layer = Int8Linear(getattr(owner, name))
-            owner._modules[name] = layer
-            self.layers.append(layer)
-        if rest is torch.float32:
-            return lambda: None
-        cast_weights(model, rest)
-        return cast_calls(model, rest)
+            children = (model.get_submodule(parent) if parent else model)._modules
+            linear = children[name]
+            children[name] = Int8Linear(linear)  # type: ignore[arg-type]
+            undos.append(functools.partial(children.__setitem__, name, linear))
+        if variant.params["rest"] != "float32":
+            rest = getattr(torch, variant.params["rest"])
+            undos += [cast_weights(model, rest)[1], cast_calls(model, rest)]
+
+        def undo() -> None:
+            for step in reversed(undos):
+                step()
+
+        return undo
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return any(isinstance(module, Int8Linear) for module in model.modules())
