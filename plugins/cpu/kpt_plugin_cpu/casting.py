@@ -76,7 +76,7 @@ def cast_calls(
 
 
 def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
-    """``output`` with its ``narrow`` tensors in ``wide``; objects are changed in place: the forward made them."""
+    """``output`` with ``narrow`` tensors in ``wide``; objects change in place: the forward made them."""
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

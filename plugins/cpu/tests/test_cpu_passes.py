@@ -1,0 +1,276 @@
+"""Each pass and policy: values, observable effect, undo, the user's weights untouched, reasons to skip."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from observing import PROFILE, applied, observe, relative, skips, variants
+
+from kpt_plugin_cpu.bf16 import Bf16
+from kpt_plugin_cpu.channels_last import ChannelsLast
+from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
+from kpt_plugin_cpu.int8 import Int8
+from kpt_plugin_cpu.int8_linear import Int8Linear, quantize_weight
+from kpt_plugin_cpu.masks import DropMask
+from kpt_plugin_cpu.packing import PackPadding
+from kpt_plugin_cpu.threads import Threads
+
+
+@pytest.fixture(autouse=True)
+def fixed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 128)).eval()
+
+
+class Encoder(nn.Module):
+    """Masked mean over embedded tokens, with a layer that mixes positions through attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 64)
+        self.project = nn.Linear(64, 64)
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.project(self.embedding(input_ids))
+        mask = attention_mask[:, None, None, :].bool() if attention_mask is not None else None
+        heads = hidden.unflatten(-1, (4, 16)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        return {"hidden": mixed.transpose(1, 2).flatten(2)}
+
+
+def padded(lengths: list[int], width: int) -> dict[str, torch.Tensor]:
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.randint(0, 50, mask.shape) * mask, "attention_mask": mask}
+
+
+DYNAMIC = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+
+
+# ---- compilation -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+def test_frozen_inductor_computes_the_same_and_its_undo_restores(mlp):
+    x = torch.randn(4, 128)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(mlp, x))}
+    assert offers["frozen"].derives and not offers["live"].derives
+    assert offers["frozen"].predicted_gain > offers["live"].predicted_gain > 1.0
+    weights = [parameter.clone() for parameter in mlp.parameters()]
+    behaviour, space, undo = applied(Inductor, mlp, offers["frozen"])
+    assert not behaviour.verify_applied(space)
+    assert relative(space.forward(x), mlp(x)) < 1e-6
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+    assert all(torch.equal(a, b) for a, b in zip(weights, mlp.parameters()))
+
+
+@torch.no_grad()
+def test_permission_for_reduced_precision_ends_with_compilation():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="inside"), packing_for_onednn():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        raise RuntimeError("inside")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_training_is_offered_live_weights_only(mlp):
+    names = [offer.name for offer in variants(Inductor(), observe(mlp, torch.randn(2, 128), mode="training"))]
+    assert names == ["live"]
+
+
+def test_repeated_blocks_are_the_outermost_layers_of_one_class():
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    assert repeated_blocks(nn.TransformerEncoder(layer, 3)) == ["layers.0", "layers.1", "layers.2"]
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+
+
+def test_without_a_compiler_the_reason_is_given(mlp, monkeypatch):
+    monkeypatch.setattr("kpt_plugin_cpu.inductor.compiler", lambda: None)
+    assert "C++ compiler" in skips(Inductor(), observe(mlp, torch.randn(2, 128)))[0]
+
+
+# ---- precision -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_bf16_keeps_the_interface_and_the_weights(mlp):
+    x = torch.randn(4, 128)
+    (offer,) = variants(Bf16(), observe(mlp, x))
+    behaviour, space, undo = applied(Bf16, mlp, offer)
+    output = space.forward(x)
+    assert output.dtype is torch.float32
+    assert 0 < relative(output, mlp(x)) < 2e-2
+    assert behaviour.verify_applied(space)
+    assert all(p.dtype is torch.float32 for p in mlp.parameters())
+    undo()
+
+
+def test_bf16_needs_the_instructions_and_fp32_weights(mlp):
+    x = torch.randn(2, 128)
+    old = replace(PROFILE, native_dtypes=("float32",))
+    assert skips(Bf16(), observe(mlp, x), old)
+    assert skips(Int8(), observe(mlp, x), old)
+    half = nn.Sequential(nn.Linear(128, 128)).bfloat16()
+    assert skips(Bf16(), observe(half, x.bfloat16()))
+
+
+@torch.no_grad()
+def test_int8_multiplies_integers(mlp):
+    x = torch.randn(16, 128)
+    for offer in variants(Int8(), observe(mlp, x)):
+        behaviour, space, undo = applied(Int8, mlp, offer)
+        with torch.profiler.profile() as profile:
+            output = space.forward(x)
+        names = {event.key for event in profile.key_averages()}
+        assert any("qlinear" in name for name in names)
+        assert not any(name in ("aten::addmm", "aten::linear") for name in names)
+        assert 0 < relative(output, mlp(x)) < 5e-2
+        assert behaviour.verify_applied(space)
+        undo()
+
+
+@torch.no_grad()
+def test_int8_rows_do_not_share_a_scale():
+    """One row of outliers must not cost the others their precision."""
+    linear = nn.Linear(128, 64).eval()
+    x = torch.randn(8, 128)
+    x[0] *= 1e4
+    output, expected = Int8Linear(linear)(x), linear(x)
+    for row in range(8):
+        assert relative(output[row], expected[row]) < 3e-2
+
+
+def test_int8_weights_are_symmetric_per_channel():
+    weight = torch.randn(6, 32) * torch.logspace(-4, 4, 6)[:, None]
+    quantized, scale = quantize_weight(weight)
+    assert quantized.dtype is torch.int8
+    assert int(quantized.abs().max()) == 127
+    assert ((quantized * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@torch.no_grad()
+def test_int8_of_zeros_and_of_no_rows():
+    layer = Int8Linear(nn.Linear(128, 64).eval())
+    assert torch.isfinite(layer(torch.zeros(3, 128))).all()
+
+
+def test_int8_skips_models_without_large_linears():
+    small = nn.Sequential(nn.Linear(8, 8))
+    assert "linear" in skips(Int8(), observe(small, torch.randn(2, 8)))[0]
+
+
+# ---- layout ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_channels_last_reaches_the_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    (offer,) = variants(ChannelsLast(), observe(model, x))
+    behaviour, space, undo = applied(ChannelsLast, model, offer)
+    output = space.forward(x)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert relative(output, model(x)) < 1e-6
+    assert behaviour.verify_applied(space)
+    assert model[0].weight.is_contiguous()
+    undo()
+    assert skips(ChannelsLast(), observe(nn.Linear(2, 2), torch.randn(2, 2)))
+
+
+# ---- shapes ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_is_dropped_and_any_other_is_kept():
+    model = Encoder().eval()
+    full, partial = padded([5, 5], 5), padded([5, 3], 5)
+    (offer,) = variants(DropMask(), observe(model, [full, partial]))
+    assert offer.touches_mask
+    seen = []
+
+    class Watched(Encoder):
+        def forward(self, input_ids, attention_mask=None):
+            seen.append(attention_mask is None)
+            return super().forward(input_ids, attention_mask)
+
+    watched = Watched().eval()
+    watched.load_state_dict(model.state_dict())
+    behaviour, space, undo = applied(DropMask, watched, offer)
+    for call in (full, partial):
+        torch.testing.assert_close(space.forward(**call)["hidden"], model(**call)["hidden"])
+    assert seen == [True, False]
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+    assert skips(DropMask(), observe(model, partial))
+
+
+@torch.no_grad()
+def test_packing_agrees_where_the_mask_is_one_and_restores_the_shape():
+    model = Encoder().eval()
+    call = padded([12, 3, 4, 11, 2, 1], 12)
+    offers = variants(PackPadding(), observe(model, call, dynamic_shapes=DYNAMIC))
+    assert offers and offers[0].touches_mask and offers[0].predicted_gain > 1.1
+    behaviour, space, undo = applied(PackPadding, model, offers[0])
+    for lengths, width in (([12, 3, 4, 11, 2, 1], 12), ([2, 9], 9), ([1, 1, 1, 7], 7)):
+        call = padded(lengths, width)
+        got, expected = space.forward(**call)["hidden"], model(**call)["hidden"]
+        assert got.shape == expected.shape
+        kept = call["attention_mask"].bool()
+        torch.testing.assert_close(got[kept], expected[kept])
+    assert behaviour.verify_applied(space)
+    undo()
+
+
+@torch.no_grad()
+def test_left_padding_and_full_batches_go_through_whole():
+    model = Encoder().eval()
+    offer = variants(PackPadding(), observe(model, padded([9, 2, 2], 9), dynamic_shapes=DYNAMIC))[0]
+    behaviour, space, undo = applied(PackPadding, model, offer)
+    left = {name: value.flip(1) for name, value in padded([9, 2, 2], 9).items()}
+    for call in (left, padded([4, 4], 4)):
+        torch.testing.assert_close(space.forward(**call)["hidden"], model(**call)["hidden"])
+    assert not behaviour.verify_applied(space)
+
+
+def test_packing_asks_for_declared_lengths_and_enough_padding():
+    model = Encoder().eval()
+    assert skips(PackPadding(), observe(model, padded([9, 2, 2], 9)))
+    assert skips(PackPadding(), observe(model, padded([9, 9, 9], 9), dynamic_shapes=DYNAMIC))
+
+
+# ---- run time --------------------------------------------------------------------------------
+
+
+def test_threads_are_set_during_the_call_and_put_back(mlp):
+    before = torch.get_num_threads()
+    other = 1 if before > 1 else 2
+    seen = []
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    observation = observe(model, torch.randn(2, 4), baseline_seconds=1e-4)
+    from kpt.specs import Variant
+
+    behaviour = Threads()
+    undo = behaviour.apply(model, Variant("other", {"threads": other}))
+    model.forward(torch.randn(2, 4))
+    assert seen == [other]
+    assert torch.get_num_threads() == before
+    assert behaviour.verify_applied(model)
+    undo()
+    crowded = replace(PROFILE, compute_units=max(before, 1))
+    assert skips(Threads(), replace(observation, baseline_seconds=1.0), crowded)

@@ -1,0 +1,51 @@
+"""The probe: facts without torch, limits of containers, rates."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from kpt.specs import HardwareProfile
+from kpt_plugin_cpu import probe
+
+
+def test_detection_needs_no_torch_and_names_what_can_be_used():
+    code = (
+        "import sys; from kpt_plugin_cpu.probe import CpuProbe; p = CpuProbe().detect(); "
+        "assert 'torch' not in sys.modules; print(p.compute_units)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) <= (os.cpu_count() or 1)
+
+
+def test_a_quota_cuts_the_cores_and_a_limit_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    monkeypatch.setattr(probe, "_cgroup_folders", lambda controller: [tmp_path])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert probe.quota_cores() == 1.5
+    assert probe.usable_cores() == 2
+    assert probe.usable_memory() == 1 << 30
+
+
+def test_an_old_style_quota_and_none_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "_cgroup_folders", lambda controller: [tmp_path])
+    assert probe.quota_cores() == 0.0
+    (tmp_path / "cpu.cfs_quota_us").write_text("-1\n")
+    assert probe.quota_cores() == 0.0
+    (tmp_path / "cpu.cfs_quota_us").write_text("50000\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+    assert probe.quota_cores() == 0.5
+    assert probe.usable_cores() == 1
+
+
+def test_rates_are_measured(monkeypatch):
+    monkeypatch.setattr(probe, "_SPAN", 0.01)
+    profile = probe.CpuProbe().detect()
+    assert isinstance(profile, HardwareProfile)
+    measured = probe.CpuProbe().measure(profile)
+    assert measured.bandwidth > 1e8
+    assert measured.matmul_rates["float32"] > 1e8
+    assert measured.predicted_seconds(0.0, 1e9, "float32") > 0
