@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kpt_plugin_cpu import plugin
 
 from kpt.plugins import instantiate
+from kpt_plugin_cpu import plugin
 
 SPECS = {spec.name: spec for spec in plugin.kpt_contenders()}
 TOLERANCE = {"exact": 1e-4, "production": 3e-2, "aggressive": 1e-1}
