@@ -125,6 +125,11 @@ class Search:
                 return False  # nobody announced to be slow: they are tried one by one
             slowest = max(plan.steps, key=lambda step: step.variant.setup_seconds)
             self._reject_outcome(slowest, outcome)
+            # What announces as long a set-up would take the rest of the budget the same way.
+            for other in self._candidates():
+                if other.variant.setup_seconds >= slowest.variant.setup_seconds:
+                    reason = f"not tried: {slowest.name}, with no longer a set-up, was stopped"
+                    self._reject(other, "deadline", reason)
             return True
         guilty = False
         for step in sorted(plan.steps, key=lambda step: step.variant.setup_seconds):
