@@ -185,8 +185,10 @@ class _Watch:
         self.fired = False
         self._left = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="kpt-deadline", daemon=True)
-        self._thread.start()
+
+    def start(self) -> None:
+        _watches.add(self)
+        threading.Thread(target=self._run, name="kpt-deadline", daemon=True).start()
 
     def _run(self) -> None:
         if self._left.wait(max(0.0, self.deadline - time.monotonic())):
@@ -207,17 +209,40 @@ class _Watch:
         with self._lock:
             self._left.set()
             fired = self.fired
+        _watches.discard(self)
         if not fired:
             return
         # One may be pending. Taking it back (setting NULL) leaves CPython's "exception pending" flag
         # set, and with it a profiled frame of Python 3.11 never gets past its first instruction. So it
         # is delivered here instead.
         try:
-            raise_in_thread(self.thread_id, DeadlinePassed)
+            # Again and again: until a new thread has run, CPython 3.11 knows it by its creator's id, and the
+            # exception may have gone there.
             while True:
-                pass
+                raise_in_thread(self.thread_id, DeadlinePassed)
+                time.sleep(0)
         except DeadlinePassed:
             return
+
+
+#: Watches that were started and not yet told that their block was left.
+_watches: set[_Watch] = set()
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """No deadline set inside the block, in this thread, outlives it.
+
+    A Ctrl-C may arrive between two bytecodes of ``with`` itself, so that a block is never left in order;
+    its watch would then interrupt whatever this thread does later.
+    """
+    before = set(_watches)
+    try:
+        yield
+    finally:
+        for watch in _watches - before:
+            if watch.thread_id == threading.get_ident():
+                watch.leave()
 
 
 @contextmanager
@@ -232,20 +257,27 @@ def deadline(seconds: float | None, *, interval: float = 0.5) -> Iterator[None]:
         return
     watch = _Watch(time.monotonic() + seconds, interval)
     failure: BaseException | None = None
+    interrupted: KeyboardInterrupt | None = None
     try:
+        watch.start()  # inside the block that ends it: a Ctrl-C may arrive as soon as the thread runs
         yield
     except BaseException as error:
         failure = error
         if isinstance(error, KeyboardInterrupt) or not watch.fired:
             raise
     finally:
-        # An exception that is already on its way may arrive here; only then is the loop repeated.
+        # An exception that is already on its way, or a Ctrl-C, may arrive here; only then is the loop
+        # repeated. A watch that was not told would go on raising in this thread for ever.
         while True:
             try:
                 watch.leave()
                 break
             except DeadlinePassed:
                 continue
+            except KeyboardInterrupt as error:
+                interrupted = error
+    if interrupted is not None:
+        raise interrupted
     if watch.fired:
         # A compiler that was killed makes its caller raise something of its own: one name for both.
         raise DeadlinePassed(f"stopped after {seconds:.1f} s") from (

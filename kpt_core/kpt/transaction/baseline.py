@@ -123,6 +123,16 @@ class Baseline:
         keep = self.keep_integers if keep_integers is None else keep_integers
         return self.observation.spec.draw(self.generator, sizes=sizes, padding=padding, keep_integers=keep)
 
+    def runs(self, call: Call) -> bool:
+        """Whether eager accepts ``call`` at all (a length beyond a table of positions, say)."""
+        with torch.no_grad(), self.runner.buffers_kept():
+            try:
+                given = call.clone()
+                self.plain.forward(*given.args, **given.kwargs)
+            except Exception:  # noqa: BLE001 - any refusal means that there is nothing to prepare for
+                return False
+        return True
+
     def close(self) -> None:
         self._exact = None
         self._casts.clear()

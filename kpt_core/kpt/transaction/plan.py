@@ -152,7 +152,7 @@ def assemble(
     ):
         if limit is not None and len(chosen) >= limit:
             break
-        if candidate.gain > 1.0 and all(excludes(candidate, other) is None for other in chosen):
+        if worth(candidate, budget) > 1.0 and all(excludes(candidate, other) is None for other in chosen):
             chosen.append(candidate)
     provided = frozenset(tag for c in chosen for tag in (c.source, *c.provides))
     return Plan.of(c for c in chosen if c.requires <= provided)

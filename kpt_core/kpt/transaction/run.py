@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt import compiling, profiles
+from kpt import compiling, interruption, profiles
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
@@ -95,7 +95,7 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
     state = ModelState(model, limit_bytes=int(0.25 * free_memory(device_of(model).type)))
     try:
         # A graph that waits for its backward must not find the buffers written, now that they are back.
-        with untouched(), _versions_kept(model):
+        with untouched(), _versions_kept(model), interruption.contained():
             _transact(run, calls, spec, state)
         if run.committed is not None:
             run.committed.watch.settle()

@@ -204,18 +204,21 @@ class Trials:
         return applied
 
     def warm_up_calls(self, plan: Plan) -> list[Call]:
-        """Calls of every kind that the plan will serve: what compiles or packs does it on these."""
+        """Calls of every kind that the plan will serve: what compiles or packs does it on these.
+
+        The examples, and one of other sizes where dimensions are dynamic. A dynamic size of one is a
+        kind of its own to compilers, worth compiling for only where an example has it.
+        """
         observation, baseline = self.observation, self.baseline
         calls = [call.clone() for call in observation.calls]
         if observation.dynamic:
-            for sizes in observation.spec.sizes(baseline.generator, 2):
-                try:
-                    call = baseline.draw(sizes=sizes)
-                    with torch.no_grad(), baseline.runner.buffers_kept():
-                        baseline.plain.forward(*call.clone().args, **call.clone().kwargs)
-                except Exception:  # noqa: BLE001, S112 - a size that eager refuses is no call to prepare for
+            for sizes in observation.spec.sizes(baseline.generator, 4):
+                if min(sizes.values()) < 2:
                     continue
-                calls.append(call)
+                call = baseline.draw(sizes=sizes)
+                if baseline.runs(call):
+                    calls.append(call)
+                    break
         if plan.touches_mask:
             calls.append(baseline.draw(padding=True))
         return calls

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FUSED = 0.5
 #: The rate of fp32 products by oneDNN; "float32" is that of the library which eager calls.
 ONEDNN = "float32:onednn"
+_COMPILE, _COMPILE_PER_MODULE = 3.0, 0.06
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,8 @@ def modules_with_work(observation: Observation) -> int:
     return sum(
         1 for module in observation.model.modules() if next(module.parameters(False), None) is not None
     )
+
+
+def compile_seconds(observation: Observation) -> float:
+    """Seconds to compile the model once: a part of its own, and one for each module with parameters."""
+    return _COMPILE + _COMPILE_PER_MODULE * modules_with_work(observation)

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Undo
     from kpt.transaction.observe import Observation
 
-#: Seconds to compile a model: a part of its own, and one for each module with parameters.
-_SETUP, _SETUP_PER_MODULE = 3.0, 0.06
-
 
 def compiler() -> str | None:
     """The C++ compiler that inductor would call, or None."""
@@ -85,7 +82,7 @@ class Inductor:
             return
         estimate = estimates.estimate(observation, hardware)
         modules = estimates.modules_with_work(observation)
-        setup = _SETUP + _SETUP_PER_MODULE * modules
+        setup = estimates.compile_seconds(observation)
         shared: dict[str, Any] = {"dims": declared_dims(observation)}
         live = estimate.gain(rest_ratio=estimates.FUSED)
         if observation.training:
