@@ -1,0 +1,169 @@
+"""Saving and loading: what is damaged, foreign or executable is refused, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kpt
+import slow_models
+from kpt.artifact import ArtifactError
+from slow_models import DirectScale, Net, net, plugin
+
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def saved(tmp_path: Path, **options: Any) -> tuple[Path, torch.nn.Module, torch.Tensor]:
+    model, x = net(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20)
+    assert kpt.report(model).optimized
+    return kpt.save(model, tmp_path / "artifact", **options), model, x
+
+
+def load(path: Path, **options: Any) -> torch.nn.Module:
+    return kpt.load(path, plugins=[plugin(DirectScale)], **options)
+
+
+def edit(path: Path, change: Any) -> None:
+    data = json.loads((path / "recipe.json").read_text())
+    change(data)
+    (path / "recipe.json").write_text(json.dumps(data))
+
+
+def test_a_saved_model_comes_back_optimised_without_a_search(tmp_path: Path) -> None:
+    path, model, x = saved(tmp_path)
+    assert {file.name for file in path.iterdir()} == {
+        "model.safetensors",
+        "recipe.json",
+        "receipt.json",
+        "verify",
+    }
+    again = load(path)
+    receipt = kpt.report(again)
+    assert receipt.optimized and not receipt.searched
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+        assert kpt.report(again).calls["optimized"] == 1
+
+
+def test_the_factory_that_the_user_names_builds_the_model(tmp_path: Path) -> None:
+    path, model, x = saved(tmp_path, build={"arch": "slow_models:net"})
+    assert isinstance(load(path, arch="slow_models:Net"), Net)
+    assert kpt.report(load(path, model=slow_models.Net())).optimized
+
+
+def test_a_model_in_another_state_is_unchanged_by_a_failed_load(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    edit(path, lambda data: data["aliases"].update(more="nothing"))
+    mine = slow_models.Net()
+    before = {name: value.clone() for name, value in mine.state_dict().items()}
+    with pytest.raises(ArtifactError, match="tied to nothing"):
+        load(path, model=mine)
+    assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "verify/inputs.safetensors", "receipt.json"])
+def test_a_file_whose_checksum_differs_is_refused(tmp_path: Path, file: str) -> None:
+    path, _, _ = saved(tmp_path)
+    raw = bytearray((path / file).read_bytes())
+    raw[-1] ^= 1
+    (path / file).write_bytes(raw)
+    with pytest.raises(ArtifactError, match="sha256 differs"):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    (path / "verify" / "original.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="original.safetensors is missing"):
+        load(path)
+
+
+def test_outputs_that_are_not_those_that_were_saved_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from kpt.artifact.folder import sha256
+
+    path, _, _ = saved(tmp_path)
+    file = path / "verify" / "original.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(str(file)).items()}, str(file))
+    edit(path, lambda data: data["files"].update({"verify/original.safetensors": sha256(file)}))
+    with pytest.raises(ArtifactError) as caught:
+        load(path)
+    assert caught.value.code == "verify"
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    edit(path, lambda data: data.update(schema=99))
+    with pytest.raises(ArtifactError, match="schema 99"):
+        load(path)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    with pytest.raises(ArtifactError, match="do not fit Linear"):
+        load(path, model=torch.nn.Linear(2, 2))
+
+
+def test_a_path_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    (tmp_path / "elsewhere").write_text("x")
+    edit(path, lambda data: data["files"].update({"../elsewhere": "0"}))
+    with pytest.raises(ArtifactError, match="outside of the folder"):
+        load(path)
+
+
+def test_a_model_that_only_a_pickle_can_build_needs_trust(tmp_path: Path) -> None:
+    model, x = (
+        torch.nn.Sequential(slow_models.SlowScale(16), torch.nn.Linear(16, 4)).eval(),
+        torch.randn(8, 16),
+    )
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20)
+    path = kpt.save(model, tmp_path / "artifact")
+    with pytest.raises(ArtifactError) as caught:
+        load(path)
+    assert caught.value.code == "untrusted"
+    again = load(path, trust=True)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_a_recipe_that_does_not_hold_here_leaves_the_model_unoptimised_and_says_so(tmp_path: Path) -> None:
+    path, model, x = saved(tmp_path)
+    with pytest.warns(UserWarning, match="does not hold here"):
+        again = kpt.load(path, plugins=[plugin()])
+    assert not kpt.report(again).optimized and "forward" not in again.__dict__
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        saved(tmp_path)
+    assert (tmp_path / "artifact" / "thesis.txt").read_text() == "years of work"
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
+    model = net()
+    model.last = torch.nn.Linear(16, 16)
+    model.last.weight = model.first.weight
+    x = torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20)
+    path = kpt.save(model, tmp_path / "artifact")
+    again = load(path, trust=True)
+    assert again.last.weight is again.first.weight
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
