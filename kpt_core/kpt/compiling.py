@@ -258,6 +258,11 @@ class CompiledForward:
         next(self._executions)
         return target(*args, **kwargs)
 
+    def lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """The compiled code memoised for calls like this one, or None. Calls made to it are not counted."""
+        key = structure_of(args, kwargs)
+        return self._table.get(key) if key is not None else None
+
     @property
     def executions(self) -> int:
         """How many calls ran compiled code."""

@@ -78,6 +78,12 @@ class Applied:
         return self.module.forward
 
     @property
+    def direct(self) -> compiling.CompiledForward | None:
+        """The compiled forward that the workspace's root forward is, if it is one."""
+        only = self.compiled[0] if len(self.compiled) == 1 else None
+        return only if only is not None and self.forward is only else None
+
+    @property
     def executions(self) -> Callable[[], int] | None:
         """Counts runs of compiled graphs, or None when the plan compiles nothing."""
         if not self.compiled:

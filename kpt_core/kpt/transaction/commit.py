@@ -37,6 +37,7 @@ class Committed:
             training=observation.training,
             executions=applied.executions,
             ambient=observation.ambient,
+            direct=applied.direct,
         )
         self.plan.committed = self
         self._uninstall: Callable[[], None] | None = dispatch.install(model, self.plan)

@@ -24,6 +24,7 @@ from kpt.transaction.lazy_backward import with_backward
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
+    from kpt.compiling import CompiledForward
     from kpt.transaction.guard import InputGuard
     from kpt.transaction.watch import Watch
 
@@ -34,6 +35,7 @@ _is_tracing = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _deterministic = torch._C._get_deterministic_algorithms
+_inference_mode = torch.is_inference_mode_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -77,7 +79,8 @@ def _peek(counter: itertools.count[int]) -> int:
 class Plan:
     """A committed plan: the optimised forward, its guard, and its counters.
 
-    ``run`` is the workspace's root forward.
+    ``run`` is the workspace's root forward; ``direct`` the same when it is one compiled forward, of
+    which the code for a known call is then called without asking it again.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Plan:
         training: bool,
         executions: Callable[[], int] | None = None,
         ambient: tuple[Any, ...] = (),
+        direct: CompiledForward | None = None,
     ) -> None:
         self.run = run
         self.previous = _own_forward(model)
@@ -98,6 +102,8 @@ class Plan:
         self.training = training
         self.fallbacks = Counter()
         self.executions = executions
+        self.direct = direct
+        self._targets: dict[Any, Callable[..., Any]] = {}
         self._optimized = itertools.count()
         self._canonical = Canonical(self.original(model))
         self._known: dict[Any, str | None] = {}
@@ -138,10 +144,17 @@ class Plan:
             else:
                 if args:
                     args, kwargs = self._canonical(args, kwargs)
-                reason = self._miss(args, kwargs) or self.watch.stale()
+                key, reason = self._miss(args, kwargs)
+                reason = reason or self.watch.stale()
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
+        if self.direct is not None and not grad:
+            target = self._targets.get(key)
+            if target is not None:
+                next(self._optimized)
+                return target(*args, **kwargs)
+            self._remember(key, args, kwargs)
         if self.executions is None:
             next(self._optimized)
             return self._optimised(model, args, kwargs, grad)
@@ -165,26 +178,39 @@ class Plan:
         original = self.original(model)
         return with_backward(lambda: self.run(*args, **kwargs), lambda: original(*args, **kwargs), sources)
 
-    def _miss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why these inputs are outside of what was proven, or None."""
-        key: list[Any] = []
+    def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the compiled code for calls of this key, so that the next one asks no second table."""
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor)]
+        if len({id(tensor) for tensor in tensors}) != len(tensors):
+            return  # code for one tensor passed twice is not code for two
+        target = self.direct.lookup(args, kwargs)  # type: ignore[union-attr]
+        if target is not None:
+            if len(self._targets) >= _MAX_KEYS:
+                self._targets.clear()
+            self._targets[key] = target
+
+    def _miss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+        """The call's key, and why its inputs are outside of what was proven, or None."""
+        key: list[Any] = [_inference_mode()]
         for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
             if type(value) is _Tensor:
-                key.append((name, value.shape, value.dtype, value.device, value.is_contiguous()))
+                key.append(
+                    (name, value.shape, value.dtype, value.device, value.is_contiguous(), value.requires_grad)
+                )
             else:
                 part = _key(value)
                 if part is _missing:
-                    return f"argument {name!r} has an unsupported type {type(value).__name__}"
+                    return None, f"argument {name!r} has an unsupported type {type(value).__name__}"
                 key.append((name, part))
         hashed = tuple(key)
         found = self._known.get(hashed, _missing)
         if found is not _missing:
-            return found  # type: ignore[return-value]
+            return hashed, found  # type: ignore[return-value]
         reason = self.inputs.misfit(args, kwargs)
         if len(self._known) >= _MAX_KEYS:
             self._known.clear()
         self._known[hashed] = reason
-        return reason
+        return hashed, reason
 
     def _ambient_reason(self) -> str:
         if _function_modes() or _dispatch_modes():
