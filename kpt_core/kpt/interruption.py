@@ -12,6 +12,7 @@ shared library): the exception arrives when it returns.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import signal
@@ -183,32 +184,38 @@ class _Watch:
         self.deadline = deadline
         self.interval = interval
         self.fired = False
-        self._left = threading.Event()
+        self._ended = False
+        # Held until the block is left. A plain lock: unlike an Event, it cannot be torn by a Ctrl-C.
+        self._inside = threading.Lock()
+        self._inside.acquire()
         self._lock = threading.Lock()
 
     def start(self) -> None:
         _watches.add(self)
-        threading.Thread(target=self._run, name="kpt-deadline", daemon=True).start()
+        # `Thread.start` waits for the new thread in Python code, which a Ctrl-C can tear.
+        _thread.start_new_thread(self._run, ())
 
     def _run(self) -> None:
-        if self._left.wait(max(0.0, self.deadline - time.monotonic())):
+        if self._inside.acquire(timeout=max(0.0, self.deadline - time.monotonic())):
             return
         while True:
             with self._lock:
-                if self._left.is_set():
+                if self._ended:
                     return
                 self.fired = True
                 raise_in_thread(self.thread_id, DeadlinePassed)
                 # Inside the lock: the block's successor may compile as soon as `leave` returns.
                 stop_workers()
-            if self._left.wait(self.interval):
+            if self._inside.acquire(timeout=self.interval):
                 return
 
     def leave(self) -> None:
         """No exception is raised once this returns; it may itself be interrupted."""
         with self._lock:
-            self._left.set()
             fired = self.fired
+            if not self._ended:
+                self._ended = True
+                self._inside.release()
         _watches.discard(self)
         if not fired:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import random
 import signal
 import threading
 import time
@@ -14,6 +16,7 @@ import hostile_passes
 import kpt
 import stopping_passes as stopping
 from fingerprints import optimized
+from kpt import interruption
 from kpt.transaction import events
 from slow_models import DirectScale, net, plugin
 
@@ -170,3 +173,42 @@ def test_one_search_at_a_time():
         for thread in threads:
             thread.join(60)
     assert most[0] == 1 and all(kpt.report(model).optimized for model in models)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+def test_no_deadline_outlives_its_block_in_a_storm_of_signals():
+    """A watch that was never told would raise in this thread later, far away from kpt."""
+    generator, interrupted, stray = random.Random(0), 0, 0
+    threads = _thread._count()
+
+    def block(seconds: float) -> None:
+        try:
+            with interruption.contained(), interruption.deadline(seconds):
+                for _ in range(generator.randrange(20_000)):
+                    pass
+        except interruption.DeadlinePassed:
+            return
+        for _ in range(5_000):
+            pass
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for step in range(500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 6e-4))
+                block(0.3 if step % 2 else 2e-4)
+            except KeyboardInterrupt:
+                interrupted += 1
+            except interruption.DeadlinePassed:
+                stray += 1
+            while True:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.0)
+                    break
+                except KeyboardInterrupt:
+                    interrupted += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(0.5)
+    assert interrupted > 50 and stray == 0
+    assert _thread._count() <= threads
