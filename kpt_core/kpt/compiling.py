@@ -416,7 +416,8 @@ class CompiledForward:
 
             remove_from_cache(self._function)
             self._function = None
-        self._globals.clear()
+        # Emptied, but with its keys: dynamo deletes those that it added when the code object dies.
+        self._globals.update(dict.fromkeys(self._globals))
 
     def __repr__(self) -> str:
         name = self.label or getattr(self.forward, "__qualname__", type(self.forward).__name__)
