@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -298,6 +299,29 @@ def test_stop_workers_leaves_other_children_alone():
         interruption.stop_workers()
         assert child.poll() is None
         child.kill()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
+def test_stop_workers_ends_the_compilers_of_inductor_and_no_build_of_the_users(tmp_path, monkeypatch):
+    cache, project = tmp_path / "cache", tmp_path / "project"
+    cache.mkdir()
+    project.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    compiler = tmp_path / "g++"  # known by its name, as the kernel tells it
+    shutil.copy(shutil.which("sleep"), compiler)
+    with (
+        subprocess.Popen([compiler, "30"], cwd=project) as theirs,
+        subprocess.Popen([compiler, "30"], cwd=cache) as ours,
+    ):
+        try:
+            while {p.name for p in interruption.descendants() if p.pid in (theirs.pid, ours.pid)} != {"g++"}:
+                time.sleep(0.01)
+            assert interruption.stop_workers(patience=0.05) == 1
+            ours.wait(timeout=10)
+            assert theirs.poll() is None
+        finally:
+            theirs.kill()
+            ours.kill()
 
 
 @pytest.mark.slow

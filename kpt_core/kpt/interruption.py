@@ -96,6 +96,32 @@ def _signal(pid: int, number: int) -> bool:
     return True
 
 
+def _of_inductor(pid: int) -> bool:
+    """Whether a compiler works on inductor's files: it names, or runs in, inductor's cache folder.
+
+    What the compiler driver runs (cc1plus, as, ld) reads and writes some temporary files only, but has
+    the driver's working folder, which inductor makes below its cache.
+    """
+    try:
+        facts = Path(f"/proc/{pid}/cmdline").read_bytes(), os.fsencode(os.readlink(f"/proc/{pid}/cwd"))
+    except OSError:  # it ended, or is not ours to look at
+        return False
+    marks = [b"torchinductor"]
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # inductor itself sets it when it first looks
+        marks.append(os.fsencode(os.path.abspath(folder)) + b"/")
+    return any(mark in fact + b"/" for mark in marks for fact in facts)
+
+
+def _compilers() -> dict[int, int]:
+    """Inductor's compilers below this process, and their parents."""
+    below = {process.pid: process for process in descendants()}
+    mine: set[int] = set()
+    for process in below.values():  # parents come before their children
+        if process.parent in mine or (_is_compiler(process.name) and _of_inductor(process.pid)):
+            mine.add(process.pid)
+    return {pid: below[pid].parent for pid in mine if _is_compiler(below[pid].name)}
+
+
 def _output_of(pid: int) -> Path | None:
     """The file that a compiler writes (its argument after ``-o``)."""
     try:
@@ -125,11 +151,12 @@ def _forget_failed_libraries() -> None:
 
 
 def stop_workers(patience: float = 0.5) -> int:
-    """End the compilers that run below this process; return how many processes were ended.
+    """End inductor's compilers below this process; return how many processes were ended.
 
     Compilers started by inductor's threads and by its worker pool are ended and what is queued
     behind them is cancelled. Pools and failures are forgotten, so that the next compilation starts
-    anew. Only programs known as compilers and inductor's own worker processes are touched.
+    anew. Only inductor's own worker processes and compilers that work in its cache folder are touched,
+    never a build of the user's.
 
     What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
     seconds it is ended too. Their half-written outputs are removed: the next compilation would take
@@ -156,7 +183,7 @@ def stop_workers(patience: float = 0.5) -> int:
         module.after_fork()
     outputs: set[Path] = set()
     waited_until = time.monotonic() + patience
-    while running := {process.pid: process.parent for process in descendants() if _is_compiler(process.name)}:
+    while running := _compilers():
         outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
         late = time.monotonic() >= waited_until
         ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
