@@ -45,7 +45,7 @@ def run(**options: object) -> tuple[kpt.Receipt, list[str]]:
     """Optimise a new model with the cache on; its receipt and the kinds of events."""
     kinds: list[str] = []
     with events.listen(lambda event: kinds.append(event["kind"])):
-        model = optimized(net(), EXAMPLE, **{"plugins": PLUGINS, "cache": True, **options})
+        model = optimized(net(), EXAMPLE, **{"plugins": PLUGINS, "cache": True, "budget": 6.0, **options})
     with torch.no_grad():
         assert torch.allclose(model(EXAMPLE), net()(EXAMPLE), atol=1e-5)
     assert fast_calls(model) == 1
@@ -126,6 +126,14 @@ TAMPERINGS: dict[str, Callable[[Path], object]] = {
     "bad sites": edited(lambda body: body["steps"][0]["variant"].update(sites=3)),
     "bad figures": edited(lambda body: body.update(figures=[1])),
     "bad rejections": edited(lambda body: body["figures"].update(rejected=[{"evil": 1}])),
+    "a level that was not asked for": edited(
+        lambda body: body["steps"][0]["variant"].update(level="aggressive")
+    ),
+    "a variant that nobody offers": edited(lambda body: body["steps"][0]["variant"].update(name="mine")),
+    "parameters that nobody offers": edited(
+        lambda body: body["steps"][0]["variant"].update(params={"rounds": 0})
+    ),
+    "a phase that the pass is not of": edited(lambda body: body["steps"][0].update(phase="compile")),
     "the wrong pass": edited(lambda body: body["steps"][0].update(source="OnePercent")),
 }
 
@@ -137,6 +145,19 @@ def test_a_cache_that_was_tampered_with_leads_to_a_clean_search(tamper, cached):
     assert receipt.searched and "propose" in kinds
     assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
     assert any("recipe" in note for note in receipt.notes), receipt.notes
+
+
+def test_a_recipe_cannot_change_how_its_steps_are_judged():
+    plugins = [plugin(DerivedScale)]
+    first, _ = run(plugins=plugins)
+    (path,) = recipes()
+    claims = {"derives": False, "level": "production", "reproducible": True, "compute_dtype": "bfloat16"}
+    edited(lambda body: body["steps"][0]["variant"].update(claims, sites=["slow"], setup_seconds=9.0))(path)
+    receipt, _ = run(plugins=plugins)
+    assert receipt.recipe == "hit" and not receipt.searched
+    assert receipt.watched_tensors == first.watched_tensors > 0
+    step = receipt.recipe_data["steps"][0]["variant"]
+    assert step == first.recipe_data["steps"][0]["variant"] and step["derives"] is True
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners exist on POSIX only")

@@ -49,7 +49,7 @@ def _propose_one(registered: Any, observation: Observation, proposals: Proposals
             proposals.skip(spec.name, registered.plugin, phase, offer.reason)
             continue
         level = offer.level or spec.level
-        if LEVELS.index(level) > LEVELS.index(observation.level):
+        if _above(level, observation):
             proposals.skip(f"{spec.name}:{offer.name}", registered.plugin, phase, f"needs level={level!r}")
             continue
         proposals.candidates.append(_candidate(registered, offer, phase))
@@ -77,7 +77,7 @@ def unfit(spec: Any, observation: Observation) -> str | None:
         return f"not for {observation.mode}"
     if spec.hardware and not {observation.hardware.name, observation.device_type} & set(spec.hardware):
         return f"needs {' or '.join(spec.hardware)}; this is {observation.hardware.name}"
-    if LEVELS.index(spec.level) > LEVELS.index(observation.level):
+    if _above(spec.level, observation):
         return f"needs level={spec.level!r}"
     return None
 
@@ -96,8 +96,12 @@ def rebuild(
 ) -> tuple[Plan, list[dict[str, str]]]:
     """The plan of a recipe, from the plugins that are installed here, and what was skipped.
 
+    A recipe only chooses. What a step promises and how it is judged (its level, dtype, sites, whether it
+    derives copies) is what its plugin offers here and now, never what the file says.
+
     Raises:
-        RecipeError: a step names a plugin, pass or kernel that is not here or does not apply.
+        RecipeError: a step names a plugin, pass or kernel that is not here or does not apply, a variant
+            that is not offered here, or one beyond the level that was asked for.
     """
     from kpt.transaction.recipe import RecipeError, variant_of
 
@@ -105,6 +109,8 @@ def rebuild(
     offered = Proposals()
     for step in data["steps"]:
         variant = variant_of(step["variant"])
+        if variant.level is not None and _above(variant.level, observation):
+            raise RecipeError(f"{step['source']}:{variant.name} needs level={variant.level!r}")
         if step["phase"] == "kernels":
             if not offered.candidates:
                 kernels.propose(observation, registry, offered)
@@ -120,14 +126,30 @@ def rebuild(
 
 
 def _rebuilt(step: dict[str, Any], variant: Variant, observation: Observation, registry: Any) -> Candidate:
+    """What the plugin offers now under the name and with the parameters of a recipe's variant."""
     from kpt.transaction.recipe import RecipeError
 
     hook = "kpt_precision_policies" if step["phase"] == "precision" else "kpt_passes"
-    for registered in (*registry.specs(hook), *registry.specs("kpt_passes")):
+    for registered in registry.specs(hook):
         spec = registered.spec
-        if spec.name == step["source"] and registered.plugin == step["plugin"]:
-            reason = unfit(spec, observation)
-            if reason is not None:
-                raise RecipeError(f"{spec.name}: {reason}")
-            return _candidate(registered, variant, step["phase"])
+        if spec.name != step["source"] or registered.plugin != step.get("plugin"):
+            continue
+        proposals = Proposals()
+        _propose_one(registered, observation, proposals)
+        for candidate in proposals.candidates:
+            if candidate.phase == step["phase"] and _same_choice(candidate.variant, variant):
+                return candidate
+        reasons = "; ".join(skip["reason"] for skip in proposals.skipped)
+        raise RecipeError(
+            f"{spec.name} does not offer {variant.name} with these parameters here"
+            + (f" ({reasons})" if reasons else "")
+        )
     raise RecipeError(f"{step['source']} of plugin {step.get('plugin')!r} is not installed")
+
+
+def _same_choice(offered: Variant, stored: Variant) -> bool:
+    return offered.name == stored.name and plain(offered.params) == plain(stored.params)
+
+
+def _above(level: str, observation: Observation) -> bool:
+    return LEVELS.index(level) > LEVELS.index(observation.level)
