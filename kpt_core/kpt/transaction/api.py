@@ -21,6 +21,7 @@ from kpt.transaction.receipt import Receipt
 from kpt.transaction.run import Request, execute
 
 if TYPE_CHECKING:
+    from kpt.judge.calls import Call
     from kpt.specs import Level, Objective
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -28,6 +29,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 _lock = threading.RLock()
 _receipts: weakref.WeakKeyDictionary[torch.nn.Module, Receipt] = weakref.WeakKeyDictionary()
 _requests: weakref.WeakKeyDictionary[torch.nn.Module, Request] = weakref.WeakKeyDictionary()
+#: Devices and dtypes of each model in its last run, which its examples were for.
+_last_kinds: weakref.WeakKeyDictionary[torch.nn.Module, tuple[set[torch.device], set[torch.dtype]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def optimize(
@@ -97,10 +102,19 @@ def run(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receip
     """Optimise ``model`` for the examples now; one run at a time in a process."""
     with _lock:
         _restore_tree(model)
-        with torch.inference_mode(False):
-            receipt = execute(model, example_inputs, request)
+        from kpt.transaction.deferred import searching
+
+        searching.set()
+        try:
+            # Leaving inference mode turns gradients on, which would make a call under no_grad a training step.
+            grad = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                receipt = execute(model, example_inputs, request)
+        finally:
+            searching.clear()
         _receipts[model] = receipt
         _requests[model] = request
+        _last_kinds[model] = _kinds(model)
         return receipt
 
 
@@ -150,7 +164,8 @@ def refresh(model: Model) -> Model:
 
     Needed after writes that leave no trace (``tensor.data.mul_``), after merging adapters, after
     ``.to()``, and to leave the original forward after weights changed. The cached recipe is used, so
-    that nothing is searched unless the model's structure changed.
+    that nothing is searched unless the model's structure changed. The examples of the last run follow
+    the model to its device, and to its floating-point dtype if it was cast since (``.half()``).
 
     Raises:
         ValueError: ``model`` was never optimised in this process.
@@ -161,8 +176,36 @@ def refresh(model: Model) -> Model:
         raise ValueError(f"this {type(target).__name__} was not optimised; call kpt.optimize(model) first")
     if request.examples is None:
         return model  # deferred and not called yet: the first call will see the current weights
-    run(target, request.examples, request.again(_receipts.get(target)))
+    run(target, _moved(request.examples, target), request.again(_receipts.get(target)))
     return model
+
+
+def _kinds(model: torch.nn.Module) -> tuple[set[torch.device], set[torch.dtype]]:
+    """The devices of a model's tensors and the floating-point dtypes of its parameters."""
+    parameters = list(model.parameters())
+    devices = {tensor.device for tensor in (*parameters, *model.buffers())}
+    return devices, {p.dtype for p in parameters if p.is_floating_point()}
+
+
+def _moved(examples: list[Call], model: torch.nn.Module) -> list[Call]:
+    """The examples as the model takes them now: with it on its device, and in its dtype if it was cast."""
+    devices, dtypes = _kinds(model)
+    old_devices, old_dtypes = _last_kinds.get(model, (devices, dtypes))
+    device = next(iter(devices)) if len(devices) == 1 and devices != old_devices else None
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 and dtypes != old_dtypes else None
+    moved: dict[int, torch.Tensor] = {}  # what is one tensor stays one
+
+    def move(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in moved:
+            moved[id(leaf)] = leaf.to(
+                device=device if leaf.device in old_devices else None,
+                dtype=dtype if leaf.is_floating_point() else None,
+            )
+        return moved[id(leaf)]
+
+    return examples if device is None and dtype is None else [call.map(move) for call in examples]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 
-def peak_bytes(function: Callable[[], Any]) -> float:
+def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> float:
     """Bytes allocated at the highest point of ``function()``, above what was held before it.
 
-    On an accelerator from its allocator's statistics; on a CPU from the profiler's allocation
-    events, which see every tensor that torch allocates.
+    ``device_type`` is where the model is; without it, the accelerator if there is one. On an accelerator
+    the bytes are from its allocator's statistics; on a CPU from the profiler's allocation events, which
+    see every tensor that torch allocates.
     """
-    if torch.accelerator.is_available():
+    if device_type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
         function()
