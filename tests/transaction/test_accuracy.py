@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fingerprints
+import hostile_passes
 import kpt
 from fingerprints import optimized
 from slow_models import DirectScale, net, plugin
@@ -25,6 +26,20 @@ def test_a_metric_that_holds():
     receipt = kpt.report(model)
     assert receipt.accuracy["before"] == pytest.approx(receipt.accuracy["after"], abs=1e-5)
     assert all(candidate is not model for candidate in seen)
+
+
+def test_a_metric_outranks_the_tolerances():
+    model, example = net(), torch.randn(32, 16)
+    offered = [plugin(hostile_passes.OnePercent)]
+    kpt.optimize(model, example, plugins=offered, budget=20.0, cache=False)
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["value"]
+    top = net()(example).argmax(-1)
+
+    def agreement(candidate: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((candidate(example).argmax(-1) == top).float().mean())
+
+    optimized(model, example, plugins=offered, accuracy=kpt.Accuracy(agreement, max_drop=0.1))
 
 
 @pytest.mark.parametrize("higher", [True, False])

@@ -83,6 +83,23 @@ def test_a_plan_for_training_trains_as_eager_does():
     assert fallbacks(model) == {"the model is in evaluation mode": 1}
 
 
+def test_a_model_in_training_mode_without_gradients():
+    """Monte-Carlo dropout, or a forgotten ``eval()``: inference, with running statistics that move."""
+    model, twin, example = net(training=True), net(training=True), torch.randn(32, 16)
+    with torch.no_grad():
+        optimized(model, example, plugins=[plugin(DirectScale)])
+        assert kpt.report(model).mode == "inference"
+        torch.testing.assert_close(model(example), twin(example))
+    assert fast_calls(model) == 1
+    model(example).sum().backward()
+    twin(example).sum().backward()
+    assert fallbacks(model) == {"gradients are on in training mode": 1}
+    assert torch.equal(model.norm.running_mean, twin.norm.running_mean)
+    assert torch.equal(model.slow.weight.grad, twin.slow.weight.grad)
+    model.eval()
+    assert agrees(model, example) and fast_calls(model) == 1
+
+
 @plans
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict(plan, assign):

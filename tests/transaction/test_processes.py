@@ -36,6 +36,13 @@ def test_two_data_parallel_processes_train_as_without_kpt(tmp_path):
         assert found["after"] == found["eager"]
         assert found["before"] == found["eager"]
         assert found["disagreement"][0] is False
+        assert found["refused"][0] is False and found["refused"][1]
+        assert found["bad examples"] == ("raised" if rank else "returned")
+        assert found["nothing"] == [False, "no plugin had anything to offer here"]
+        assert found["rank 0 raises"][0] is False and found["rank 0 raises"][1]
+    assert "another rank" in ranks[0]["refused"][1]
+    assert ranks[0]["rank 0 raises"][1] == "the metric of rank 0 fails"
+    assert "another rank" in ranks[1]["rank 0 raises"][1]
     assert "another rank" in ranks[0]["disagreement"][1]
     assert ranks[0]["eager"] != ranks[1]["eager"]
 

@@ -22,6 +22,11 @@ PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
 EXAMPLE = torch.randn(32, 16)
 
 
+def closeness(model: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return -float((model(EXAMPLE) - net()(EXAMPLE)).abs().max())
+
+
 @pytest.fixture(scope="module")
 def primed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the recipe of `run` in it, to be copied."""
@@ -182,7 +187,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
         {"dynamic_shapes": {"x": {0: "batch"}}},
         {"plugins": [plugin(DirectScale, DerivedScale)]},
         {"fuel": 1},
-        {"accuracy": kpt.Accuracy(lambda model: 1.0)},
+        {"accuracy": kpt.Accuracy(closeness, max_drop=1e-4)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -231,6 +236,18 @@ def test_finding_nothing_is_remembered_too():
         assert receipt.searched is searched and not receipt.optimized and receipt.reason
         assert [entry.rule for entry in receipt.rejected] == ["value"]
     assert fingerprints.ours(model) == []
+
+
+@pytest.mark.parametrize(("budget", "searched"), [(60.0, True), (5.0, False)])
+def test_a_search_that_ran_out_of_time_is_repeated_with_more_only(budget, searched, cached):
+    def ran_out(body: dict) -> None:
+        assert body["figures"]["budget"] == 20.0
+        body["figures"]["rejected"][0]["rule"] = "budget"
+
+    edited(ran_out)(cached)
+    receipt, _ = run(budget=budget)
+    assert receipt.searched is searched
+    assert receipt.recipe == "hit" or "smaller budget" in receipt.recipe
 
 
 def test_without_the_cache_nothing_is_read_or_written(cached):

@@ -106,7 +106,7 @@ def run(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receip
 
         searching.set()
         try:
-            # Leaving inference mode turns gradients on, which would make a call under no_grad a training step.
+            # Leaving inference mode turns gradients on; a call under no_grad is no training step.
             grad = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
                 receipt = execute(model, example_inputs, request)

@@ -100,6 +100,9 @@ class Plan:
         self.inputs = inputs
         self.watch = watch
         self.training = training
+        self._flag = model.training
+        # In training mode a call with gradients is a training step, and one without is inference.
+        self._strict = model.training and any(p.requires_grad for p in model.parameters())
         self.fallbacks = Counter()
         self.executions = executions
         self.direct = direct
@@ -135,8 +138,8 @@ class Plan:
         reason = self.watch.reason or self.switched_off
         grad = _is_grad_enabled()
         if reason is None:
-            if model.training is not self.training or (self.training and not grad):
-                reason = _mode_reason(model, self.training)
+            if model.training is not self._flag or (self._strict and grad is not self.training):
+                reason = _mode_reason(model, self._flag, grad)
             elif (_any_autocast(), _deterministic()) != self._flags or _function_modes() or _dispatch_modes():
                 reason = self._ambient_reason()
             elif torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
@@ -221,10 +224,10 @@ class Plan:
         return "torch's deterministic mode differs from when the model was optimised"
 
 
-def _mode_reason(model: torch.nn.Module, training: bool) -> str:
-    if model.training is not training:
+def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
+    if model.training is not flag:
         return f"the model is in {'training' if model.training else 'evaluation'} mode"
-    return "gradients are off in training mode"
+    return f"gradients are {'on' if grad else 'off'} in training mode"
 
 
 def _key(value: Any) -> Any:

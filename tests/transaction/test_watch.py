@@ -1,0 +1,191 @@
+"""Changes that a plan has to notice, and state that a copy cannot share."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import kpt
+from slow_models import DirectScale, SlowScale, net, plugin
+
+
+def optimised(model, x, **options):
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20, cache=False, **options)
+    assert kpt.report(model).optimized, kpt.report(model)
+    return model
+
+
+def reasons(model):
+    return kpt.report(model).calls["reasons"]
+
+
+def test_an_unfrozen_parameter_gets_its_gradient():
+    model, x = net(True), torch.randn(8, 16)
+    model.first.weight.requires_grad_(False)
+    optimised(model, x)
+    model.first.weight.requires_grad_(True)
+    model(x).sum().backward()
+    assert model.first.weight.grad is not None
+    assert any("frozen" in reason for reason in reasons(model))
+
+
+def test_an_unfrozen_parameter_gets_its_gradient_in_evaluation_mode_too():
+    model, x = net(), torch.randn(8, 16)
+    model.first.weight.requires_grad_(False)
+    optimised(model, x)
+    model.first.weight.requires_grad_(True)
+    model(x).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+class Scaled(SlowScale):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.scaling = {"default": 1.0}
+        self.temperature = torch.tensor(1.0)
+        self.config = types.SimpleNamespace(double=False)
+
+    def forward(self, x):
+        x = super().forward(x) * self.scaling["default"] / self.temperature
+        return x * 2 if self.config.double else x
+
+
+class Around(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Scaled()
+        self.slow = SlowScale(16)
+
+    def forward(self, x):
+        return self.slow(self.inner(x))
+
+
+class DirectOuter(DirectScale):
+    """Replaces the outer scale only, so that the inner one's attributes still count."""
+
+    def apply(self, model, variant):
+        from slow_models import fast_forward
+
+        model.slow.forward = types.MethodType(fast_forward, model.slow)
+        self.applied = 1
+        return lambda: model.slow.__dict__.pop("forward", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.scaling.update(default=3.0),
+        lambda m: setattr(m, "temperature", torch.tensor(2.0)),
+        lambda m: m.temperature.mul_(2.0),
+        lambda m: setattr(m.config, "double", True),
+    ],
+    ids=["an entry of a dict", "a tensor attribute", "a tensor in place", "a switch of the config"],
+)
+def test_a_change_of_what_a_submodule_holds_is_served_by_the_original(change):
+    torch.manual_seed(0)
+    model, x = Around().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectOuter)], budget=20, cache=False)
+    assert kpt.report(model).optimized
+    change(model.inner)
+    with torch.no_grad():
+        assert torch.equal(model(x), type(model).forward(model, x))
+    assert sum(reasons(model).values()) == 1
+
+
+def test_another_autocast_dtype_is_served_by_the_original():
+    model, x = net(), torch.randn(8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20, cache=False)
+        if not kpt.report(model).optimized:
+            pytest.skip("nothing was faster under autocast here")
+        model(x)
+    assert not reasons(model)
+    with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        model(x)
+    assert any("autocast" in reason for reason in reasons(model))
+
+
+class Counting(SlowScale):
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.seen: list[int] = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return super().forward(x)
+
+
+def test_a_forward_that_appends_to_a_list_is_left_alone():
+    model, x = Counting().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20, cache=False)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and "seen" in receipt.reason
+    assert model.seen == []
+
+
+@dataclasses.dataclass
+class Answer:
+    scores: torch.Tensor
+    note: str = "fine"
+
+
+class Answering(SlowScale):
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+
+def test_gradients_flow_through_a_dataclass_and_to_the_second_order():
+    torch.manual_seed(0)
+    model, plain = torch.nn.Sequential(Answering(16)).eval(), torch.nn.Sequential(Answering(16)).eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(8, 16)
+
+    class Direct(DirectScale):
+        def replacement(self):
+            return lambda self, x: Answer(x * self.weight + self.bias)
+
+    import slow_models
+
+    slow_models.Direct, Direct.__module__, Direct.__qualname__ = Direct, "slow_models", "Direct"
+    kpt.optimize(model, x, plugins=[plugin(Direct)], budget=20, cache=False)
+    assert kpt.report(model).optimized, kpt.report(model)
+    found = []
+    for candidate in (model, plain):
+        given = x.clone().requires_grad_(True)
+        (first,) = torch.autograd.grad(candidate(given).scores.pow(2).sum(), given, create_graph=True)
+        first.pow(2).sum().backward()
+        found.append((given.grad, candidate[0].weight.grad))
+    for mine, true in zip(*found):
+        torch.testing.assert_close(mine, true)
+
+
+def test_an_input_written_to_before_the_backward_is_an_error_as_in_eager():
+    model, x = optimised(net(), torch.randn(8, 16)), torch.randn(8, 16)
+    loss = model(x).sum()
+    x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+class OnePercent(DirectScale):
+    def replacement(self):
+        return lambda self, x: (x * self.weight + self.bias) * 1.01
+
+
+def test_the_users_metric_outranks_the_tolerance():
+    x = torch.randn(8, 16)
+    loose = kpt.Accuracy(lambda model: 1.0, max_drop=0.0)
+    for accuracy, kept in ((None, False), (loose, True)):
+        import slow_models
+
+        slow_models.OnePercent, OnePercent.__module__, OnePercent.__qualname__ = (
+            OnePercent,
+            "slow_models",
+            "OnePercent",
+        )
+        model = net()
+        kpt.optimize(model, x, plugins=[plugin(OnePercent)], accuracy=accuracy, budget=20, cache=False)
+        assert kpt.report(model).optimized is kept, kpt.report(model)
