@@ -21,6 +21,10 @@ class Budget:
         self._clock = clock
         self._start = clock()
 
+    def restart(self) -> None:
+        """All of it again: what went by was spent waiting for another process."""
+        self._start = self._clock()
+
     def spent(self) -> float:
         return self._clock() - self._start
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from kpt.judge.calls import Call
 from kpt.transaction import dispatch
 from kpt.transaction.signature import Canonical
+
+#: Set while a run is under way: calls of other models that wait are answered and not observed.
+searching = threading.Event()
 
 
 class Deferred:
@@ -44,13 +48,25 @@ class Deferred:
         if _unobservable() or not self._lock.acquire(blocking=False):
             return original(*args, **kwargs)
         try:
-            call = Call(*Canonical(original)(args, kwargs)).clone()
+            try:
+                call = Call(*Canonical(original)(args, kwargs)).clone()
+            except Exception:  # noqa: BLE001 - a call that eager itself will refuse, or that cannot be copied
+                return original(*args, **kwargs)
             output = original(*args, **kwargs)
-            if self._uninstall is not None:
-                self._start(model, _outside_inference_mode(call))
+            if self._uninstall is not None and not searching.is_set():
+                self._observe(model, call)
             return output
         finally:
             self._lock.release()
+
+    def _observe(self, model: torch.nn.Module, call: Call) -> None:
+        """Start the run; the user's call has its answer and does not fail because of it."""
+        try:
+            self._start(model, _outside_inference_mode(call))
+        except Exception as error:  # noqa: BLE001 - told to the user, who gets eager's output all the same
+            warnings.warn(
+                f"{type(model).__name__} was not optimised: {type(error).__name__}: {error}", stacklevel=4
+            )
 
 
 def _unobservable() -> bool:

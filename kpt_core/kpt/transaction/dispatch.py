@@ -42,13 +42,19 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _missing = object()
 
 
+def autocast_devices() -> tuple[str, ...]:
+    """Kinds of devices here that have an autocast state."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
 def ambient_state() -> tuple[Any, ...]:
     """What of torch's global state decides how a call computes."""
     autocast: tuple[Any, ...] = ()
     if _any_autocast():
         autocast = tuple(
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in ("cpu", "cuda")
+            for device in autocast_devices()
         )
     return (autocast, _deterministic(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
 
@@ -112,7 +118,7 @@ class Plan:
         self._known: dict[Any, str | None] = {}
         self._ambient = ambient or ambient_state()
         self._flags = (bool(self._ambient[0]), self._ambient[1])
-        self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
+        self._parameters = tuple(model.parameters())
         self.switched_off: str | None = None
         self.committed: Any = None
 
@@ -140,7 +146,12 @@ class Plan:
         if reason is None:
             if model.training is not self._flag or (self._strict and grad is not self.training):
                 reason = _mode_reason(model, self._flag, grad)
-            elif (_any_autocast(), _deterministic()) != self._flags or _function_modes() or _dispatch_modes():
+            elif (
+                (_any_autocast(), _deterministic()) != self._flags
+                or _function_modes()
+                or _dispatch_modes()
+                or (self._flags[0] and ambient_state()[0] != self._ambient[0])
+            ):
                 reason = self._ambient_reason()
             elif torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
                 reason = "a global module hook is registered"
@@ -148,7 +159,7 @@ class Plan:
                 if args:
                     args, kwargs = self._canonical(args, kwargs)
                 key, reason = self._miss(args, kwargs)
-                reason = reason or self.watch.stale()
+                reason = reason or self.watch.stale(grad)
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
@@ -175,11 +186,16 @@ class Plan:
         if self.training or not grad:
             return self.run(*args, **kwargs)
         given = (v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor) and v.requires_grad)
-        sources = self._parameters + tuple(given)
+        sources = tuple(p for p in self._parameters if p.requires_grad) + tuple(given)
         if not sources:
             return self.run(*args, **kwargs)
         original = self.original(model)
-        return with_backward(lambda: self.run(*args, **kwargs), lambda: original(*args, **kwargs), sources)
+        return with_backward(
+            lambda: self.run(*args, **kwargs),
+            lambda: original(*args, **kwargs),
+            sources,
+            [v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor)],
+        )
 
     def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the compiled code for calls of this key, so that the next one asks no second table."""

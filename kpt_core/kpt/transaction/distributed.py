@@ -1,12 +1,14 @@
 """Several processes: one decides, all do the same.
 
 Rank 0 searches while the others wait; then every rank applies the same recipe, and if one of them
-cannot, none does.
+cannot, or cannot even observe its model, none does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +24,61 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def group(budget: float) -> Any | None:
-    """A process group of all ranks whose waiting ends well after the budget; None for one process."""
+class Ranks:
+    """The three steps that all ranks take together, each exactly once and in this order.
+
+    A rank that fails on its way takes the steps that are left when it leaves, with "no", so that no other
+    waits for it in vain.
+    """
+
+    def __init__(self, among: Any) -> None:
+        self._among = among
+        self._pending = ["ready", "share", "done"]
+
+    def ready(self, ok: bool) -> bool:
+        """Whether every rank is ready to decide; if one is not, there is nothing left to do together."""
+        self._pending.remove("ready")
+        agreed = all_agree(ok, self._among)
+        if not agreed:
+            self._pending.clear()
+        return agreed
+
+    def share(self, data: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Rank 0's ``data``, on every rank."""
+        self._pending.remove("share")
+        return broadcast(data, self._among)
+
+    def done(self, ok: bool) -> bool:
+        """Whether every rank did what was decided."""
+        self._pending.remove("done")
+        return all_agree(ok, self._among)
+
+    def leave(self) -> None:
+        with contextlib.suppress(RuntimeError):  # another rank is gone: nobody waits any more
+            if "ready" in self._pending:
+                self.ready(False)
+            if "share" in self._pending:
+                self.share(None)
+            if "done" in self._pending:
+                self.done(False)
+
+
+@contextlib.contextmanager
+def ranks(budget: float) -> Iterator[Ranks | None]:
+    """All ranks, whose waiting ends well after the budget; None for one process."""
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=2.0 * budget + 120.0))
+        yield None
+        return
+    among = dist.new_group(backend="gloo", timeout=timedelta(seconds=2.0 * budget + 120.0))
+    together = Ranks(among)
+    try:
+        yield together
+    finally:
+        try:
+            together.leave()
+        finally:
+            dist.destroy_process_group(among)
 
 
 def rank() -> int:

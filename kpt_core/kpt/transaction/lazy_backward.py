@@ -9,54 +9,91 @@ calls ``backward`` pays for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from kpt.judge import tree
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fast: Any, slow: Any, structure: list[Any], *sources: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, fast: Any, slow: Any, structure: list[Any], inputs: Any, *sources: torch.Tensor
+    ) -> Any:
         ctx.slow = slow
+        ctx.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
+        ctx.autocast = _autocast_state()
         ctx.save_for_backward(*sources)
-        leaves, spec = pytree.tree_flatten(fast())
-        structure.append((spec, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        inputs = {id(source) for source in sources}
-        tensors = tuple(t.view_as(t) if id(t) in inputs else t for t in tensors)
+        output = fast()
+        structure.append(output)
+        mine = {id(source) for source in sources}
+        tensors = tuple(
+            leaf.view_as(leaf) if id(leaf) in mine else leaf
+            for _, leaf in tree.walk(output)
+            if isinstance(leaf, torch.Tensor)
+        )
         ctx.mark_non_differentiable(*(t for t in tensors if not _differentiable(t)))
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         sources = ctx.saved_tensors
-        with torch.enable_grad():
-            outputs = [t for t in pytree.tree_leaves(ctx.slow()) if isinstance(t, torch.Tensor)]
+        if any(tensor._version != version for tensor, version in ctx.inputs):
+            raise RuntimeError(
+                "one of the inputs needed for the gradient was modified in place since the forward; "
+                "clone it before writing to it"
+            )
+        second_order = torch.is_grad_enabled()
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for device, enabled, dtype in ctx.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            outputs = [t for _, t in tree.walk(ctx.slow()) if isinstance(t, torch.Tensor)]
         pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         results: list[torch.Tensor | None] = [None] * len(sources)
         if pairs and wanted:
             found = torch.autograd.grad(
-                [o for o, _ in pairs], [sources[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [sources[i] for i in wanted],
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=second_order,
             )
             for index, gradient in zip(wanted, found):
                 results[index] = gradient
-        return (None, None, None, *results)
+        return (None, None, None, None, *results)
+
+
+def _autocast_state() -> list[tuple[str, bool, torch.dtype]]:
+    from kpt.transaction.dispatch import autocast_devices
+
+    return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast_devices()]
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def with_backward(fast: Callable[[], Any], slow: Callable[[], Any], sources: Sequence[torch.Tensor]) -> Any:
+def with_backward(
+    fast: Callable[[], Any],
+    slow: Callable[[], Any],
+    sources: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor] = (),
+) -> Any:
     """``fast()``'s result, differentiable with respect to ``sources`` through ``slow()``.
 
     ``sources`` are the parameters and inputs that require a gradient; ``slow`` must use those very
-    tensors and return the same structure.
+    tensors and return the same structure. ``inputs`` are all tensors of the call: the backward needs
+    them as they are now.
+
+    Raises (in the backward):
+        RuntimeError: an input was written to meanwhile, as autograd itself says it.
     """
     structure: list[Any] = []
-    tensors = iter(_Recompute.apply(fast, slow, structure, *sources))
-    spec, constants = structure.pop()
-    leaves = [next(tensors) if boxed is None else boxed[0] for boxed in constants]
-    return pytree.tree_unflatten(leaves, spec)
+    tensors = iter(_Recompute.apply(fast, slow, structure, tuple(inputs), *sources))
+    return tree.rebuild(
+        structure.pop(), lambda path, leaf: next(tensors) if isinstance(leaf, torch.Tensor) else leaf
+    )

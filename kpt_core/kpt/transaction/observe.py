@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kpt.ops.sites import Site
     from kpt.specs import HardwareProfile, Level, Mode, Objective
 
+_SLOTS = frozenset(vars(torch.nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -208,6 +210,12 @@ def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
 def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
     """A forward that assigns attributes would advance the copy's state and not the user's."""
     before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
+    contents = {
+        (name, key): value.copy()
+        for name, state in before.items()
+        for key, value in state.items()
+        if key not in _SLOTS and isinstance(value, (list, dict, set, collections.deque))
+    }
     tensors = {name: dict(module._buffers) for name, module in plain.named_modules()}
     with runner.buffers_kept():
         runner.step(plain.forward, call.clone())
@@ -217,13 +225,25 @@ def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
             for key, value in module.__dict__.items()
             if key not in before[name]
             or (before[name][key] is not value and not _equal(before[name][key], value))
+            or ((name, key) in contents and not _same_items(contents[name, key], value))
         ]
         changed += [key for key, value in module._buffers.items() if tensors[name].get(key) is not value]
         if changed:
             raise Unsuitable(
-                f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
+                f"the forward of {name or 'the model'} changes {', '.join(sorted(changed))} on every call; "
                 "such state cannot be shared with an optimised copy (write buffers in place instead)"
             )
+
+
+def _same_items(before: Any, now: Any) -> bool:
+    """Whether a container holds what it held, by identity or equality of its items."""
+    if type(before) is not type(now) or len(before) != len(now):
+        return False
+    if isinstance(before, set):
+        return bool(before == now)
+    if isinstance(before, dict):
+        return all(k in now and (now[k] is v or _equal(now[k], v)) for k, v in before.items())
+    return all(a is b or _equal(a, b) for a, b in zip(before, now))
 
 
 def _equal(left: Any, right: Any) -> bool:

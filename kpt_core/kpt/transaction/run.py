@@ -87,6 +87,13 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
         Exception: what the model itself raises on an example, or the user's metric raises. The model is
             then as it was.
     """
+    with distributed.ranks(float(request.budget)) as ranks:
+        return _execute(model, example_inputs, request, ranks)
+
+
+def _execute(
+    model: torch.nn.Module, example_inputs: Any, request: Request, ranks: distributed.Ranks | None
+) -> Receipt:
     calls = prepare_calls(model, example_inputs)
     spec = InputSpec.from_calls(calls, request.dynamic_shapes, original_forward(model))
     request.examples = calls
@@ -96,7 +103,7 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
     try:
         # A graph that waits for its backward must not find the buffers written, now that they are back.
         with untouched(), _versions_kept(model), interruption.contained():
-            _transact(run, calls, spec, state)
+            _transact(run, calls, spec, state, ranks)
         if run.committed is not None:
             run.committed.watch.settle()
     except (Unsuitable, WorkspaceError) as error:
@@ -134,9 +141,10 @@ def _take_back(run: Run) -> None:
         run.committed = None
 
 
-def _transact(run: Run, calls: list[Call], spec: InputSpec, state: ModelState) -> None:
+def _transact(
+    run: Run, calls: list[Call], spec: InputSpec, state: ModelState, ranks: distributed.Ranks | None
+) -> None:
     request, receipt, budget = run.request, run.receipt, run.budget
-    among = distributed.group(budget.seconds)
     hardware = profiles.hardware(device_of(run.model), registry=request.registry)
     emit("observe", f"observing {receipt.model}", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
@@ -157,8 +165,8 @@ def _transact(run: Run, calls: list[Call], spec: InputSpec, state: ModelState) -
     receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
     trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy)
     try:
-        if among is not None:
-            _together(run, trials, among)
+        if ranks is not None:
+            _together(run, trials, ranks)
         else:
             _alone(run, trials)
     finally:
@@ -181,21 +189,34 @@ def _alone(run: Run, trials: Trials) -> None:
     _search(run, trials)
 
 
-def _together(run: Run, trials: Trials, among: Any) -> None:
+def _together(run: Run, trials: Trials, ranks: distributed.Ranks) -> None:
     """Rank 0 decides; all apply the same recipe, or none does."""
-    found: dict[str, Any] | None = None
+    receipt = run.receipt
+    if not ranks.ready(True):
+        receipt.reason = "another rank could not observe its model, so no rank is optimised"
+        return
+    decided: dict[str, Any] | None = None
     if distributed.rank() == 0:
         _alone(run, trials)
-        found = run.receipt.recipe_data
-    found = distributed.broadcast(found, among)
-    if distributed.rank() != 0 and found is not None:
-        _apply_recipe(run, trials, found, timed=False)
-    agreed = distributed.all_agree(run.committed is not None or found is None, among)
-    if not agreed:
-        _take_back(run)
-        run.receipt.status = "original"
-        run.receipt.reason = "another rank could not apply the plan, so no rank does"
-        run.receipt.speedup = run.receipt.speedup_low = run.receipt.speedup_high = 1.0
+        decided = {"recipe": receipt.recipe_data, "reason": receipt.reason}
+    decided = ranks.share(decided) or {}
+    found = decided.get("recipe")
+    nothing = not found or not found.get("steps")
+    if distributed.rank() != 0:
+        run.budget.restart()  # spent by waiting for rank 0
+        receipt.reason = str(decided.get("reason") or "")
+        if found:
+            _apply_recipe(run, trials, found, timed=False)
+    if ranks.done(nothing or run.committed is not None):
+        return
+    if run.committed is not None or nothing:
+        receipt.reason = "another rank could not apply the plan, so no rank does"
+    else:
+        receipt.reason = receipt.reason or "; ".join(receipt.notes)
+    _take_back(run)
+    receipt.status = "original"
+    receipt.accepted, receipt.patches, receipt.watched_tensors, receipt.derived_bytes = [], [], 0, 0
+    receipt.speedup = receipt.speedup_low = receipt.speedup_high = 1.0
 
 
 def _seed(observation: Observation) -> int:
@@ -229,9 +250,22 @@ def _recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
         receipt.recipe = "cache off"
         return None
     data, receipt.recipe = recipe.read(run.key)
+    if data is not None and _unfinished(data, request.budget):
+        data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
     if receipt.recipe not in ("hit", "miss"):
         receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
     return data
+
+
+def _unfinished(data: dict[str, Any], budget: float) -> bool:
+    """Whether the search behind a recipe ran out of time and would now have more."""
+    figures = data.get("figures", {})
+    had = figures.get("budget")
+    return (
+        isinstance(had, (int, float))
+        and had < budget
+        and any(entry.get("rule") in ("budget", "deadline") for entry in figures.get("rejected", []))
+    )
 
 
 def _selection_key(selection: Sequence[Any] | None) -> Any:
@@ -246,7 +280,8 @@ def _selection_key(selection: Sequence[Any] | None) -> Any:
 def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
     """Apply a recipe and judge it, without searching; False when a search has to follow."""
     try:
-        plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
+        with run.budget.limit(), trials.untouched():
+            plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
     except recipe.RecipeError as error:
         run.receipt.notes.append(f"the recipe was not used: {error}")
         return False
@@ -261,7 +296,8 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
     if not outcome.right or outcome.applied is None:
         outcome.close()
         run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
-        recipe.forget(run.key)
+        if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
+            recipe.forget(run.key)
         return False
     figures = data.get("figures", {})
     found = Found(best=outcome, gains=dict(figures.get("gains", {})))
@@ -302,7 +338,17 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
     receipt, best = run.receipt, found.best
     assert best is not None
     emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
-    committed, (rule, reason), timing = commit(run.model, best, trials, timed=timed)
+    committed: Committed | None = None
+    timing = None
+    try:
+        with run.budget.limit():
+            committed, (rule, reason), timing = commit(run.model, best, trials, timed=timed)
+    except (BudgetSpent, compiling.DeadlinePassed):
+        best.close()
+        rule, reason = "deadline", "the budget was spent before the final judgement ended"
+    except BaseException:
+        best.close()
+        raise
     if committed is None:
         receipt.reason = reason
         receipt.rejected = [
@@ -349,6 +395,7 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
             "gains": found.gains,
             "rejected": [entry.to_dict() for entry in found.rejected],
             "speedup": receipt.speedup,
+            "budget": run.budget.seconds,
         },
     )
 
@@ -361,7 +408,9 @@ def _store(run: Run, found: Found) -> None:
 
         rejected = [asdict(entry) for entry in receipt.rejected]
         receipt.recipe_data = recipe.to_dict(
-            Plan(), run.key, {"reason": receipt.reason, "rejected": rejected}
+            Plan(),
+            run.key,
+            {"reason": receipt.reason, "rejected": rejected, "budget": run.budget.seconds},
         )
     if not run.request.cache or run.request.plan is not None:
         return

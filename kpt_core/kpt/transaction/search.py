@@ -59,6 +59,15 @@ class Search:
         self._wrong_plans: set[str] = set()
 
     def run(self) -> Found:
+        """Search; whatever ends the search early, no workspace stays behind."""
+        try:
+            return self._run()
+        except BaseException:
+            for outcome in self.trials.log:
+                outcome.close()
+            raise
+
+    def _run(self) -> Found:
         self.deterministic = self.trials.observation.deterministic
         if self.deterministic:
             self._only_reproducible()

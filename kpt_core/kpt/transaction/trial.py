@@ -14,10 +14,12 @@ import torch
 from kpt import compiling
 from kpt.judge import clock
 from kpt.judge.state import ModelState, untouched
-from kpt.transaction import memory
+from kpt.transaction import memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
 from kpt.transaction.budget import BudgetSpent
+from kpt.transaction.guard import InputGuard
 from kpt.transaction.judgement import Judgement
+from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
     from kpt.transaction.plan import Candidate, Plan
 
+#: Rules that compare values within a tolerance; a user's metric outranks these and no others.
+_TOLERANCES = frozenset({"value", "size", "mask"})
 _RULES_THAT_JUDGE = frozenset(
     {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay", "unwritten"}
 )
@@ -137,6 +141,9 @@ class Trials:
         except _AccuracyError as error:
             _close_all(applied)
             raise error.original from None
+        except ModelDamaged:
+            _close_all(applied)
+            raise
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
             outcome.rule = "memory" if _out_of_memory(error) else "failed"
             outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
@@ -170,7 +177,7 @@ class Trials:
             verdict = self.judgement.judge(applied, draws)
         outcome.setup_seconds = holder[0].setup_seconds if holder else 0.0
         outcome.figures = dict(verdict.figures)
-        if not verdict.passed:
+        if not verdict.passed and not self.overruled(verdict.rule):
             outcome.rule, outcome.reason = verdict.rule, verdict.detail
             return
         self._judge_accuracy(outcome, applied)
@@ -184,6 +191,10 @@ class Trials:
             outcome.reason = (
                 f"{outcome.timing.ratio:.2f}x, not faster beyond doubt (from {outcome.timing.low:.2f}x)"
             )
+
+    def overruled(self, rule: str) -> bool:
+        """Whether the user's own metric decides in place of a tolerance of the referee."""
+        return self.accuracy is not None and not self.observation.training and rule in _TOLERANCES
 
     def _prepared(self, source: torch.nn.Module, plan: Plan) -> Applied:
         """``plan`` on a workspace of ``source``: warmed up, sealed, and seen to have an effect."""
@@ -244,7 +255,7 @@ class Trials:
         try:
             if self.accuracy_before is None:
                 self.accuracy_before = self._measure(self.accuracy, self.baseline.plain)
-            after = self._measure(self.accuracy, applied.module)
+            after = self._measure(self.accuracy, self._as_served(applied))
         except (KeyboardInterrupt, compiling.DeadlinePassed):
             raise
         except BaseException as error:
@@ -257,6 +268,23 @@ class Trials:
             outcome.reason = (
                 f"the metric fell by {drop:.4g} to {after:.4g}; at most {self.accuracy.max_drop:.4g} allowed"
             )
+
+    def _as_served(self, applied: Applied) -> torch.nn.Module:
+        """A copy of the model that serves calls as a committed one does: what the plan was not proven for
+        runs the original forward."""
+        served = workspace.clone(self.baseline.plain)
+        guard = InputGuard(list(self.observation.calls), self.observation.spec)
+        original, optimised = served.forward, applied.forward
+        canonical = Canonical(original)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = canonical(args, kwargs)
+            if served.training is not self.observation.training or guard.misfit(args, kwargs) is not None:
+                return original(*args, **kwargs)
+            return optimised(*args, **kwargs)
+
+        served.forward = forward  # type: ignore[method-assign]
+        return served
 
     def _measure(self, accuracy: Accuracy, module: torch.nn.Module) -> float:
         """The metric of ``module``; what the user's code does to modes, buffers and gradients is put back."""
@@ -306,7 +334,16 @@ class Trials:
             differences = self.state.differences()
             if differences:
                 self.damage.extend(differences)
-                self.state.restore()
+                lost = self.state.restore()
+                if lost:
+                    raise ModelDamaged(
+                        f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up and could "
+                        "not be put back; load the weights again, and leave that plugin out (plugins=[...])"
+                    )
+
+
+class ModelDamaged(RuntimeError):
+    """Weights were changed that no backup was kept of. The only case in which a model is not as it was."""
 
 
 class _AccuracyError(Exception):

@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
 _version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
 
 
 class Watch:
@@ -42,8 +43,12 @@ class Watch:
             self._watch_apply(module)
         self._tensors: list[torch.Tensor] = list(_tensors(model)) if weights else []
         self._versions = list(map(_version, self._tensors))
+        self._parameters = list(model.parameters())
+        self._trainable = list(map(_requires_grad, self._parameters))
         self._attributes = [pair for module in modules if (pair := _attribute_getter(module)) is not None]
+        self._attributes += _config_getters(modules)
         self._values = [_frozen(getter(state)) for state, getter in self._attributes]
+        self._held = [held for module in modules for held in _held_tensors(module)]
         _registrations.add(self)
 
     @property
@@ -51,10 +56,12 @@ class Watch:
         """How many tensors are compared on each call."""
         return len(self._tensors)
 
-    def stale(self) -> str | None:
-        """What changed since construction, or None."""
+    def stale(self, grad: bool = False) -> str | None:
+        """What changed since construction, or None. ``grad`` says that gradients are recorded."""
         if self.reason is not None:
             return self.reason
+        if grad and list(map(_requires_grad, self._parameters)) != self._trainable:
+            return "a parameter was frozen or unfrozen (call kpt.refresh(model))"
         if self._tensors and list(map(_version, self._tensors)) != self._versions:
             return "a weight was written in place (call kpt.refresh(model) to use the new weights)"
         for (state, getter), value in zip(self._attributes, self._values):
@@ -63,7 +70,10 @@ class Watch:
             except KeyError:
                 return "an attribute of a submodule was deleted"
             if now != value:
-                return "an attribute of a submodule changed"
+                return "an attribute of a submodule or of its config changed"
+        for held, name, tensor, version in self._held:
+            if held.get(name) is not tensor or (version is not None and tensor._version != version):
+                return "a tensor that a submodule holds as a plain attribute changed"
         return None
 
     def settle(self) -> None:
@@ -255,9 +265,32 @@ def _code_names(code: types.CodeType) -> set[str]:
     return names
 
 
+def _config_getters(
+    modules: list[torch.nn.Module],
+) -> list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]]:
+    """Switches of the modules' ``config`` objects: compiled code has their values built in."""
+    found: dict[int, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {}
+    for module in modules:
+        state = getattr(module.__dict__.get("config"), "__dict__", None)
+        if state and id(state) not in found:
+            keys = sorted(key for key, value in state.items() if isinstance(value, (bool, str, type(None))))
+            if keys:
+                found[id(state)] = (state, itemgetter(*keys))
+    return list(found.values())
+
+
+def _held_tensors(module: torch.nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, int | None]]:
+    """Tensors that are neither parameters nor buffers, with their versions where torch counts them."""
+    for name, value in module.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            yield module.__dict__, name, value, None if value.is_inference() else value._version
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, _SCALARS):
         return True
+    if type(value) is dict:
+        return len(value) <= 16 and all(isinstance(item, _SCALARS) for item in value.values())
     if type(value) in (list, tuple):
         return len(value) <= 16 and all(isinstance(item, _SCALARS) for item in value)
     return False
@@ -267,4 +300,4 @@ def _frozen(value: Any) -> Any:
     """A copy that later changes of lists inside ``value`` do not reach."""
     if type(value) is tuple:
         return tuple(_frozen(item) for item in value)
-    return list(value) if type(value) is list else value
+    return value.copy() if type(value) in (list, dict) else value
