@@ -337,8 +337,8 @@ class Trials:
                 lost = self.state.restore()
                 if lost:
                     raise ModelDamaged(
-                        f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up and could "
-                        "not be put back; load the weights again, and leave that plugin out (plugins=[...])"
+                        f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up "
+                        "and could not be put back; load the weights again, and leave that plugin out (plugins=[...])"
                     )
 
 

@@ -72,7 +72,7 @@ class Watch:
             if now != value:
                 return "an attribute of a submodule or of its config changed"
         for held, name, tensor, version in self._held:
-            if held.get(name) is not tensor or (version is not None and tensor._version != version):
+            if held.get(name) is not tensor or (version is not None and _version(tensor) != version):
                 return "a tensor that a submodule holds as a plain attribute changed"
         return None
 
