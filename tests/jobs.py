@@ -63,6 +63,37 @@ def _rank(rank: int, folder: str) -> None:
         only_here.slow = torch.nn.Identity()
     kpt.optimize(only_here, example, plugins=plugins, budget=20.0, cache=False)
     found["disagreement"] = [kpt.report(only_here).optimized, kpt.report(only_here).reason]
+
+    unsuitable = net(training=True)
+    if rank == 1:  # observing it fails, while rank 0 could go on
+        unsuitable.first.register_forward_hook(lambda module, args, output: 1 / 0)
+    try:
+        kpt.optimize(unsuitable, example, plugins=plugins, budget=20.0, cache=False)
+        found["refused"] = [kpt.report(unsuitable).optimized, kpt.report(unsuitable).reason]
+    except ZeroDivisionError as error:
+        found["refused"] = [False, str(error)]
+
+    examples = "no tensor" if rank == 1 else example
+    try:
+        kpt.optimize(net(training=True), examples, plugins=plugins, budget=20.0, cache=False)
+        found["bad examples"] = "returned"
+    except (TypeError, ValueError):
+        found["bad examples"] = "raised"
+
+    nothing = net(training=True)
+    kpt.optimize(nothing, example, plugins=[plugin()], budget=20.0, cache=False)
+    found["nothing"] = [kpt.report(nothing).optimized, kpt.report(nothing).reason]
+
+    def metric(model: torch.nn.Module) -> float:
+        raise ArithmeticError("the metric of rank 0 fails")
+
+    failing = net(training=True)
+    try:
+        accuracy = kpt.Accuracy(metric)
+        kpt.optimize(failing, example, plugins=plugins, budget=20.0, cache=False, accuracy=accuracy)
+        found["rank 0 raises"] = [kpt.report(failing).optimized, kpt.report(failing).reason]
+    except ArithmeticError as error:
+        found["rank 0 raises"] = [False, str(error)]
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

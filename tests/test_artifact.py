@@ -167,3 +167,84 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert again.last.weight is again.first.weight
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+def test_the_parameters_of_a_model_that_was_passed_stay_the_same_objects(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    mine = slow_models.Net()
+    held = dict(mine.named_parameters())
+    load(path, model=mine)
+    assert all(parameter is held[name] for name, parameter in mine.named_parameters())
+
+
+def test_a_model_of_another_dtype_is_refused_and_keeps_parameters_values_and_modes(tmp_path: Path) -> None:
+    path, _, _ = saved(tmp_path)
+    mine = slow_models.Net().double().train()
+    mine.norm.eval()
+    held = dict(mine.named_parameters())
+    with pytest.raises(ArtifactError, match="stored as torch.float32") as caught:
+        load(path, model=mine)
+    assert caught.value.code == "wrong-dtype"
+    assert all(p is held[name] and p.dtype == torch.float64 for name, p in mine.named_parameters())
+    assert mine.training and mine.first.training and not mine.norm.training
+
+
+def test_a_load_that_fails_late_restores_the_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kpt.artifact import reading
+
+    path, _, _ = saved(tmp_path)
+    mine = slow_models.Net().train()
+    mine.norm.eval()
+
+    def fails(*args: Any) -> None:
+        raise ArtifactError("verify", "no")
+
+    monkeypatch.setattr(reading, "_verify", fails)
+    with pytest.raises(ArtifactError):
+        load(path, model=mine)
+    assert mine.training and mine.first.training and not mine.norm.training
+
+
+CALLED: list[int] = []
+
+
+def tempting() -> Net:
+    CALLED.append(1)
+    return net()
+
+
+@pytest.mark.parametrize("arch", ["os:abort", f"{__name__}:tempting", "slow_models:net", "absent_module:Net"])
+def test_nothing_but_a_known_class_of_modules_is_called_without_trust(tmp_path: Path, arch: str) -> None:
+    path, _, _ = saved(tmp_path)
+    edit(path, lambda data: data.update(build={"kind": "named", "arch": arch}))
+    with pytest.raises(ArtifactError) as caught:
+        load(path)
+    assert caught.value.code == "untrusted" and not CALLED
+
+
+def test_saving_what_cannot_be_verified_warns(tmp_path: Path) -> None:
+    model = net(training=True)
+    kpt.optimize(model, torch.randn(8, 16), plugins=[plugin(DirectScale)], budget=20)
+    with pytest.warns(UserWarning, match="in training mode"):
+        kpt.save(model, tmp_path / "artifact")
+
+
+def test_a_replacement_that_fails_leaves_the_artifact_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model, _ = saved(tmp_path)
+    before = (path / "recipe.json").read_bytes()
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if Path(target) == path and "-old-" not in str(self):
+            raise OSError("no space left")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        kpt.save(model, path)
+    assert (path / "recipe.json").read_bytes() == before
+    monkeypatch.undo()
+    kpt.save(model, path)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".artifact")] == []

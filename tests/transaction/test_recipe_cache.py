@@ -238,10 +238,10 @@ def test_finding_nothing_is_remembered_too():
     assert fingerprints.ours(model) == []
 
 
-@pytest.mark.parametrize(("budget", "searched"), [(60.0, True), (5.0, False)])
+@pytest.mark.parametrize(("budget", "searched"), [(20.0, True), (5.0, False)])
 def test_a_search_that_ran_out_of_time_is_repeated_with_more_only(budget, searched, cached):
     def ran_out(body: dict) -> None:
-        assert body["figures"]["budget"] == 20.0
+        assert body["figures"]["budget"] == 6.0
         body["figures"]["rejected"][0]["rule"] = "budget"
 
     edited(ran_out)(cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ def load(
 
     Raises:
         ArtifactError: damaged or foreign files, a pickle without ``trust=True``, weights that do not
-            fit, outputs that are not those that were saved. A ``model`` that was passed is unchanged then.
+            fit (names, shapes, or the dtypes of a ``model`` that was passed), outputs that are not those
+            that were saved. A ``model`` that was passed is unchanged then: its values and its modes.
     """
     from safetensors.torch import load_file
 
@@ -56,14 +58,17 @@ def load(
     before = (
         {name: t.detach().clone() for name, t in built.state_dict().items()} if model is not None else None
     )
+    modes = {module: module.training for module in built.modules()}
     try:
-        _fill(built, weights, dict(manifest.get("aliases") or {}))
+        _fill(built, weights, dict(manifest.get("aliases") or {}), passed=model is not None)
         built.train(bool(manifest.get("training", False)))
         _verify(built, original_forward(built), folder, manifest, "original")
         _optimise(built, folder, manifest, budget, plugins)
     except BaseException:
         if before is not None:
             built.load_state_dict(before)
+            for module, training in modes.items():
+                module.training = training
         raise
     return built
 
@@ -99,9 +104,7 @@ def _build(folder: Path, manifest: dict[str, Any], arch: str | None, trust: bool
             )
         return torch.load(file, weights_only=False, map_location="cpu")  # type: ignore[no-any-return]
     if kind in ("named", "class") and (how.get("arch") or how.get("folder")):
-        # Importing a module runs it; one that the program has imported itself has run already.
-        known = str(how.get("arch", "")).partition(":")[0] in sys.modules
-        if not trust and not known:
+        if not trust and not _known_class(str(how.get("arch", ""))):
             raise ArtifactError(
                 "untrusted",
                 f"The model is built by {how.get('arch') or how.get('folder')}, which the artifact names.",
@@ -115,7 +118,24 @@ def _build(folder: Path, manifest: dict[str, Any], arch: str | None, trust: bool
     )
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], aliases: dict[str, str]) -> None:
+def _known_class(arch: str) -> bool:
+    """Whether ``arch`` names a class of modules that the program has imported itself.
+
+    Importing a module runs it, and calling what an artifact names runs that: ``os:abort`` is imported
+    in every process. So are only looked up, without any import, classes of modules.
+    """
+    module_name, _, path = arch.partition(":")
+    found: Any = sys.modules.get(module_name)
+    for name in path.split("."):
+        # Not `getattr`: a module or a class may compute attributes, which runs code.
+        found = vars(found).get(name) if isinstance(found, (types.ModuleType, type)) else None
+    return isinstance(found, type) and issubclass(found, torch.nn.Module)
+
+
+def _fill(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], aliases: dict[str, str], *, passed: bool
+) -> None:
+    """Put the weights into the model; into the parameters that are there, if it was ``passed``."""
     expected = model.state_dict()
     missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     wrong = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
@@ -130,8 +150,20 @@ def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], aliases: dic
             f"The weights do not fit {type(model).__name__}: {'; '.join(facts)}.",
             "Build the model that was saved.",
         )
-    on_meta = any(t.device.type == "meta" for t in expected.values())
-    assign = on_meta or any(expected[n].dtype != weights[n].dtype for n in expected)
+    on_meta = [n for n, t in expected.items() if t.device.type == "meta"]
+    kinds = [n for n in expected if expected[n].dtype != weights[n].dtype]
+    if passed and (on_meta or kinds):
+        # New parameters would leave an optimizer, or whoever else holds the old ones, behind.
+        name = (kinds or on_meta)[0]
+        mine, stored = expected[name], weights[name]
+        raise ArtifactError(
+            "wrong-dtype" if kinds else "on-meta",
+            f"{name} is stored as {stored.dtype}; the model that was passed has it as {mine.dtype} on "
+            f"{mine.device}.",
+            f"Pass a model of {stored.dtype} whose parameters hold memory (model.to, model.to_empty), "
+            "or arch= in place of model=.",
+        )
+    assign = bool(on_meta or kinds)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = {a: n for a, n in aliases.items() if a in parameters and parameters[a] is parameters.get(n)}
     model.load_state_dict(weights, assign=assign)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,30 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
             },
         }
         (scratch / layout.RECIPE).write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.replace(target)
+        _put(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return target
+
+
+def _put(scratch: Path, target: Path) -> None:
+    """Rename ``scratch`` to ``target``; what was there is gone only once the new one is in place."""
+    if not target.exists():
+        scratch.replace(target)
+        return
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-old-"))
+    old = aside / target.name
+    try:
+        target.replace(old)
+        scratch.replace(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        if not old.exists():
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _how_to_build(model: torch.nn.Module, build: Mapping[str, str] | None, scratch: Path) -> dict[str, str]:
@@ -146,9 +164,16 @@ def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[s
     """One call with both outputs; None when it cannot be described, or in training."""
     from safetensors.torch import save_file
 
-    packed = pack_call(request.examples[0]) if request.examples else None
-    if packed is None or model.training:
-        return None
+    if model.training:
+        return _unverified("it is in training mode", "call model.eval() and kpt.optimize first")
+    if not request.examples:
+        return _unverified("it was not called yet", "call it once, or pass example_inputs")
+    packed = pack_call(request.examples[0])
+    if packed is None:
+        return _unverified(
+            "its example call holds objects that JSON cannot describe",
+            "pass tensors, numbers and plain containers as example_inputs",
+        )
     tensors, described = packed
     call = request.examples[0]
     with torch.no_grad():
@@ -160,6 +185,14 @@ def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[s
     save_file(before, str(folder / "original.safetensors"))
     save_file(after, str(folder / "optimized.safetensors"))
     return described
+
+
+def _unverified(why: str, remedy: str) -> None:
+    warnings.warn(
+        f"the model is saved with its weights alone, because {why}: kpt.load can neither verify nor optimise "
+        f"it ({remedy}, or call kpt.optimize after loading)",
+        stacklevel=4,
+    )
 
 
 def _plain_shapes(shapes: Any) -> Any:
