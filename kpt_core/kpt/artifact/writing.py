@@ -164,16 +164,21 @@ def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[s
     """One call with both outputs; None when it cannot be described, or in training."""
     from safetensors.torch import save_file
 
-    if model.training:
-        return _unverified("it is in training mode", "call model.eval() and kpt.optimize first")
-    if not request.examples:
-        return _unverified("it was not called yet", "call it once, or pass example_inputs")
-    packed = pack_call(request.examples[0])
-    if packed is None:
-        return _unverified(
-            "its example call holds objects that JSON cannot describe",
-            "pass tensors, numbers and plain containers as example_inputs",
+    packed = pack_call(request.examples[0]) if request.examples else None
+    if packed is None or model.training:
+        why, remedy = (
+            ("it is in training mode", "call model.eval() and kpt.optimize first")
+            if model.training
+            else ("it was not called yet", "call it once, or pass example_inputs")
+            if not request.examples
+            else ("its example call holds objects that JSON cannot describe", "pass plain containers")
         )
+        warnings.warn(
+            f"the model is saved with its weights alone, because {why}: kpt.load can neither verify nor "
+            f"optimise it ({remedy}, or call kpt.optimize after loading)",
+            stacklevel=3,
+        )
+        return None
     tensors, described = packed
     call = request.examples[0]
     with torch.no_grad():
@@ -185,14 +190,6 @@ def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[s
     save_file(before, str(folder / "original.safetensors"))
     save_file(after, str(folder / "optimized.safetensors"))
     return described
-
-
-def _unverified(why: str, remedy: str) -> None:
-    warnings.warn(
-        f"the model is saved with its weights alone, because {why}: kpt.load can neither verify nor optimise "
-        f"it ({remedy}, or call kpt.optimize after loading)",
-        stacklevel=4,
-    )
 
 
 def _plain_shapes(shapes: Any) -> Any:
