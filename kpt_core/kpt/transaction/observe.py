@@ -230,7 +230,7 @@ def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
         changed += [key for key, value in module._buffers.items() if tensors[name].get(key) is not value]
         if changed:
             raise Unsuitable(
-                f"the forward of {name or 'the model'} changes {', '.join(sorted(changed))} on every call; "
+                f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
                 "such state cannot be shared with an optimised copy (write buffers in place instead)"
             )
 

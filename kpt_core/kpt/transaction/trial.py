@@ -302,8 +302,9 @@ class Trials:
         runner, plain = self.baseline.runner, self.baseline.plain
         call = self.baseline.draw()
         with runner.buffers_kept():
-            before = memory.peak_bytes(lambda: runner.step(plain.forward, call.clone()))
-            after = memory.peak_bytes(lambda: runner.step(applied.forward, call.clone()))
+            kind = self.observation.device_type
+            before = memory.peak_bytes(lambda: runner.step(plain.forward, call.clone()), kind)
+            after = memory.peak_bytes(lambda: runner.step(applied.forward, call.clone()), kind)
         after += memory.derived_bytes(self.observation.model, applied.module)
         weights = self.observation.parameter_bytes
         outcome.figures.update(peak_bytes_before=weights + before, peak_bytes_after=weights + after)
