@@ -339,7 +339,7 @@ class Trials:
                 if lost:
                     raise ModelDamaged(
                         f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up "
-                        "and could not be put back; load the weights again, and leave that plugin out (plugins=[...])"
+                        "and could not be put back; load the weights again and leave that plugin out"
                     )
 
 
