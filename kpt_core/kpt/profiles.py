@@ -227,9 +227,17 @@ def _with_rates(
                 _log.warning("%s could not measure its device: %s", registered.owner, one_line(error))
                 return replace(profile, details={**profile.details, "unmeasured": one_line(error)})
             known = outcome.value
-            _remember(key, known)
+            if not _busy():  # rates that neighbours slowed down serve this process only
+                _remember(key, known)
         _measured[key] = known
         return known
+
+
+def _busy() -> bool:
+    """Whether other work takes a good part of the processors just now, as far as the system tells."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1) + 0.5
 
 
 def _key(registered: Registered[HardwareSpec], profile: HardwareProfile) -> str:

@@ -84,6 +84,24 @@ def new_process(monkeypatch):
     monkeypatch.setattr(profiles, "_measured", {})
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this machine does: rates measured on a busy one are not kept."""
+    monkeypatch.setattr("kpt.profiles._busy", lambda: False)
+
+
+def test_rates_of_a_busy_machine_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from kpt import profiles
+
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e6, 0.0, 0.0), raising=False)
+    assert profiles._busy()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.0, 0.0), raising=False)
+    assert not profiles._busy()
+
+
 def test_the_device_is_chosen_by_type_or_by_priority():
     plugins = plugins_with(("cpu", "cpu", CpuProbe, 0), ("fast", "xpu", FastProbe, 10))
     assert kpt.hardware(measure=False, registry=plugins).name == "fast one"
