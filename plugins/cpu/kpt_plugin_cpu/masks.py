@@ -74,16 +74,27 @@ class DropMask:
 
 
 def sequence_masks(observation: Observation) -> list[str]:
-    """Names of keyword arguments that are [batch, sequence] masks with 1 (or True) for what counts."""
+    """Names of keyword arguments that are [batch, sequence] masks with 1 (or True) for what counts.
+
+    Every example's mask must hold zeros and ones alone: larger numbers tell segments apart.
+    """
     names = []
     for leaf in observation.spec.leaves:
         if leaf.role != "mask" or len(leaf.shape) != 2 or leaf.dtype.is_floating_point:
             continue
-        if all(isinstance(call.kwargs.get(leaf.name), torch.Tensor) for call in observation.calls):
+        if leaf.form.kept != 1:
+            continue
+        masks = [call.kwargs.get(leaf.name) for call in observation.calls]
+        if all(isinstance(mask, torch.Tensor) and is_flags(mask) for mask in masks):
             names.append(leaf.name)
     return names
 
 
+def is_flags(mask: torch.Tensor) -> bool:
+    """Whether ``mask`` holds only zeros and ones (or is boolean)."""
+    return mask.dtype is torch.bool or bool(((mask == 0) | (mask == 1)).all())
+
+
 def masks_nothing(mask: torch.Tensor) -> bool:
-    """Whether every position counts."""
-    return bool(mask.all())
+    """Whether every position counts, as one and the same segment: all are 1 (or True)."""
+    return bool((mask == 1).all())
