@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from kpt.specs import HardwareProfile, Skip, Undo, Variant
 from kpt_plugin_cpu.estimates import matmul_seconds
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class ChannelsLast:
-    """Converts 4-d inputs at the root and convolution weights in the workspace."""
+    """Converts 4-d inputs at the root and convolution weights in the workspace.
+
+    Outputs keep the layout that eager gives them: it computes in the layout of inputs and weights, so
+    where none of these has channels innermost, outputs that have it are made contiguous.
+    """
 
     def __init__(self) -> None:
         self.weights = 0
@@ -31,8 +36,10 @@ class ChannelsLast:
         yield Variant("convolutions", {}, 1.0 + 0.3 * share, sites=("",), derives=True)
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        innermost = False
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d) and module.weight is not None and module.weight.dim() == 4:
+                innermost = innermost or _innermost(module.weight)
                 weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
                 module._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
                 self.weights += 1
@@ -43,10 +50,15 @@ class ChannelsLast:
                 return leaf.contiguous(memory_format=torch.channels_last)
             return leaf
 
+        def restore(leaf: Any) -> Any:
+            return leaf.contiguous() if _innermost(leaf) else leaf
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self.calls += 1
-            return inner(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
+            stays = innermost or any(_innermost(value) for value in (*args, *kwargs.values()))
+            output = inner(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
+            return output if stays else pytree.tree_map(restore, output)
 
         before = model.__dict__.get("forward")
         model.forward = forward  # type: ignore[method-assign, assignment]
@@ -61,3 +73,13 @@ class ChannelsLast:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.weights > 0
+
+
+def _innermost(value: Any) -> bool:
+    """Whether ``value`` is a 4-d tensor with channels innermost, and not contiguous as it is."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 4
+        and value.is_contiguous(memory_format=torch.channels_last)
+        and not value.is_contiguous()
+    )
