@@ -3,6 +3,9 @@
 Rows of one length form a group that runs without padding; outputs are put back at their places, with
 zeros where the input was padding. Exact wherever a row does not depend on other rows, which the
 referee checks with padded inputs.
+
+Which axes of an output are as long as the sequence is learnt from how sizes follow the groups' lengths.
+Outputs whose axes cannot be told, or that have no rows on their first axis, are computed whole.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 
 from kpt.judge import tree
 from kpt.specs import HardwareProfile, Skip, Undo, Variant
-from kpt_plugin_cpu.masks import sequence_masks
+from kpt_plugin_cpu.masks import is_flags, sequence_masks
 
 if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
@@ -29,6 +32,8 @@ class PackPadding:
     def __init__(self) -> None:
         self.split = 0
         self.whole = 0
+        #: Set once outputs turn out not to be joinable: later calls are not tried.
+        self.unjoinable = False
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         masks = sequence_masks(observation)
@@ -37,7 +42,8 @@ class PackPadding:
             return
         name = masks[0]
         shapes = [call.kwargs[name].shape for call in observation.calls]
-        if not observation.dynamic:
+        leaves = {leaf.name: leaf for leaf in observation.spec.leaves}
+        if 1 not in leaves[name].dims:
             yield Skip("rows can run at their own lengths only if the lengths are declared dynamic")
             return
         padded = [1.0 - float(call.kwargs[name].float().mean()) for call in observation.calls]
@@ -45,40 +51,56 @@ class PackPadding:
         if share < _WORTH or all(shape[0] < 2 for shape in shapes):
             yield Skip(f"{share:.0%} of the positions are padding: too few to gain from")
             return
+        # A static axis can be as long as the sequence by accident: only a declared one follows it.
         sequence = [
-            leaf.name for leaf in observation.spec.leaves if leaf.shape[:2] == shapes[0] and leaf.name != name
+            leaf.name
+            for leaf in leaves.values()
+            if leaf.name != name and 1 in leaf.dims and leaf.shape[:2] == leaves[name].shape
+        ]
+        batch = leaves[name].dims.get(0)
+        rows = [
+            leaf.name
+            for leaf in leaves.values()
+            if batch is not None and leaf.dims.get(0) == batch and leaf.name not in (name, *sequence)
         ]
         yield Variant(
             "by length",
-            {"mask": name, "inputs": sequence, "groups": 4},
+            {"mask": name, "inputs": sequence, "rows": rows, "groups": 4},
             1.0 / (1.0 - 0.8 * share),
             sites=("",),
             touches_mask=True,
         )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        name, inputs, groups = (
-            variant.params["mask"],
-            tuple(variant.params["inputs"]),
-            variant.params["groups"],
-        )
+        params = variant.params
+        name, groups = params["mask"], params["groups"]
+        inputs, by_row = tuple(params["inputs"]), tuple(params.get("rows", ()))
         inner = model.forward
 
         def forward(**kwargs: Any) -> Any:
             mask = kwargs.get(name)
-            chunks = _chunks(mask, groups) if mask is not None else None
+            chunks = _chunks(mask, groups) if mask is not None and not self.unjoinable else None
             if mask is None or chunks is None:
                 self.whole += 1
                 return inner(**kwargs)
-            self.split += 1
             outputs = []
             for rows, length in chunks:
                 part = dict(kwargs)
                 for key in (name, *inputs):
                     if isinstance(kwargs.get(key), torch.Tensor):
                         part[key] = kwargs[key][rows, :length].contiguous()
+                for key in by_row:
+                    if isinstance(kwargs.get(key), torch.Tensor):
+                        part[key] = kwargs[key][rows]
                 outputs.append(inner(**part))
-            return _joined(outputs, chunks, mask.shape)
+            try:
+                joined = _joined(outputs, chunks, mask.shape)
+            except _Unjoinable:
+                self.unjoinable = True
+                self.whole += 1
+                return inner(**kwargs)
+            self.split += 1
+            return joined
 
         before = model.__dict__.get("forward")
         model.forward = forward  # type: ignore[method-assign, assignment]
@@ -98,8 +120,11 @@ class PackPadding:
 def _chunks(mask: torch.Tensor, groups: int) -> list[tuple[torch.Tensor, int]] | None:
     """Rows by similar length with each group's longest; None where splitting saves too little.
 
-    Only right-padded masks are split: a row's positions must begin at zero.
+    Only right-padded masks of zeros and ones are split: a row's positions must begin at zero. Groups
+    of one common length would not tell which axes of the outputs are as long as the sequence.
     """
+    if not is_flags(mask):
+        return None
     flags = mask != 0
     lengths = flags.sum(1)
     width = mask.shape[1]
@@ -112,25 +137,32 @@ def _chunks(mask: torch.Tensor, groups: int) -> list[tuple[torch.Tensor, int]] |
     found = []
     for rows in order.chunk(min(groups, mask.shape[0])):
         found.append((rows, int(lengths[rows].max())))
-    return found
+    return found if len({length for _, length in found}) > 1 else None
+
+
+class _Unjoinable(Exception):
+    """The outputs of the groups do not say what the output of the whole batch is."""
 
 
 def _joined(outputs: list[Any], chunks: list[tuple[torch.Tensor, int]], shape: torch.Size) -> Any:
-    """The outputs of all groups as those of the whole batch."""
+    """The outputs of all groups as those of the whole batch, whose mask has ``shape``.
+
+    Raises:
+        _Unjoinable: the structures differ, a value is not the same for all groups, or a tensor's axes
+            are neither rows, nor as long as the sequence, nor of one size.
+    """
     leaves = [dict(tree.walk(output)) for output in outputs]
+    if any(part.keys() != leaves[0].keys() for part in leaves):
+        raise _Unjoinable
 
     def join(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
-            return leaf
-        size = list(leaf.shape)
-        size[0] = shape[0]
-        by_length = [axis for axis in range(1, leaf.dim()) if leaf.shape[axis] == chunks[0][1]]
-        for axis in by_length:
-            if all(part[path].shape[axis] == length for part, (_, length) in zip(leaves, chunks)):
-                size[axis] = shape[1]
-        whole = leaf.new_zeros(size)
-        for part, (rows, _) in zip(leaves, chunks):
-            value = part[path]
+        values = [part[path] for part in leaves]
+        if not isinstance(leaf, torch.Tensor):
+            if tree.is_atom(leaf) and all(value == leaf for value in values):
+                return leaf
+            raise _Unjoinable
+        whole = leaf.new_zeros(_whole_shape(values, chunks, shape))
+        for value, (rows, _) in zip(values, chunks, strict=True):
             target = whole
             for axis in range(1, value.dim()):
                 target = target.narrow(axis, 0, value.shape[axis])
@@ -138,3 +170,28 @@ def _joined(outputs: list[Any], chunks: list[tuple[torch.Tensor, int]], shape: t
         return whole
 
     return tree.rebuild(outputs[0], join)
+
+
+def _whole_shape(values: list[Any], chunks: list[tuple[torch.Tensor, int]], shape: torch.Size) -> list[int]:
+    """The whole batch's shape of one output, of which ``values`` are the groups' parts.
+
+    The lengths of the groups are not all equal, so an axis that equals each of them is the sequence's
+    and an axis of one size is not.
+    """
+    counts = [rows.numel() for rows, _ in chunks]
+    lengths = [length for _, length in chunks]
+    tensors = all(isinstance(value, torch.Tensor) for value in values)
+    if not tensors or len({value.dim() for value in values}) > 1 or values[0].dim() == 0:
+        raise _Unjoinable
+    if [value.shape[0] for value in values] != counts:
+        raise _Unjoinable
+    size = [shape[0]]
+    for axis in range(1, values[0].dim()):
+        sizes = [value.shape[axis] for value in values]
+        if sizes == lengths:
+            size.append(shape[1])
+        elif len(set(sizes)) == 1:
+            size.append(sizes[0])
+        else:
+            raise _Unjoinable
+    return size

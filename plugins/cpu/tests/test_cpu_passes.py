@@ -182,9 +182,15 @@ def test_channels_last_reaches_the_convolution():
     x = torch.randn(2, 3, 12, 12)
     (offer,) = variants(ChannelsLast(), observe(model, x))
     behaviour, space, undo = applied(ChannelsLast, model, offer)
+    inside = []
+    space[2].register_forward_hook(lambda module, given, output: inside.append(output))
     output = space.forward(x)
-    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert inside[0].is_contiguous(memory_format=torch.channels_last)
+    assert output.stride() == model(x).stride()
+    assert output.view(-1).shape == (output.numel(),)
     assert relative(output, model(x)) < 1e-6
+    innermost = x.contiguous(memory_format=torch.channels_last)
+    assert space.forward(innermost).stride() == model(innermost).stride()
     assert behaviour.verify_applied(space)
     assert model[0].weight.is_contiguous()
     undo()
@@ -245,6 +251,97 @@ def test_left_padding_and_full_batches_go_through_whole():
     for call in (left, padded([4, 4], 4)):
         torch.testing.assert_close(space.forward(**call)["hidden"], model(**call)["hidden"])
     assert not behaviour.verify_applied(space)
+
+
+class Classifier(Encoder):
+    """Logits [batch, sequence, labels], and whatever ``extra`` makes of them."""
+
+    def __init__(self, labels: int, extra=None) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, labels)
+        self.extra = extra
+
+    def forward(self, input_ids, attention_mask=None):
+        logits = self.head(super().forward(input_ids, attention_mask)["hidden"])
+        return {"logits": logits, **({"extra": self.extra(logits)} if self.extra else {})}
+
+
+@pytest.mark.parametrize("lengths", [[12, 12, 8, 8], [8, 8, 8, 8], [8, 12, 3, 3, 2, 8]])
+@torch.no_grad()
+def test_packing_tells_labels_from_positions(lengths):
+    """Eight labels and groups of eight tokens: the axis of labels must not be taken for the sequence."""
+    model = Classifier(labels=8).eval()
+    offer = variants(PackPadding(), observe(model, padded([12, 2, 3, 1], 12), dynamic_shapes=DYNAMIC))[0]
+    behaviour, space, undo = applied(PackPadding, model, offer)
+    call = padded(lengths, 12)
+    got, expected = space.forward(**call)["logits"], model(**call)["logits"]
+    assert got.shape == expected.shape
+    kept = call["attention_mask"].bool()
+    torch.testing.assert_close(got[kept], expected[kept])
+    assert behaviour.split == (len(set(lengths)) > 1)
+
+
+@pytest.mark.parametrize("extra", [torch.mean, lambda x: x.transpose(0, 1), lambda x: x[:, 1:]])
+@torch.no_grad()
+def test_outputs_that_cannot_be_joined_are_computed_whole(extra):
+    model = Classifier(5, extra).eval()
+    call = padded([12, 2, 3, 1], 12)
+    offer = variants(PackPadding(), observe(model, call, dynamic_shapes=DYNAMIC))[0]
+    behaviour, space, _ = applied(PackPadding, model, offer)
+    for _ in range(2):
+        torch.testing.assert_close(space.forward(**call), model(**call))
+    assert (behaviour.split, behaviour.whole) == (0, 2)
+    assert not behaviour.verify_applied(space)
+
+
+@torch.no_grad()
+def test_packing_leaves_static_axes_of_inputs_alone():
+    class Scaled(Encoder):
+        def forward(self, input_ids, attention_mask=None, factors=None):
+            return super().forward(input_ids, attention_mask)["hidden"] * factors.prod(1)[:, None, None]
+
+    model = Scaled().eval()
+    call = {**padded([9, 2, 3, 1], 9), "factors": torch.rand(4, 9) + 0.5}
+    shapes = {**DYNAMIC, "factors": {0: "batch"}}
+    offer = variants(PackPadding(), observe(model, call, dynamic_shapes=shapes))[0]
+    behaviour, space, _ = applied(PackPadding, model, offer)
+    kept = call["attention_mask"].bool()
+    torch.testing.assert_close(space.forward(**call)[kept], model(**call)[kept])
+    assert behaviour.verify_applied(space)
+
+
+class Segments(nn.Module):
+    """Counts, for each token, the tokens of its segment (0 is padding)."""
+
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        same = attention_mask[:, :, None] == attention_mask[:, None, :]
+        return (same & (attention_mask != 0)[:, None, :]).sum(-1).float()
+
+
+@torch.no_grad()
+def test_segment_ids_are_neither_dropped_nor_packed():
+    model = Segments().eval()
+    full, partial = padded([6, 6], 6), padded([6, 2], 6)
+    segments = {**full, "attention_mask": torch.tensor([[1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 2, 2]])}
+    padded_segments = {**full, "attention_mask": torch.tensor([[1, 1, 2, 2, 3, 3], [1, 2, 0, 0, 0, 0]])}
+    for kind, seen in ((DropMask, full), (PackPadding, partial)):
+        observation = observe(model, seen, dynamic_shapes=DYNAMIC)
+        _, space, _ = applied(kind, model, variants(kind(), observation)[0])
+        for call in (segments, padded_segments):
+            torch.testing.assert_close(space.forward(**call), model(**call))
+        assert skips(kind(), observe(model, [seen, segments], dynamic_shapes=DYNAMIC))
+
+
+def test_a_mask_of_what_to_ignore_is_not_taken_for_one_of_what_counts():
+    class Ignores(nn.Module):
+        def forward(self, x, key_padding_mask=None):
+            return x
+
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    call = {"x": torch.randn(2, 4), "key_padding_mask": mask}
+    assert "no input" in skips(DropMask(), observe(Ignores(), call))[0]
 
 
 def test_packing_asks_for_declared_lengths_and_enough_padding():
