@@ -33,6 +33,11 @@ def packing_for_onednn() -> Iterator[None]:
     Inductor chooses oneDNN for any weight whose products may run in reduced precision, so permission
     for tf32 is given while it compiles. The products themselves ask when they run, when it is gone:
     they stay in fp32.
+
+    The permission is the process's, and it holds for as long as a graph is lowered: fp32 products that
+    another thread runs through oneDNN in that time may run in reduced precision where the CPU has one.
+    Optimise before serving from other threads where that matters. What was set before is put back,
+    also after an error.
     """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
@@ -50,6 +55,23 @@ def declared_dims(observation: Observation) -> dict[str, dict[str, str]]:
         for leaf in observation.spec.leaves
         if leaf.dims
     }
+
+
+def declared_bounds(observation: Observation) -> dict[str, int]:
+    """The largest size of each axis that is dynamic in some input, where the user declared one for all.
+
+    A range that was only guessed from the examples is no bound: longer calls are served too.
+    """
+    bounds: dict[str, int] = {}
+    open_axes = set()
+    for leaf in observation.spec.leaves:
+        for axis, name in leaf.dims.items():
+            dimension = observation.spec.dimensions[name]
+            if dimension.declared:
+                bounds[str(axis)] = max(bounds.get(str(axis), 0), dimension.high)
+            else:
+                open_axes.add(str(axis))
+    return {axis: most for axis, most in bounds.items() if axis not in open_axes}
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[str]:
@@ -83,7 +105,10 @@ class Inductor:
         estimate = estimates.estimate(observation, hardware)
         modules = estimates.modules_with_work(observation)
         setup = estimates.compile_seconds(observation)
-        shared: dict[str, Any] = {"dims": declared_dims(observation)}
+        shared: dict[str, Any] = {
+            "dims": declared_dims(observation),
+            "bounds": declared_bounds(observation),
+        }
         live = estimate.gain(rest_ratio=estimates.FUSED)
         if observation.training:
             setup *= 3  # the backward graph is about twice the forward one
@@ -170,6 +195,7 @@ def settings(params: Mapping[str, Any]) -> dict[str, Any]:
         inductor["cpp_wrapper"] = True
     if params.get("autotune"):
         inductor |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+    bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):
         around = packing_for_onednn
@@ -179,6 +205,6 @@ def settings(params: Mapping[str, Any]) -> dict[str, Any]:
             name: {int(axis): dim for axis, dim in axes.items()}
             for name, axes in (params.get("dims") or {}).items()
         },
-        "graph_pass": ShortAttention() if frozen else None,
+        "graph_pass": ShortAttention(bounds) if frozen else None,
         "around_compilation": around,
     }

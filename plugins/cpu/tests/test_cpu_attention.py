@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from observing import observe
+
 from kpt.compiling import CompiledForward
 from kpt_plugin_cpu.attention import ShortAttention, attention_as_products
+from kpt_plugin_cpu.inductor import declared_bounds
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -52,3 +60,39 @@ def test_only_short_bf16_attention_is_exchanged(dtype, keys, exchanged):
     forward = CompiledForward(Attends().forward, backend="aot_eager", graph_pass=change)
     torch.testing.assert_close(forward(x).float(), SDPA(x, x, x).float(), atol=2e-2, rtol=2e-2)
     assert change.exchanged == exchanged
+
+
+class AttendsTwice(torch.nn.Module):
+    """Keys are as many as queries and ``more`` of them."""
+
+    def forward(self, x, more):
+        keys = torch.cat([x, more], 2)
+        return SDPA(x, keys, keys) + 0
+
+
+@pytest.mark.parametrize(
+    ("bounds", "exchanged"), [({}, 0), ({2: 500}, 1), ({2: 600}, 0), ({2: 4096}, 0), ({1: 16}, 0)]
+)
+@torch.no_grad()
+def test_dynamic_lengths_count_by_their_bounds(bounds, exchanged):
+    """Twice the bound is what keys can number; the example's handful says nothing."""
+    change = ShortAttention(bounds)
+    x, more = torch.randn(1, 2, 6, 8).bfloat16(), torch.randn(1, 2, 5, 8).bfloat16()
+    dims = {"x": {2: "sequence"}, "more": {2: "past"}}
+    forward = CompiledForward(
+        AttendsTwice().forward, backend="aot_eager", graph_pass=change, dynamic_dims=dims
+    )
+    for size in (5, 9):
+        expected = AttendsTwice()(x, more)
+        torch.testing.assert_close(forward(x, more), expected, atol=2e-2, rtol=2e-2)
+        more = torch.randn(1, 2, size, 8).bfloat16()
+    assert change.exchanged == exchanged
+    assert forward.graphs == 1
+
+
+def test_only_declared_bounds_bind_an_axis():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    x = torch.randn(2, 6, 8)
+    for name, bounds in (("sequence", {}), (("sequence", 1, 512), {"1": 512})):
+        observation = observe(model, x, dynamic_shapes={"input": {1: name}})
+        assert declared_bounds(observation) == bounds
