@@ -38,11 +38,11 @@ class Int8:
                 yield Variant(
                     f"linears, {rest} between",
                     params={"rest": rest},
-                    predicted_gain=gain_of_dtype(observation, hardware, "int8")
-                    * (1.0 if rest == "bfloat16" else 0.9),
+                    predicted_gain=gain_of_dtype(observation, hardware, "int8", rest=rest),
                     setup_seconds=3.0 * observation.parameter_bytes / max(hardware.bandwidth, 1e9),
                     sites=("", *paths),
-                    compute_dtype="bfloat16" if rest == "bfloat16" else None,
+                    # Without one, the plan would be judged by the rule of those that keep dtypes.
+                    compute_dtype="bfloat16" if rest == "bfloat16" else "int8",
                     derives=True,
                 )
 

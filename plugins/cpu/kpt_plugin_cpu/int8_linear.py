@@ -6,7 +6,7 @@ and the bias are applied to its output, where the compiler fuses them with what 
 activations come from each row of each call, so no calibration is needed.
 
 The activations are unsigned with a zero point because oneDNN multiplies u8 by s8 natively; signed
-activations fell into a reference path that was 1000 times slower.
+activations fall into a reference path that is slower by orders of magnitude.
 """
 
 from __future__ import annotations

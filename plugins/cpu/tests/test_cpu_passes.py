@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from observing import PROFILE, applied, observe, relative, skips, variants
 
+from kpt.transaction.plan import Candidate, assemble
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.channels_last import ChannelsLast
 from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
@@ -171,6 +172,35 @@ def test_int8_of_zeros_and_of_no_rows():
 def test_int8_skips_models_without_large_linears():
     small = nn.Sequential(nn.Linear(8, 8))
     assert "linear" in skips(Int8(), observe(small, torch.randn(2, 8)))[0]
+
+
+def test_int8_is_judged_as_a_lower_precision_whatever_is_between(mlp):
+    offers = {offer.params["rest"]: offer for offer in variants(Int8(), observe(mlp, torch.randn(2, 128)))}
+    assert offers["float32"].compute_dtype == "int8"
+    assert offers["bfloat16"].compute_dtype == "bfloat16"
+    assert offers["bfloat16"].predicted_gain > offers["float32"].predicted_gain
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("int8", "first"), [(8.5e11, "int8"), (2e11, "bf16")])
+@pytest.mark.parametrize("operations", [1e8, 9e8])
+def test_the_first_aggressive_stack_has_the_fastest_products_measured(mlp, int8, first, operations):
+    rates = {"float32": 1e11, "float32:onednn": 2e11, "bfloat16": 4.5e11, "int8": int8}
+    profile = replace(PROFILE, matmul_rates=rates)
+    observation = observe(mlp, torch.randn(2, 128), hardware=profile, operations=operations)
+    candidates = [
+        Candidate(offer, phase, "cpu", source, kind)
+        for source, kind, phase in (
+            ("bf16", Bf16, "precision"),
+            ("int8", Int8, "precision"),
+            ("inductor", Inductor, "compile"),
+        )
+        for offer in variants(kind(), observation, profile)
+    ]
+    precision, compiled = sorted(assemble(candidates).steps, key=lambda step: step.phase, reverse=True)
+    assert precision.source == first
+    assert precision.variant.params.get("rest", "bfloat16") == "bfloat16"
+    assert compiled.name == "inductor:frozen"
 
 
 # ---- layout ----------------------------------------------------------------------------------
