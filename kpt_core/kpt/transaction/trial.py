@@ -218,7 +218,7 @@ class Trials:
         """Calls of every kind that the plan will serve: what compiles or packs does it on these.
 
         The examples, and one of other sizes where dimensions are dynamic. A dynamic size of one is a
-        kind of its own to compilers, worth compiling for only where an example has it.
+        kind of its own to compilers: it is prepared for where it is the batch, or an example has it.
         """
         observation, baseline = self.observation, self.baseline
         calls = [call.clone() for call in observation.calls]
@@ -228,11 +228,21 @@ class Trials:
                     continue
                 call = baseline.draw(sizes=sizes)
                 if baseline.runs(call):
-                    calls.append(call)
+                    calls += [call, *self._single(sizes)]
                     break
         if plan.touches_mask:
             calls.append(baseline.draw(padding=True))
         return calls
+
+    def _single(self, sizes: dict[str, int]) -> list[Call]:
+        """A call of batch size one, where the batch is dynamic and no example has that size."""
+        spec, baseline = self.observation.spec, self.baseline
+        batch = {leaf.dims[0] for leaf in spec.leaves if 0 in leaf.dims}
+        wanted = {n for n in batch if spec.dimensions[n].low <= 1 and 1 not in spec.dimensions[n].observed}
+        if not wanted:
+            return []
+        call = baseline.draw(sizes={name: 1 if name in wanted else size for name, size in sizes.items()})
+        return [call] if baseline.runs(call) else []
 
     def time(self, applied: Applied, against: Applied | None = None, seconds: float | None = None) -> Timing:
         """Pair ``applied`` with the untouched model, or with another applied plan."""
