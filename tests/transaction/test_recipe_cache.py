@@ -239,12 +239,15 @@ def test_finding_nothing_is_remembered_too():
 
 
 @pytest.mark.parametrize(("budget", "searched"), [(20.0, True), (5.0, False)])
-def test_a_search_that_ran_out_of_time_is_repeated_with_more_only(budget, searched, cached):
+def test_a_search_that_ran_out_of_time_is_repeated_with_more_only(budget, searched):
+    run()
+    (path,) = recipes()
+
     def ran_out(body: dict) -> None:
         assert body["figures"]["budget"] == 6.0
         body["figures"]["rejected"][0]["rule"] = "budget"
 
-    edited(ran_out)(cached)
+    edited(ran_out)(path)
     receipt, _ = run(budget=budget)
     assert receipt.searched is searched
     assert receipt.recipe == "hit" or "smaller budget" in receipt.recipe
