@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs of every vendor that Triton compiles for."""

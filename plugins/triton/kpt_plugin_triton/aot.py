@@ -1,0 +1,126 @@
+"""Compile kernels ahead of time for GPUs that are not here, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kpt_plugin_triton.launch import Launch
+
+#: The architectures that every kernel is compiled for, with the shared memory (LDS) of one program in bytes.
+TARGETS: dict[str, tuple[GPUTarget, int]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 65_536),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 163_840),
+}
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.float8_e4m3fnuz: "fp8e4b8",
+    torch.float8_e5m2fnuz: "fp8e5b16",
+}
+#: Instructions of matrix units by what the disassembly calls them.
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+|v_smfmac_\w+)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs: bytes of shared memory, registers and spills, matrix instructions."""
+
+    name: str
+    target: str
+    shared: int
+    registers: int
+    spilled: int
+    matrix: dict[str, int]
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile a recorded launch for one of `TARGETS`; addresses count as aligned to 16 bytes.
+
+    Raises:
+        triton.CompilationError: the kernel does not compile for that target.
+    """
+    gpu, _ = TARGETS[target]
+    names = launch.function.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    count = len(launch.arguments)
+    for index, (name, value) in enumerate(zip(names, (*launch.arguments, *launch.constants))):
+        if index >= count or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(launch.function, signature, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=gpu, options=options)
+    text = compiled.asm["ptx"] if gpu.backend == "cuda" else compiled.asm["amdgcn"]
+    found: dict[str, int] = {}
+    for match in _MATRIX.findall(text):
+        kind = match.split("_")[0] + "_" + match.split("_")[1] if match.startswith("v_") else match
+        found[kind] = found.get(kind, 0) + 1
+    registers, spilled = _cuda_usage(compiled) if gpu.backend == "cuda" else _hip_usage(text)
+    return Resources(compiled.metadata.name, target, compiled.metadata.shared, registers, spilled, found)
+
+
+def _cuda_usage(compiled: Any) -> tuple[int, int]:
+    """(registers a thread, bytes spilled), as the disassembler that Triton brings along reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(compiled.asm["cubin"])
+    try:
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    finally:
+        os.unlink(file.name)
+    registers = re.search(r"REG:(\d+)", text)
+    stack, local = re.search(r"STACK:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    if registers is None or stack is None or local is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage: {text.strip()[:200]!r}")
+    return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def _hip_usage(text: str) -> tuple[int, int]:
+    """(vector registers a lane, registers spilled) from the metadata at the end of the assembly."""
+
+    def number(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        if match is None:
+            raise RuntimeError(f"the assembly has no {name}")
+        return int(match[1])
+
+    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")

@@ -1,0 +1,399 @@
+"""rms_norm, add_rms_norm, layer_norm and add_layer_norm with gradients.
+
+References: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.06450.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
+from kpt_plugin_triton.kernels import norms as device
+from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
+from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
+from kpt_plugin_triton.tuning import Tuned
+
+#: Bytes of one row, and columns of one row in the backward pass, that still go into registers as a whole.
+_LONGEST = 65536
+_LONGEST_BACKWARD = 8192
+_LONG_BLOCK = 4096
+_DTYPES = (*FLOATS, torch.float64)
+
+_forward = Kernel(device.norm_forward)
+_forward_long = Kernel(device.norm_forward_long)
+_backward = Kernel(device.norm_backward)
+_backward_long = Kernel(device.norm_backward_long)
+_weight_sums = Kernel(device.norm_weight_sums)
+_column_sums = Kernel(device.column_sums)
+
+
+def _forward_rule(itemsize: int, columns: int) -> dict[str, int]:
+    block = power_of_two(columns)
+    return {
+        "ROWS": max(1, min(32, 4096 // block)),
+        "num_warps": max(1, min(16, block * itemsize // 1024)) if block > 1024 else 4,
+    }
+
+
+def _backward_rule(itemsize: int, columns: int) -> dict[str, int]:
+    block = power_of_two(columns)
+    return {
+        "ROWS": max(1, min(16, 4096 // block)),
+        "PROGRAMS": 2 if block > 2048 else 4,
+        "num_warps": max(4, min(16, block // 512)),
+    }
+
+
+def _forward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
+    block = power_of_two(columns)
+    for rows in (1, 2, 4, 8, 16, 32):
+        for warps in (1, 2, 4, 8, 16, 32):
+            if 8 <= rows * block // (32 * warps) <= 128:
+                yield {"ROWS": rows, "num_warps": warps}
+
+
+def _backward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
+    block = power_of_two(columns)
+    for rows in (1, 2, 4, 8, 16):
+        for warps in (2, 4, 8, 16, 32):
+            if 4 <= rows * block // (32 * warps) <= 32:
+                for programs in (1, 2, 3, 4, 6, 8):
+                    if warps * programs <= 48:
+                        yield {"ROWS": rows, "PROGRAMS": programs, "num_warps": warps}
+
+
+forward_options = Tuned("norm_forward", ("columns",), _forward_rule, _forward_candidates)
+backward_options = Tuned("norm_backward", ("columns",), _backward_rule, _backward_candidates)
+
+
+def _run_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+    statistics: bool,
+    options: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(y, x + residual, mean, rstd); the last two are [rows] in fp32, and None unless asked for."""
+    columns = x.shape[-1]
+    y = dense(x)
+    total = None if residual is None else dense(x)
+    flat, rows, stride = rows_of(x)
+    wide = wide_dtype(x.dtype)
+    mean = rstd = None
+    if statistics:
+        rstd = torch.empty(rows, dtype=wide, device=x.device)
+        mean = torch.empty(rows, dtype=wide, device=x.device) if centred else None
+    if rows == 0:
+        return y, total, mean, rstd
+    other, other_stride = None, 0
+    if residual is not None:
+        other, _, other_stride = rows_of(residual)
+    accumulate = tl.float64 if wide is torch.float64 else tl.float32
+    arguments = (flat, other, weight, bias, y, total, mean, rstd, rows, stride, other_stride, eps, offset)
+    if columns * flat.element_size() > _LONGEST:
+        constants = (columns, _LONG_BLOCK, 1, centred, statistics, accumulate)
+        _forward_long((rows, 1, 1), arguments, constants, 8)
+        return y, total, mean, rstd
+    if options is None:
+        options = forward_options(x.device.index, x.element_size(), columns)
+    each = options["ROWS"]
+    constants = (columns, power_of_two(columns), each, centred, statistics, accumulate)
+    _forward((ceil_div(rows, each), 1, 1), arguments, constants, options["num_warps"])
+    return y, total, mean, rstd
+
+
+def _run_backward(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    want_weight: bool,
+    want_bias: bool,
+    options: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dweight, dbias); ``x`` is what was normalised, the sum where a residual was added."""
+    columns = x.shape[-1]
+    dx = dense(x)
+    flat, rows, stride = rows_of(x)
+    grad, _, grad_stride = rows_of(dy)
+    more, more_stride = None, 0
+    if dtotal is not None:
+        more, _, more_stride = rows_of(dtotal)
+    wide = wide_dtype(x.dtype)
+    accumulate = tl.float64 if wide is torch.float64 else tl.float32
+    centred = mean is not None
+    dweight = torch.zeros_like(weight) if want_weight and weight is not None else None
+    dbias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    if rows == 0:
+        return dx, dweight, dbias
+    long = columns > _LONGEST_BACKWARD
+    block = power_of_two(columns)
+    if long:
+        programs = min(rows, 32)
+    else:
+        if options is None:
+            options = backward_options(x.device.index, x.element_size(), columns)
+        programs = min(ceil_div(rows, options["ROWS"]), options["PROGRAMS"] * processors(x.device.index))
+    sums = [
+        None if out is None else torch.empty((programs, columns), dtype=wide, device=x.device)
+        for out in (dweight, dbias)
+    ]
+    if long:
+        _backward_long(
+            (rows, 1, 1),
+            (flat, grad, more, weight, mean, rstd, dx, stride, grad_stride, more_stride, offset),
+            (columns, _LONG_BLOCK, centred, accumulate),
+            8,
+        )
+        if dweight is not None or dbias is not None:
+            _weight_sums(
+                (ceil_div(columns, 512), programs, 1),
+                (flat, grad, mean, rstd, *sums, rows, stride, grad_stride),
+                (columns, 512, centred, accumulate),
+                4,
+            )
+    else:
+        _backward(
+            (programs, 1, 1),
+            (
+                *(flat, grad, more, weight, mean, rstd, dx, *sums),
+                *(rows, stride, grad_stride, more_stride, offset),
+            ),
+            (columns, block, options["ROWS"], centred, accumulate),
+            options["num_warps"],
+        )
+    if dweight is not None or dbias is not None:
+        _column_sums(
+            (ceil_div(columns, 32), 1, 1),
+            (*sums, dweight, dbias, programs),
+            (columns, 32, 64, accumulate),
+            8,
+        )
+    return dx, dweight, dbias
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        centred: bool,
+    ) -> Any:
+        y, total, mean, rstd = _run_forward(x, residual, weight, bias, eps, offset, centred, True)
+        ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, residual, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dx, dweight, dbias = _run_backward(
+            x, dy, dtotal, weight, bias, mean, rstd, ctx.offset, wants_weight, wants_bias
+        )
+        return dx, (dx if residual else None), dweight, dbias, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------
+# What the compiler sees
+
+
+def _op_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    centred: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, total, mean, rstd = _run_forward(x, residual, weight, bias, eps, offset, centred, True)
+    nothing = x.new_empty(0)
+    return y, nothing if total is None else total, x.new_empty(0) if mean is None else mean, rstd  # type: ignore[return-value]
+
+
+def _fake_forward(
+    x: Any, residual: Any, weight: Any, bias: Any, eps: float, offset: float, centred: bool
+) -> Any:
+    rows = x.numel() // x.shape[-1]
+    wide = wide_dtype(x.dtype)
+    y = x.new_empty(x.shape)
+    total = x.new_empty(0 if residual is None else x.shape)
+    mean = x.new_empty(rows, dtype=wide) if centred else x.new_empty(0)
+    return y, total, mean, x.new_empty(rows, dtype=wide)
+
+
+def _op_backward(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dweight, dbias = _run_backward(x, dy, dtotal, weight, bias, mean, rstd, offset, True, True)
+    return dx, x.new_empty(0) if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias
+
+
+def _fake_backward(
+    x: Any, dy: Any, dtotal: Any, weight: Any, bias: Any, mean: Any, rstd: Any, offset: float
+) -> Any:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+        x.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, weight, bias, _, offset, centred = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
+    ctx.added, ctx.offset, ctx.centred = residual is not None, offset, centred
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Any, dtotal: Any, *_: Any) -> Any:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, dweight, dbias = norm_backward(
+        x,
+        dy,
+        dtotal if ctx.added else None,
+        weight,
+        bias,
+        mean if ctx.centred else None,
+        rstd,
+        ctx.offset,
+    )
+    return (
+        dx,
+        dx if ctx.added else None,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        None,
+        None,
+        None,
+    )
+
+
+norm_backward = register(
+    "norm_backward(Tensor x, Tensor dy, Tensor? dtotal, Tensor? weight, Tensor? bias, Tensor? mean, "
+    "Tensor rstd, float offset) -> (Tensor, Tensor, Tensor)",
+    _op_backward,
+    _fake_backward,
+)
+norm_forward = register(
+    "norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, "
+    "bool centred) -> (Tensor, Tensor, Tensor, Tensor)",
+    _op_forward,
+    _fake_forward,
+    _differentiate,
+    _remember,
+)
+
+# ---------------------------------------------------------------------------------------------
+# The functions that kernels' specs name
+
+
+def _check(op: str, x: Any, residual: Any, weight: Any, bias: Any) -> None:
+    check_tensor(op, "x", x, _DTYPES)
+    if x.shape[-1] == 0:
+        refuse(op, "x", f"of shape {tuple(x.shape)}", "at least one column")
+    if residual is not None:
+        check_tensor(op, "residual", residual, (x.dtype,))
+        check_shape(op, "residual", residual, x.shape)
+        check_same_device(op, "residual", residual, x)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_tensor(op, name, vector, _DTYPES)
+            check_shape(op, name, vector, x.shape[-1:])
+            check_same_device(op, name, vector, x)
+
+
+def _norm(
+    op: str, x: Any, residual: Any, weight: Any, bias: Any, eps: float, offset: float, centred: bool
+) -> Any:
+    if torch.compiler.is_compiling():
+        y, total, _, _ = norm_forward(x, residual, weight, bias, eps, offset, centred)
+        return y if residual is None else (y, total)
+    _check(op, x, residual, weight, bias)
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if needs_grad(x, residual, weight, bias):
+        return _Norm.apply(x, residual, weight, bias, eps, offset, centred)
+    y, total, _, _ = _run_forward(x, residual, weight, bias, eps, offset, centred, False)
+    return y if residual is None else (y, total)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
+) -> torch.Tensor:
+    """``x`` [..., D] over the root mean square of its last dimension, times ``weight + offset`` [D].
+
+    bf16, fp16, fp32 or fp64; statistics in fp32 (fp64 for fp64). Rows may be spaced anyhow; other strides
+    are copied first. Differentiable once in ``x`` and ``weight``.
+
+    Raises:
+        KernelInputError: an argument's device, dtype or shape is not supported.
+    """
+    return _norm("rms_norm", x, None, weight, None, eps, offset, False)  # type: ignore[no-any-return]
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(x + residual), x + residual)`` in one pass; arguments as for `rms_norm`."""
+    return _norm("add_rms_norm", x, residual, weight, None, eps, offset, False)  # type: ignore[no-any-return]
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """``x`` [..., D] normalised over its last dimension, times ``weight`` [D], plus ``bias`` [D].
+
+    Dtypes, strides, gradients and errors as for `rms_norm`.
+    """
+    return _norm("layer_norm", x, None, weight, bias, eps, 0.0, True)  # type: ignore[no-any-return]
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(layer_norm(x + residual), x + residual)`` in one pass; arguments as for `layer_norm`."""
+    return _norm("add_layer_norm", x, residual, weight, bias, eps, 0.0, True)  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""What the triton plugin offers; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kpt import hookimpl
+from kpt.specs import KernelSpec, OpSpec
+
+_HOME = "kpt_plugin_triton"
+_FLOATS = ("bfloat16", "float16", "float32")
+_SUPPORTS = f"{_HOME}.sites:on_gpu"
+
+
+def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
+    """One kernel for every GPU; most are differentiable, traceable and the same bits from run to run."""
+    options = {
+        "hardware": ("cuda",),
+        "dtypes": _FLOATS,
+        "backward": True,
+        "compile_safe": True,
+        "reproducible": True,
+        "supports": _SUPPORTS,
+        **more,
+    }
+    return KernelSpec(op, "triton", f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
+
+
+@hookimpl
+def kpt_ops() -> Iterator[OpSpec]:
+    references = f"{_HOME}.references"
+    yield OpSpec(
+        "add_layer_norm",
+        "(x, residual, weight=None, bias=None, eps=1e-5) -> (y, x + residual)",
+        f"{references}.norms:add_layer_norm",
+        summary="add a residual and normalise the sum to mean 0 and variance 1",
+    )
+
+
+@hookimpl
+def kpt_kernels() -> Iterator[KernelSpec]:
+    for op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
+        yield _kernel(op, f"norms:{op}")

@@ -1,0 +1,30 @@
+"""Tensors as rows: what kernels over the last dimension need to know of a layout."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """``x`` [..., D] as (tensor, number of rows, elements from one row to the next), columns side by side.
+
+    A view wherever the rows are evenly spaced; otherwise a copy.
+    """
+    columns = x.shape[-1]
+    if x.is_contiguous():
+        return x, (x.numel() // columns if columns else 0), columns
+    if x.dim() != 2 or x.stride(1) != 1:
+        x = x.reshape(-1, columns)
+        if x.stride(1) != 1 and columns > 1:
+            x = x.contiguous()
+    return x, x.shape[0], x.stride(0)
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor like ``x``, contiguous."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over elements of ``dtype`` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

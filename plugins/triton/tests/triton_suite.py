@@ -1,0 +1,20 @@
+"""The conformance suite as the Triton kernels run it."""
+
+from __future__ import annotations
+
+import torch
+
+from kpt.testing import KernelSuite
+from kpt_plugin_triton.launch import INTERPRETED
+
+
+class TritonSuite(KernelSuite):
+    """On the GPU where there is one, otherwise in the interpreter, whose bfloat16 is wrong."""
+
+    device = "cpu" if INTERPRETED else "cuda"
+
+    def dtypes(self) -> list[torch.dtype]:
+        return [d for d in super().dtypes() if not (INTERPRETED and d is torch.bfloat16)]
+
+    def site(self, dtype: torch.dtype) -> None:
+        return None  # the functions are tested; what sites they take is the business of other tests
