@@ -1,0 +1,1 @@
+"""What benchmarks/gpu_kernels.py measures, one file an op family."""
