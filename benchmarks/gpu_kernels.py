@@ -1,0 +1,228 @@
+"""Every kernel of the triton plugin beside everyone else who computes the same thing, on one GPU, in one run.
+
+For each op and size every contender is prepared, compared with a reference in higher precision, and timed:
+the median of event times over several rounds in which the contenders alternate, with the L2 cache flushed
+before each call. A contender that cannot run is listed with its reason.
+
+    python benchmarks/gpu_kernels.py [--families norms losses] [--seconds 0.3] [--results FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, tensors, with_todays, write_result
+
+FAMILIES = (
+    "norms",
+    "losses",
+    "rope",
+    "glu",
+    "group_norm",
+    "quantise",
+    "skinny",
+    "attention",
+)
+ROUNDS = 3
+
+
+def timed(call: Callable[[], Any], seconds: float, graph: bool) -> float:
+    """The median time of a call in milliseconds."""
+    import torch
+    import triton
+
+    if graph:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            return float(
+                triton.testing.do_bench_cudagraph(call, rep=int(seconds * 1e3), return_mode="median")
+            )
+    return float(triton.testing.do_bench(call, warmup=25, rep=int(seconds * 1e3), return_mode="median"))
+
+
+def error(output: Any, reference: Any) -> float | None:
+    """The largest relative error ||output - reference|| / ||reference|| over all tensors."""
+    if reference is None:
+        return None
+    worst = 0.0
+    mine, true = list(tensors(output)), list(tensors(reference))
+    if len(mine) != len(true):
+        raise ValueError(f"returned {len(mine)} tensors, the reference {len(true)}")
+    for a, b in zip(mine, true):
+        if a.shape != b.shape:
+            raise ValueError(f"returned a tensor of shape {tuple(a.shape)}, the reference {tuple(b.shape)}")
+        difference = (a.float() - b.float()).norm().double() / b.float().norm().double().clamp_min(1e-30)
+        worst = max(worst, float(difference))
+    return worst
+
+
+def peak_memory(call: Callable[[], Any]) -> float:
+    """GiB that a call takes at its peak, beyond what was allocated before it."""
+    import torch
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def measure(case: Any, seconds: float) -> dict[str, Any]:
+    """The record of one case: for every contender its time, rate, error, and memory where that matters."""
+    import torch
+
+    record: dict[str, Any] = {"op": case.op, "size": case.size, "unit": case.unit, "goal": case.goal}
+    if case.note:
+        record["note"] = case.note
+    reference = case.reference() if case.reference is not None else None
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, prepare in case.contenders.items():
+        started = time.perf_counter()
+        torch._dynamo.reset()
+        try:
+            call = prepare()
+            for _ in range(3):
+                result = call()
+            torch.cuda.synchronize()
+            rows[name] = {"error": error(result, reference), "setup_seconds": time.perf_counter() - started}
+            del result
+            if case.memory:
+                rows[name]["peak_gib"] = peak_memory(call)
+            calls[name] = call
+        except Exception as failure:  # noqa: BLE001 - whatever a contender fails with is its result
+            lines = str(failure).strip().splitlines() or [""]
+            rows[name] = {"failed": f"{type(failure).__name__}: {lines[0][:200]}"}
+    del reference
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            try:
+                times[name].append(timed(call, seconds / ROUNDS, case.graph))
+            except Exception as failure:  # noqa: BLE001 - the same, for instance a capture that is refused
+                rows[name]["failed"] = (
+                    f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}"
+                )
+    for name, samples in times.items():
+        if not samples or "failed" in rows[name]:
+            continue
+        milliseconds = statistics.median(samples)
+        rows[name]["ms"] = milliseconds
+        rows[name]["spread"] = (max(samples) - min(samples)) / milliseconds
+        if case.unit != "ms":
+            scale = 1e9 if case.unit == "GB/s" else 1e12
+            rows[name]["rate"] = case.amount / (milliseconds * 1e-3) / scale
+    record["contenders"] = rows
+    own = rows.get("kpt", {})
+    others = [row["ms"] for name, row in rows.items() if not name.startswith("kpt") and "ms" in row]
+    if "ms" in own:
+        record["ahead_of_best_peer"] = min(others) / own["ms"] if others else None
+        if case.goal is not None:
+            reached = own["ms"] <= case.goal if case.unit == "ms" else own["rate"] >= case.goal
+            record["goal_reached"] = reached
+    return record
+
+
+def ceilings(seconds: float) -> dict[str, float]:
+    """Copy bandwidth in GB/s (read + write) and matmul rates in TFLOP/s, measured in this run."""
+    import torch
+
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / (timed(lambda: target.copy_(source), seconds, False) * 1e-3) / 1e9
+    found = {"copy_GB/s": copy}
+    del source, target
+    for size in (4096, 8192):
+        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        found[f"bf16_matmul_{size}_TFLOP/s"] = (
+            2 * size**3 / (timed(lambda: a @ b, seconds, False) * 1e-3) / 1e12
+        )
+    return found
+
+
+def show(record: dict[str, Any]) -> None:
+    cells = []
+    for name, row in record["contenders"].items():
+        if "ms" not in row:
+            cells.append(f"{name} -")
+        elif record["unit"] == "ms":
+            cells.append(f"{name} {row['ms']:.2f}")
+        else:
+            cells.append(f"{name} {row['rate']:.0f}")
+    own = record["contenders"].get("kpt", {})
+    if "failed" in own:
+        cells.append("KPT " + own["failed"])
+    elif own.get("error") is not None:
+        cells.append(f"error {own['error']:.1e}")
+    goal = "" if record["goal"] is None else f" goal {record['goal']}"
+    print(
+        f"{record['op']:26s} {record['size']:22s} {record['unit']:7s}{goal} | {' · '.join(cells)}", flush=True
+    )
+
+
+def measured(families: list[str], seconds: float, until: float) -> Iterator[dict[str, Any]]:
+    import torch
+
+    for family in families:
+        for case in importlib.import_module(f"gpu.{family}").cases():
+            if time.perf_counter() > until:
+                yield {
+                    "op": case.op,
+                    "size": case.size,
+                    "unit": case.unit,
+                    "goal": case.goal,
+                    "failed": "no time left",
+                }
+                continue
+            record = measure(case, seconds)
+            show(record)
+            yield record
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender and case")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no case is begun")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here; these figures mean nothing on another device")
+    until = time.perf_counter() + options.limit
+    limits = ceilings(options.seconds)
+    print({name: round(value) for name, value in limits.items()}, flush=True)
+    settings = {"seconds": options.seconds, "rounds": ROUNDS}
+    records = {
+        f"{record['op']} {record['size']}": record
+        for record in measured(options.families, options.seconds, until)
+    }
+    import triton
+
+    device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    content = {
+        "device": device,
+        "triton": triton.__version__,
+        "ceilings": limits,
+        "settings": settings,
+        "cases": with_todays("gpu_kernels", "cases", records, settings, options.results),
+    }
+    print(write_result("gpu_kernels", content, options.results))
+
+
+if __name__ == "__main__":
+    main()
