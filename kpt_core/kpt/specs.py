@@ -128,7 +128,7 @@ class KernelSpec:
     ``setup(site) -> callable`` which may pack weights once and returns the function to call
     instead of ``entry``; a kernel with a ``setup`` holds derived weights unless
     ``derives=False``. ``dtypes`` and ``hardware`` (device types or profile names) are empty for
-    "any".
+    "any". ``tuner`` names a `Tuner`, which several kernels may share; ``kpt bench --tune`` runs it.
     """
 
     op: str
@@ -144,6 +144,7 @@ class KernelSpec:
     supports: str | None = None
     setup: str | None = None
     derives: bool | None = None
+    tuner: str | None = None
     predicted_gain: float = 1.05
     source: str = ""
 
@@ -156,6 +157,21 @@ class KernelSetup(Protocol):
     """Prepares one site once, for instance by packing its weights."""
 
     def __call__(self, site: Site) -> Callable[..., Any]: ...
+
+
+class Tuner(Protocol):
+    """Times the options of kernels on the device that is here and stores the best ones."""
+
+    def __call__(
+        self, only: tuple[str, ...], seconds: float, folder: str | None, tell: Callable[[str], None]
+    ) -> Mapping[str, Any]:
+        """Tune the kernels named in ``only`` (all if empty), ``seconds`` of timing for each option.
+
+        Writes a table into ``folder`` (the user's own by default), which the kernels read from then on.
+        Returns ``path``, ``architecture`` and ``rows`` (what was chosen, with the times of the rule's
+        choice and of the best, in milliseconds). Raises `ValueError` for an unknown name and
+        `RuntimeError` where there is no device to measure on.
+        """
 
 
 # ---------------------------------------------------------------------------------------------

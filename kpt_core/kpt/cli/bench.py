@@ -18,23 +18,40 @@ if TYPE_CHECKING:
     from kpt.cli.sources import Source
 
 Names = Annotated[str, typer.Option(metavar="NAME,…", help="Only these contenders, besides eager.")]
-Seconds = Annotated[float, typer.Option(metavar="SECONDS", help="How long all of them are timed together.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long all of them are timed together (20); with --tune, each size of a kernel (2).",
+    ),
+]
+Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune",
+        help="Instead of timing a model, let kernels find their block sizes on this device; "
+        "--contenders names kernels.",
+    ),
+]
+Tables = Annotated[str, typer.Option(metavar="FOLDER", help="With --tune: where the tables go.")]
 
 
 def command(
     context: typer.Context,
-    model: options.ModelPath,
+    model: options.OptionalModelPath = None,
     arch: options.Arch = "",
     inputs: options.Inputs = [],  # noqa: B006 - typer makes a new list for each call
     contenders: Names = "",
     level: options.Level = "production",
     dynamic: options.Dynamic = [],  # noqa: B006
     budget: options.Budget = 120.0,
-    seconds: Seconds = 20.0,
+    seconds: Seconds = None,
     device: options.Device = "",
     trust_model: options.Trust = False,
     plugins: options.Plugins = "",
     no_plugins: options.NoPlugins = False,
+    tune: Tune = False,
+    tables: Tables = "",
     as_json: options.Json = False,
 ) -> None:
     """Time a model under every installed contender: eager, kpt, and those that plugins bring.
@@ -44,6 +61,16 @@ def command(
     """
     output: Output = context.obj
     options.one_of("--level", level, LEVELS)
+    if tune:
+        if model is not None:
+            raise usage("--tune measures kernels, not a model.", "Leave --model out.")
+        data = _tuned(
+            options.selection(plugins, no_plugins), contenders, 2.0 if seconds is None else seconds, tables
+        )
+        output.result(data, None if output.json else _tuned_table(data))
+        return
+    if model is None:
+        raise usage("--model is missing.", "Name a model file or folder, or use --tune.")
     from kpt.cli.contest import contest
     from kpt.cli.inputs import dynamic_shapes
     from kpt.cli.sources import open_source
@@ -54,7 +81,7 @@ def command(
     entrants = _chosen(
         source, contenders, level=level, dynamic_shapes=shapes, budget=budget, plugins=selected
     )
-    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds, tell=note)
+    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds or 20.0, tell=note)
     data = {
         "model": str(model),
         "machine": machine(source),
@@ -63,6 +90,36 @@ def command(
         "contenders": [entrant.to_dict() for entrant in entrants],
     }
     output.result(data, None if output.json else _table(data))
+
+
+def _tuned(selected: list[str] | None, names: str, seconds: float, tables: str) -> dict[str, Any]:
+    from kpt.cli.sources import require_torch
+    from kpt.cli.tuning import tune
+
+    require_torch()
+    from kpt.plugins import registry
+
+    wanted = tuple(name.strip() for name in names.split(",") if name.strip())
+    return {"tuned": tune(registry(selected), wanted, seconds, tables or None)}
+
+
+def _tuned_table(data: dict[str, Any]) -> Any:
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    parts: list[Any] = []
+    for found in data["tuned"].values():
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("kernel", "sizes", "options", "rule", "best"):
+            table.add_column(column)
+        for row in found["rows"]:
+            chosen = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+            sizes = " x ".join(map(str, row["sizes"]))
+            rule = "does not run" if row["rule_ms"] is None else f"{row['rule_ms']:.4f} ms"
+            table.add_row(row["kernel"], sizes, chosen, rule, f"{row['ms']:.4f} ms")
+        parts += [table, f"{found['architecture']}: {found['path']}"]
+    return Group(*parts)
 
 
 def _chosen(source: Source, names: str, **ours: Any) -> list[Entrant]:

@@ -13,6 +13,10 @@ from kpt.specs import LEVELS, OBJECTIVES
 ModelPath = Annotated[
     Path, typer.Option("--model", "-m", help="A .pt, .pth, .bin or .safetensors file, or a model folder.")
 ]
+OptionalModelPath = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="A .pt, .pth, .bin or .safetensors file, or a model folder."),
+]
 Arch = Annotated[
     str, typer.Option(metavar="MODULE:FACTORY", help="Builds the module that weights are loaded into.")
 ]

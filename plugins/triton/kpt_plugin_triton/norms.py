@@ -5,7 +5,7 @@ References: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:160
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from kpt_plugin_triton.kernels import norms as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
-from kpt_plugin_triton.tuning import Tuned
+from kpt_plugin_triton.tuner import Workload
+from kpt_plugin_triton.tuning import Options, Tuned
 
 #: Bytes of one row, and columns of one row in the backward pass, that still go into registers as a whole.
 _LONGEST = 65536
@@ -397,3 +398,41 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(layer_norm(x + residual), x + residual)`` in one pass; arguments as for `layer_norm`."""
     return _norm("add_layer_norm", x, residual, weight, bias, eps, 0.0, True)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------
+# What tuning measures
+
+
+def _rows(columns: int, itemsize: int) -> int:
+    """Enough rows to be well past launch cost and caches: a quarter of a gigabyte."""
+    return max(64, min(65536, 2**28 // (columns * itemsize)))
+
+
+def _forward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device="cuda")
+    weight = torch.randn(columns, dtype=dtype, device="cuda")
+
+    def with_options(options: Options) -> Callable[[], Any]:
+        return lambda: _run_forward(x, None, weight, None, 1e-6, 0.0, False, True, options)
+
+    return with_options
+
+
+def _backward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device="cuda")
+    dy = torch.randn_like(x)
+    weight = torch.randn(columns, dtype=dtype, device="cuda")
+    rstd = x.float().square().mean(-1).add(1e-6).rsqrt()
+
+    def with_options(options: Options) -> Callable[[], Any]:
+        return lambda: _run_backward(x, dy, None, weight, None, None, rstd, 0.0, True, False, options)
+
+    return with_options
+
+
+_WIDTHS = (128, 512, 768, 1024, 2048, 4096, 5120, 8192)
+WORKLOADS = [
+    Workload(forward_options, tuple((width,) for width in (*_WIDTHS, 16384)), _forward_work),
+    Workload(backward_options, tuple((width,) for width in _WIDTHS), _backward_work),
+]

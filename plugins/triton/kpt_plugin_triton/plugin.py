@@ -21,6 +21,7 @@ def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
         "compile_safe": True,
         "reproducible": True,
         "supports": _SUPPORTS,
+        "tuner": f"{_HOME}.tuner:tune",
         **more,
     }
     return KernelSpec(op, "triton", f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]

@@ -1,0 +1,163 @@
+"""Time the options of every kernel on the GPU that is here, and write the table that they read.
+
+Reached by ``kpt bench --tune``. Each family lists `Workload`s: typical sizes of one tuned kernel and how to
+call it with given options.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpt_plugin_triton import tuning
+from kpt_plugin_triton.launch import INTERPRETED, architecture, version
+from kpt_plugin_triton.tuning import KERNELS, SCHEMA, Options, Tuned
+
+#: The modules that have a ``WORKLOADS`` list.
+FAMILIES = ("norms",)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one tuned kernel that are worth measuring.
+
+    ``prepare(dtype, *size)`` allocates random inputs and returns a function from options to the call to
+    time. What is timed with given options has to use them, whatever tables say.
+    """
+
+    kernel: Tuned
+    sizes: tuple[tuple[int, ...], ...]
+    prepare: Callable[..., Callable[[Options], Callable[[], Any]]]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+
+
+def workloads() -> list[Workload]:
+    """Every workload of every family."""
+    found: list[Workload] = []
+    for family in FAMILIES:
+        found += importlib.import_module(f"kpt_plugin_triton.{family}").WORKLOADS
+    return found
+
+
+def tune(
+    only: tuple[str, ...], seconds: float, folder: str | None, tell: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """See `kpt.specs.Tuner`."""
+    todo = workloads()
+    names = sorted({work.kernel.name for work in todo})
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"no kernel is called {', '.join(unknown)}; known are {', '.join(names)}")
+    if INTERPRETED or not torch.cuda.is_available():
+        raise RuntimeError("kernels are tuned on a GPU, and there is none here")
+    rows: list[dict[str, Any]] = []
+    for work in todo:
+        if not only or work.kernel.name in only:
+            for dtype in work.dtypes:
+                for size in work.sizes:
+                    rows += _tune_one(work, dtype, size, seconds, tell)
+                    torch.cuda.empty_cache()
+    arch = architecture(torch.cuda.current_device())
+    path = Path(folder) / f"{arch}.json" if folder else tuning.user_folder() / f"{arch}.json"
+    write(path, arch, rows)
+    return {"path": str(path), "architecture": arch, "rows": rows}
+
+
+def _tune_one(
+    work: Workload, dtype: torch.dtype, size: tuple[int, ...], seconds: float, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    kernel = work.kernel
+    rule = dict(kernel.rule(dtype.itemsize, *size))
+    options = [rule, *(o for o in kernel.candidates(dtype.itemsize, *size) if o != rule)]
+    each = max(seconds / len(options), 0.01)
+    with_options = work.prepare(dtype, *size)
+    times: list[tuple[float, int]] = []
+    for number, chosen in enumerate(options):
+        found = _milliseconds(with_options(chosen), each)
+        if found is not None:
+            times.append((found, number))
+    if not times:
+        tell(f"{kernel.name} {size} {dtype}: no option runs here")
+        return []
+    # The fastest few once more, in turn, so that one lucky reading decides nothing.
+    finalists = [number for _, number in sorted(times)[:3]]
+    again: dict[int, list[float]] = {number: [] for number in finalists}
+    for _ in range(3):
+        for number in finalists:
+            value = _milliseconds(with_options(options[number]), each)
+            if value is not None:
+                again[number].append(value)
+    best = min((number for number in finalists if again[number]), key=lambda n: statistics.median(again[n]))
+    by_rule = {number: value for value, number in times}.get(0)
+    row = {
+        "kernel": kernel.name,
+        "itemsize": dtype.itemsize,
+        "sizes": list(size),
+        "options": options[best],
+        "ms": statistics.median(again[best]),
+        "rule_ms": by_rule,
+    }
+    tell(f"{kernel.name} {size} {dtype}: {options[best]} {row['ms']:.4f} ms, the rule's {by_rule} ms")
+    return [row]
+
+
+def _milliseconds(call: Callable[[], Any], seconds: float) -> float | None:
+    """The median time of a call with a cold L2 cache; None where these options do not run."""
+    from triton.testing import do_bench
+
+    try:
+        call()
+        torch.cuda.synchronize()
+        return float(do_bench(call, warmup=5, rep=max(int(seconds * 1e3), 10), return_mode="median"))
+    except KeyboardInterrupt:
+        raise
+    except Exception:  # noqa: BLE001 - out of shared memory, registers or threads: not for this device
+        return None
+
+
+def write(path: Path, arch: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Store what was measured; rows of kernels and sizes that were not measured again stay."""
+    kept: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("schema") == SCHEMA:
+            kept = before["kernels"]
+    for row in rows:
+        entry = {
+            "itemsize": row["itemsize"],
+            "sizes": list(row["sizes"]),
+            "options": dict(row["options"]),
+            "ms": float(f"{row['ms']:.4g}"),
+        }
+        held = kept.setdefault(row["kernel"], [])
+        held[:] = [
+            old for old in held if (old["itemsize"], old["sizes"]) != (entry["itemsize"], entry["sizes"])
+        ]
+        held.append(entry)
+    for held in kept.values():
+        held.sort(key=lambda entry: (entry["itemsize"], entry["sizes"]))
+    content = {
+        "schema": SCHEMA,
+        "architecture": arch,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown",
+        "triton": version(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "kernels": {name: kept[name] for name in sorted(kept)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    tuning.forget()
+
+
+def known() -> tuple[str, ...]:
+    """The names of kernels that have options."""
+    return tuple(sorted(KERNELS))
