@@ -124,3 +124,16 @@ def _hip_usage(text: str) -> tuple[int, int]:
         return int(match[1])
 
     return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+
+
+def describe(launch: Launch) -> tuple[Any, ...]:
+    """What decides how a launch compiles; launches of equal descriptions compile to the same code."""
+    kinds: list[Any] = []
+    for value in launch.arguments:
+        if isinstance(value, torch.Tensor):
+            kinds.append(value.dtype)
+        elif type(value) is int:
+            kinds.append((value == 1, value % 16 == 0, abs(value) >= 2**31))
+        else:
+            kinds.append(type(value))
+    return (launch.function, tuple(kinds), launch.constants, launch.num_warps, launch.num_stages)

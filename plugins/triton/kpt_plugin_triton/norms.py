@@ -16,7 +16,7 @@ from kpt_plugin_triton.kernels import norms as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
-from kpt_plugin_triton.tuner import Workload
+from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
 #: Bytes of one row, and columns of one row in the backward pass, that still go into registers as a whole.
@@ -46,7 +46,7 @@ def _backward_rule(itemsize: int, columns: int) -> dict[str, int]:
     return {
         "ROWS": max(1, min(16, 4096 // block)),
         "PROGRAMS": 2 if block > 2048 else 4,
-        "num_warps": max(4, min(16, block // 512)),
+        "num_warps": max(4, min(16, block // 256)),
     }
 
 
@@ -410,8 +410,8 @@ def _rows(columns: int, itemsize: int) -> int:
 
 
 def _forward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
-    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device="cuda")
-    weight = torch.randn(columns, dtype=dtype, device="cuda")
+    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
+    weight = torch.randn(columns, dtype=dtype, device=work_device())
 
     def with_options(options: Options) -> Callable[[], Any]:
         return lambda: _run_forward(x, None, weight, None, 1e-6, 0.0, False, True, options)
@@ -420,9 +420,9 @@ def _forward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Calla
 
 
 def _backward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
-    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device="cuda")
+    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
     dy = torch.randn_like(x)
-    weight = torch.randn(columns, dtype=dtype, device="cuda")
+    weight = torch.randn(columns, dtype=dtype, device=work_device())
     rstd = x.float().square().mean(-1).add(1e-6).rsqrt()
 
     def with_options(options: Options) -> Callable[[], Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kpt_plugin_triton import tuning
-from kpt_plugin_triton.launch import INTERPRETED, architecture, version
+from kpt_plugin_triton.launch import INTERPRETED, architecture, is_recording, version
 from kpt_plugin_triton.tuning import KERNELS, SCHEMA, Options, Tuned
 
 #: The modules that have a ``WORKLOADS`` list.
@@ -37,6 +37,11 @@ class Workload:
     sizes: tuple[tuple[int, ...], ...]
     prepare: Callable[..., Callable[[Options], Callable[[], Any]]]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+
+
+def work_device() -> str:
+    """Where workloads allocate: on the GPU, or nowhere while launches are only recorded."""
+    return "meta" if is_recording() else "cuda"
 
 
 def workloads() -> list[Workload]:
