@@ -149,6 +149,44 @@ def ceilings(seconds: float) -> dict[str, float]:
     return found
 
 
+def launch_costs() -> dict[str, float]:
+    """Host microseconds of one launch of a small rms_norm, in five ways; nothing waits for the GPU."""
+    import torch
+    import torch.nn.functional as F
+    import triton.language as tl
+    from kpt_plugin_triton import norms
+    from kpt_plugin_triton.kernels.norms import norm_forward
+
+    x = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1024, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    arguments = (x, None, weight, None, y, None, None, None, 8, 1024, 0, 1e-6, 0.0)
+    constants = (1024, 1024, 1, False, False, tl.float32)
+    compiled = norm_forward.warmup(*arguments, *constants, grid=(8, 1, 1), num_warps=4)
+    stream = torch.cuda.current_stream().cuda_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    ways: dict[str, Callable[[], Any]] = {
+        "raw compiled kernel": lambda: run(
+            8, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants
+        ),
+        "kpt launch": lambda: norms._forward((8, 1, 1), arguments, constants, 4),
+        "triton jit launch": lambda: norm_forward[(8, 1, 1)](*arguments, *constants, num_warps=4),
+        "kpt rms_norm, checks and allocation included": lambda: norms.rms_norm(x, weight),
+        "torch rms_norm": lambda: F.rms_norm(x, (1024,), weight, 1e-6),
+    }
+    found: dict[str, float] = {}
+    for name, call in ways.items():
+        samples = []
+        for _ in range(30):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(100):
+                call()
+            samples.append((time.perf_counter() - started) / 100 * 1e6)
+        found[name] = statistics.median(samples)
+    return found
+
+
 def show(record: dict[str, Any]) -> None:
     cells = []
     for name, row in record["contenders"].items():
@@ -206,6 +244,8 @@ def main() -> None:
     until = time.perf_counter() + options.limit
     limits = ceilings(options.seconds)
     print({name: round(value) for name, value in limits.items()}, flush=True)
+    costs = launch_costs()
+    print({name: round(value, 1) for name, value in costs.items()}, flush=True)
     settings = {"seconds": options.seconds, "rounds": ROUNDS}
     records = {
         f"{record['op']} {record['size']}": record
@@ -218,6 +258,7 @@ def main() -> None:
         "device": device,
         "triton": triton.__version__,
         "ceilings": limits,
+        "launch_microseconds": costs,
         "settings": settings,
         "cases": with_todays("gpu_kernels", "cases", records, settings, options.results),
     }
