@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,7 +71,22 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     Raises:
         triton.CompilationError: the kernel does not compile for that target.
     """
-    gpu, _ = TARGETS[target]
+    return _resources(compile_for(launch, target_of(target)), target)
+
+
+def target_of(architecture: str) -> GPUTarget:
+    """Triton's target for an architecture by name; raises ValueError for a name of another form."""
+    if architecture in TARGETS:
+        return TARGETS[architecture][0]
+    if re.fullmatch(r"sm_\d+", architecture):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]+", architecture):
+        return GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
+    raise ValueError(f"architecture is {architecture!r}; supported: sm_<number> or gfx<number>")
+
+
+def compile_for(launch: Launch, gpu: GPUTarget) -> Any:
+    """Compile a launch, whose tensors may stand there as dtypes; fills Triton's cache on disk."""
     names = launch.function.arg_names
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -75,8 +96,9 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         if index >= count or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, torch.Tensor | torch.dtype):
+            dtype = value.dtype if isinstance(value, torch.Tensor) else value
+            signature[name] = "*" + _TYPES[dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -86,13 +108,17 @@ def compile_launch(launch: Launch, target: str) -> Resources:
             signature[name] = "fp32"
     source = ASTSource(launch.function, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=gpu, options=options)
-    text = compiled.asm["ptx"] if gpu.backend == "cuda" else compiled.asm["amdgcn"]
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _resources(compiled: Any, target: str) -> Resources:
+    cuda = compiled.metadata.target.backend == "cuda"
+    text = compiled.asm["ptx"] if cuda else compiled.asm["amdgcn"]
     found: dict[str, int] = {}
     for match in _MATRIX.findall(text):
-        kind = match.split("_")[0] + "_" + match.split("_")[1] if match.startswith("v_") else match
+        kind = "_".join(match.split("_")[:2]) if match.startswith("v_") else match
         found[kind] = found.get(kind, 0) + 1
-    registers, spilled = _cuda_usage(compiled) if gpu.backend == "cuda" else _hip_usage(text)
+    registers, spilled = _cuda_usage(compiled) if cuda else _hip_usage(text)
     return Resources(compiled.metadata.name, target, compiled.metadata.shared, registers, spilled, found)
 
 
@@ -137,3 +163,38 @@ def describe(launch: Launch) -> tuple[Any, ...]:
         else:
             kinds.append(type(value))
     return (launch.function, tuple(kinds), launch.constants, launch.num_warps, launch.num_stages)
+
+
+def compile_ahead(launches: Iterable[Launch], architecture: str, processes: int | None = None) -> None:
+    """Compile launches in several processes, so that starting them later finds them in Triton's disk cache.
+
+    What does not compile is left for the launch itself to report.
+    """
+    distinct = {describe(launch): launch for launch in launches}
+    if not distinct:
+        return
+    jobs = [_portable(launch) for launch in distinct.values()]
+    context = multiprocessing.get_context("spawn")
+    workers = min(len(jobs), processes or os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(_compile_job, jobs, [architecture] * len(jobs), chunksize=4))
+
+
+def _portable(launch: Launch) -> tuple[Any, ...]:
+    function = launch.function.fn
+    arguments = tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in launch.arguments)
+    constants = tuple(c.name if isinstance(c, tl.dtype) else c for c in launch.constants)
+    marks = tuple(isinstance(c, tl.dtype) for c in launch.constants)
+    return (
+        (function.__module__, function.__qualname__),
+        *(arguments, constants, marks, launch.num_warps, launch.num_stages),
+    )
+
+
+def _compile_job(job: tuple[Any, ...], architecture: str) -> None:
+    (module, name), arguments, constants, marks, num_warps, num_stages = job
+    function = getattr(importlib.import_module(module), name)
+    values = tuple(tl.dtype(c) if mark else c for c, mark in zip(constants, marks))
+    launch = Launch(function, arguments, values, num_warps, num_stages)
+    with contextlib.suppress(Exception):  # the launch itself says what is wrong
+        compile_for(launch, target_of(architecture))

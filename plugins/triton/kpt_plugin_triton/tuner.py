@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from kpt_plugin_triton import tuning
-from kpt_plugin_triton.launch import INTERPRETED, architecture, is_recording, version
+from kpt_plugin_triton.aot import compile_ahead
+from kpt_plugin_triton.launch import INTERPRETED, Launch, architecture, is_recording, recording, version
 from kpt_plugin_triton.tuning import KERNELS, SCHEMA, Options, Tuned
 
 #: The modules that have a ``WORKLOADS`` list.
@@ -64,24 +65,43 @@ def tune(
     if INTERPRETED or not torch.cuda.is_available():
         raise RuntimeError("kernels are tuned on a GPU, and there is none here")
     rows: list[dict[str, Any]] = []
-    for work in todo:
-        if not only or work.kernel.name in only:
-            for dtype in work.dtypes:
-                for size in work.sizes:
-                    rows += _tune_one(work, dtype, size, seconds, tell)
-                    torch.cuda.empty_cache()
     arch = architecture(torch.cuda.current_device())
+    chosen = [work for work in todo if not only or work.kernel.name in only]
+    compile_ahead(_every_launch(chosen, arch), arch)
+    tell(f"compiled for {arch}")
+    for work in chosen:
+        for dtype in work.dtypes:
+            for size in work.sizes:
+                rows += _tune_one(work, dtype, size, seconds, tell)
+                torch.cuda.empty_cache()
     path = Path(folder) / f"{arch}.json" if folder else tuning.user_folder() / f"{arch}.json"
     write(path, arch, rows)
     return {"path": str(path), "architecture": arch, "rows": rows}
+
+
+def _every_launch(works: Iterable[Workload], arch: str) -> list[Launch]:
+    count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    with recording(arch, count) as record:
+        for work in works:
+            for dtype in work.dtypes:
+                for size in work.sizes:
+                    with_options = work.prepare(dtype, *size)
+                    for options in _options(work.kernel, dtype, size):
+                        with_options(options)()
+    return record.launches
+
+
+def _options(kernel: Tuned, dtype: torch.dtype, size: tuple[int, ...]) -> list[dict[str, int]]:
+    """The rule's choice first, then everything else that is worth timing."""
+    rule = dict(kernel.rule(dtype.itemsize, *size))
+    return [rule, *(o for o in kernel.candidates(dtype.itemsize, *size) if o != rule)]
 
 
 def _tune_one(
     work: Workload, dtype: torch.dtype, size: tuple[int, ...], seconds: float, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     kernel = work.kernel
-    rule = dict(kernel.rule(dtype.itemsize, *size))
-    options = [rule, *(o for o in kernel.candidates(dtype.itemsize, *size) if o != rule)]
+    options = _options(kernel, dtype, size)
     each = max(seconds / len(options), 0.01)
     with_options = work.prepare(dtype, *size)
     times: list[tuple[float, int]] = []
