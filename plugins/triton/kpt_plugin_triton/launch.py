@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ class Recording:
 
 
 _recording: Recording | None = None
+#: Whether a call does something else than launch: interpret, or record.
+_indirect = INTERPRETED
 
 
 @contextlib.contextmanager
@@ -51,13 +53,15 @@ def recording(architecture: str, processors: int = 132) -> Iterator[Recording]:
 
     For ahead-of-time compilation and its tests; not for use by several threads at once.
     """
-    global _recording
+    global _recording, _indirect
     before = _recording
     _recording = Recording(architecture, processors)
+    _indirect = True
     try:
         yield _recording
     finally:
         _recording = before
+        _indirect = INTERPRETED or before is not None
 
 
 def is_recording() -> bool:
@@ -74,12 +78,13 @@ class Kernel:
     A call is ``kernel(grid, arguments, constants, num_warps, num_stages)``: ``grid`` is three program
     counts, ``arguments`` the run-time arguments (tensors, numbers or None) and ``constants`` the values
     of the ``tl.constexpr`` parameters after them. The launch is on the current stream of
-    ``arguments[0]``'s device.
+    ``arguments[0]``'s device. An argument is a tensor (or None) in every call, or a number in every call.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self._ready: dict[Any, tuple[Any, Any, Any]] = {}
+        self._start: Callable[..., None] | None = None
         functools.update_wrapper(self, function.fn)
 
     def __call__(
@@ -90,52 +95,29 @@ class Kernel:
         num_warps: int = 4,
         num_stages: int = 3,
     ) -> None:
-        if INTERPRETED or _recording is not None:
-            if _recording is not None:
-                launch = Launch(self.function, arguments, constants, num_warps, num_stages)
-                _recording.launches.append(launch)
-            else:
-                self.function[grid](*arguments, *constants)
+        if _indirect:
+            self._run_elsewhere(grid, arguments, constants, num_warps, num_stages)
             return
-        device = arguments[0].device.index
-        if device != _current_device():  # type: ignore[misc]
-            with torch.cuda.device(device):
-                self(grid, arguments, constants, num_warps, num_stages)
-            return
-        key: list[Any] = [device, num_warps, num_stages, constants]
-        values: list[Any] = []
-        for value in arguments:
-            if isinstance(value, torch.Tensor):
-                address = value.data_ptr()
-                key.append(value.dtype)
-                key.append(address & 15 == 0)
-                values.append(address)
-            else:
-                values.append(value)
-                if type(value) is int:
-                    # what Triton specialises on: one, multiples of 16, and 64-bit values
-                    key.append(1 if value == 1 else (value & 15 == 0, -0x80000000 <= value <= 0x7FFFFFFF))
-                else:
-                    key.append(None if value is None else type(value))
-        found = self._ready.get(tuple(key))
-        if found is None:
-            found = self._prepare(grid, arguments, constants, num_warps, num_stages)
-            self._ready[tuple(key)] = found
-        run, function, metadata = found
-        run(
-            *grid,
-            _stream_of(device),  # type: ignore[misc]
-            function,
-            metadata,
-            None,
-            None,
-            None,
-            *values,
-            *constants,
-        )
+        start = self._start
+        if start is None:
+            start = self._start = _written_out(arguments)
+        start(self, grid, arguments, constants, num_warps, num_stages)
+
+    def _run_elsewhere(
+        self, grid: Any, arguments: Any, constants: Any, num_warps: int, num_stages: int
+    ) -> None:
+        if _recording is not None:
+            _recording.launches.append(Launch(self.function, arguments, constants, num_warps, num_stages))
+        else:
+            self.function[grid](*arguments, *constants)
+
+    def _on_device(self, device: int, *call: Any) -> None:
+        with torch.cuda.device(device):
+            self(*call)
 
     def _prepare(
         self,
+        key: Any,
         grid: tuple[int, int, int],
         arguments: tuple[Any, ...],
         constants: tuple[Any, ...],
@@ -147,7 +129,46 @@ class Kernel:
         )
         if hasattr(compiled, "result"):  # compiled in the background
             compiled = compiled.result()
-        return compiled.run, compiled.function, compiled.packed_metadata
+        found = self._ready[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        return found
+
+
+def _written_out(arguments: tuple[Any, ...]) -> Callable[..., None]:
+    """The launch written out for a kernel's arguments: a loop over them would cost more than the launch.
+
+    The key holds what Triton compiles differently for: dtypes, whether addresses are multiples of 16,
+    and integers that are one, multiples of 16 or wider than 32 bits.
+    """
+    names = [f"a{i}" for i in range(len(arguments))]
+    tensors = [n for n, value in zip(names, arguments) if value is None or isinstance(value, torch.Tensor)]
+    integers = [n for n, value in zip(names, arguments) if type(value) is int]
+    lines = [
+        "def start(kernel, grid, arguments, constants, num_warps, num_stages):",
+        f"    {', '.join(names)}, = arguments",
+        "    device = a0.device.index",
+        "    if device != current_device():",
+        "        return kernel._on_device(device, grid, arguments, constants, num_warps, num_stages)",
+    ]
+    key = ["device", "num_warps", "num_stages", "constants"]
+    for name in tensors:
+        lines.append(f"    if {name} is None: p{name} = t{name} = None")
+        lines.append(f"    else: p{name} = {name}.data_ptr(); t{name} = {name}.dtype, p{name} & 15 == 0")
+        key.append(f"t{name}")
+    for name in integers:
+        key += [f"{name} & 15 == 0", f"{name} == 1", f"-0x80000000 <= {name} <= 0x7fffffff"]
+    passed = [f"p{name}" if name in tensors else name for name in names]
+    lines += [
+        f"    key = ({', '.join(key)})",
+        "    found = kernel._ready.get(key)",
+        "    if found is None:",
+        "        found = kernel._prepare(key, grid, arguments, constants, num_warps, num_stages)",
+        "    run, function, metadata = found",
+        "    run(*grid, stream_of(device), function, metadata, None, None, None,",
+        f"        {', '.join(passed)}, *constants)",
+    ]
+    scope: dict[str, Any] = {"current_device": _current_device, "stream_of": _stream_of}
+    exec("\n".join(lines), scope)  # nothing but the names above goes into it
+    return scope["start"]  # type: ignore[no-any-return]
 
 
 def architecture(device: int | None) -> str:

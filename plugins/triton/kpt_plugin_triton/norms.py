@@ -136,10 +136,10 @@ def _run_backward(
     wide = wide_dtype(x.dtype)
     accumulate = tl.float64 if wide is torch.float64 else tl.float32
     centred = mean is not None
-    dweight = torch.zeros_like(weight) if want_weight and weight is not None else None
-    dbias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    dweight = torch.empty_like(weight) if want_weight and weight is not None else None
+    dbias = torch.empty_like(bias) if want_bias and bias is not None else None
     if rows == 0:
-        return dx, dweight, dbias
+        return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
     long = columns > _LONGEST_BACKWARD
     block = power_of_two(columns)
     if long:
@@ -194,27 +194,31 @@ class _Norm(torch.autograd.Function):
         residual: torch.Tensor | None,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        eps: float,
-        offset: float,
-        centred: bool,
+        how: tuple[float, float, bool],
     ) -> Any:
+        eps, offset, centred = how
         y, total, mean, rstd = _run_forward(x, residual, weight, bias, eps, offset, centred, True)
-        ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd)
-        ctx.offset = offset
+        ctx.save_for_backward(x if total is None else total, weight, bias)
         ctx.set_materialize_grads(False)
+        # statistics are no inputs or outputs, so that plain attributes may hold them
+        ctx.held = mean, rstd, offset
         return y if total is None else (y, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        _, residual, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "these norms are differentiable once; call backward without create_graph"
+            )
+        x, weight, bias = ctx.saved_tensors
+        mean, rstd, offset = ctx.held
+        _, residual, wants_weight, wants_bias, _ = ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(x)
         dx, dweight, dbias = _run_backward(
-            x, dy, dtotal, weight, bias, mean, rstd, ctx.offset, wants_weight, wants_bias
+            x, dy, dtotal, weight, bias, mean, rstd, offset, wants_weight, wants_bias
         )
-        return dx, (dx if residual else None), dweight, dbias, None, None, None
+        return dx, (dx if residual else None), dweight, dbias, None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,7 +353,7 @@ def _norm(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if needs_grad(x, residual, weight, bias):
-        return _Norm.apply(x, residual, weight, bias, eps, offset, centred)
+        return _Norm.apply(x, residual, weight, bias, (eps, offset, centred))
     y, total, _, _ = _run_forward(x, residual, weight, bias, eps, offset, centred, False)
     return y if residual is None else (y, total)
 
