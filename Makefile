@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-PLUGINS ?= plugins/cpu
+PLUGINS ?= plugins/cpu plugins/huggingface
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

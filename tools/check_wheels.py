@@ -1,9 +1,10 @@
 """Build the wheels of every distribution and try them in a clean environment.
 
 Wheels are built from the source distributions, as a release would be. The new environment sees the torch
-of the one that runs this script (through a ``.pth`` file), so that nothing large is downloaded twice; all
-else is installed from the wheels and the configured index. What is checked there: each import name comes
-from the wheel and not from the source tree, the programs start, and the CPU plugin is found.
+of the one that runs this script (through a ``.pth`` file), and the libraries that plugins are for, so that
+nothing large is downloaded twice; what the core needs is installed from the configured index. What is
+checked there: each import name comes from the wheel and not from the source tree, the programs start, and
+every plugin is found and works.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = {
-    "kpt-core": ROOT / "kpt_core",
-    "kpt-plugin-cpu": ROOT / "plugins/cpu",
-    "kernel-pytorch": ROOT,
-}
+#: Every folder of plugins/ that is a distribution, by the name of its plugin.
+PLUGINS = {path.parent.name: path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))}
+DISTRIBUTIONS = [ROOT / "kpt_core", *PLUGINS.values(), ROOT]
 PROGRAMS = ("kpt", "kernelpytorch", "kpt-optimize")
 
 
@@ -38,7 +37,7 @@ def run(command: list[str | Path], **options: object) -> str:
 
 def build(folder: Path) -> list[Path]:
     """One wheel for each distribution, written to ``folder``, by the build tools of this environment."""
-    for source in DISTRIBUTIONS.values():
+    for source in DISTRIBUTIONS:
         run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source])
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != len(DISTRIBUTIONS):
@@ -51,7 +50,9 @@ def install(wheels: list[Path], folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     programs = folder / "bin"
     pip: list[str | Path] = [programs / "python", "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    run([*pip, "-c", ROOT / "constraints.txt", *wheels])
+    plugins = [wheel for wheel in wheels if wheel.name.startswith("kpt_plugin_")]
+    run([*pip, "-c", ROOT / "constraints.txt", *(wheel for wheel in wheels if wheel not in plugins)])
+    run([*pip, "--no-deps", *plugins])
     return programs
 
 
@@ -69,7 +70,8 @@ def lend_torch(programs: Path) -> None:
 def check(programs: Path, folder: Path) -> None:
     """Fail unless the installed distributions work, with a working directory outside the source tree."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-    places = "import kpt, kpt_plugin_cpu; print(kpt.__file__); print(kpt_plugin_cpu.__file__)"
+    modules = ["kpt", *(f"kpt_plugin_{name.replace('-', '_')}" for name in PLUGINS)]
+    places = "; ".join(f"import {name}; print({name}.__file__)" for name in modules)
     for path in run([programs / "python", "-c", places], cwd=folder, env=environment).split():
         if not Path(path).is_relative_to(folder):
             raise SystemExit(f"imported {path}, expected a file of the wheel inside {folder}")
@@ -77,8 +79,10 @@ def check(programs: Path, folder: Path) -> None:
         if not run([programs / program, "--help"], cwd=folder, env=environment).strip():
             raise SystemExit(f"{program} --help printed nothing")
     listed = json.loads(run([programs / "kpt", "plugins", "list", "--json"], cwd=folder, env=environment))
-    if "kpt-plugin-cpu" not in json.dumps(listed):
-        raise SystemExit(f"the installed CPU plugin is not listed: {listed}")
+    states = {entry["name"]: entry["state"] for entry in listed["plugins"] if entry["distribution"]}
+    for name in PLUGINS:
+        if states.get(name) not in ("ok", "hardware-absent"):
+            raise SystemExit(f"the installed plugin {name} is not in use: {listed}")
     print(run([programs / "python", "-c", SMOKE], cwd=folder, env=environment).strip())
 
 
