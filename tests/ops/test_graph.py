@@ -32,7 +32,7 @@ def substituted(gm: torch.fx.GraphModule, inputs: Any) -> Counter[str]:
     with torch.no_grad():
         expected = gm(*inputs)
         served: Counter[str] = Counter()
-        for site in ops.graph_sites(ops.recognise_graph(gm)):
+        for site in ops.graph_sites(ops.recognise_graph(gm).sites):
             reference = ops.reference(site.op)
 
             def kernel(*args: Any, _op: str = site.op, _reference: Any = reference, **kwargs: Any) -> Any:

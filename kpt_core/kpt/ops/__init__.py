@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kpt.ops.graph import graph_sites, recognise_graph, substitute
+    from kpt.ops.graph import recognise_graph
     from kpt.ops.index import catalogue, reference
     from kpt.ops.rebind import bind_function
     from kpt.ops.recognition import Recognition, forget_proofs, recognise
     from kpt.ops.sites import Binding, Example, Hypothesis, Site, SiteMismatch, install
+    from kpt.ops.substitution import graph_sites, substitute
 
 _HOMES = {
     "Binding": "kpt.ops.sites",
@@ -27,12 +28,12 @@ _HOMES = {
     "bind_function": "kpt.ops.rebind",
     "catalogue": "kpt.ops.index",
     "forget_proofs": "kpt.ops.recognition",
-    "graph_sites": "kpt.ops.graph",
+    "graph_sites": "kpt.ops.substitution",
     "install": "kpt.ops.sites",
     "recognise": "kpt.ops.recognition",
     "recognise_graph": "kpt.ops.graph",
     "reference": "kpt.ops.index",
-    "substitute": "kpt.ops.graph",
+    "substitute": "kpt.ops.substitution",
 }
 
 __all__ = [

@@ -7,23 +7,26 @@ like weights its parameters. Then the same recognisers and the same proof apply 
 from __future__ import annotations
 
 import inspect
+import re
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx.proxy import GraphAppendingTracer
+from torch.fx import Graph, GraphModule, Node
 
 from kpt.ops import index
 from kpt.ops.capture import Captured, Seen, untouched_randomness
 from kpt.ops.hypotheses import Literals
 from kpt.ops.proof import Outcome, OutOfTime, prove
-from kpt.ops.recognition import Recognition
+from kpt.ops.recognition import GRAPH_PROOFS, Recognition
 from kpt.ops.regions import Region, example, regions, shape
 from kpt.ops.sites import Binding, Example, Hypothesis, Site
+from kpt.ops.substitution import replaceable
 
-_PROOFS: dict[Hashable, Outcome] = {}
+_PROOFS_LIMIT = 4096
+#: Stand-ins for weights, by shape, dtype, device and the how-manieth it is in its region.
+Blanks = dict[Hashable, torch.nn.Parameter]
 
 
 class _Holder(torch.nn.Module):
@@ -33,23 +36,27 @@ class _Holder(torch.nn.Module):
 class RegionModule(torch.nn.Module):
     """One region of a graph as a module, with literals and weights where recognisers look for them."""
 
-    def __init__(self, region: Region, owner: torch.nn.Module) -> None:
+    def __init__(self, region: Region, owner: torch.nn.Module, blanks: Blanks) -> None:
         super().__init__()
         self._region = region
         self._literals = Literals(region.literals(), region.attributes)
         for name, value in region.attributes.items():
             if name.isidentifier() and name not in region.weights and not hasattr(self, name):
                 setattr(self, name, value)
-        for path, node in region.weights.items():
+        for position, (path, node) in enumerate(region.weights.items()):
             holder: torch.nn.Module = self
             *above, last = path.split(".")
             for part in above:
                 if part not in holder._modules:
                     holder.add_module(part, _Holder())
                 holder = holder._modules[part]  # type: ignore[assignment]
-            fake = example(node)
-            empty = torch.empty(shape(node) or (), dtype=fake.dtype, device=_real_device(fake))
-            holder.register_parameter(last, torch.nn.Parameter(empty, fake.is_floating_point()))
+            # Layers share their stand-ins, or all of them together would take a model's memory again.
+            fake, sizes = example(node), shape(node) or ()
+            key = (position, sizes, fake.dtype, fake.device)
+            if key not in blanks:
+                blank = torch.ones(sizes, dtype=fake.dtype, device=_real_device(fake))
+                blanks[key] = torch.nn.Parameter(blank, fake.is_floating_point())
+            holder.register_parameter(last, blanks[key])
         self._code = _runnable(region, owner)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
@@ -80,8 +87,8 @@ def _runnable(region: Region, owner: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
-def _captured(region: Region, owner: torch.nn.Module) -> Captured | None:
-    module = RegionModule(region, owner)
+def _captured(region: Region, owner: torch.nn.Module, blanks: Blanks) -> Captured | None:
+    module = RegionModule(region, owner, blanks)
     names = ("x", "y", "z", "u", "v")[: len(region.inputs)]
     if len(names) != len(region.inputs):
         return None
@@ -111,13 +118,19 @@ def _seen(node: Node) -> Seen | None:
 
 
 def recognise_graph(
-    gm: GraphModule, *, registry: Any = None, deadline: float | None = None, training: bool = False
+    gm: GraphModule,
+    *,
+    registry: Any = None,
+    deadline: float | None = None,
+    training: bool = False,
+    only: Collection[str] | None = None,
 ) -> Recognition:
     """The ops that a captured graph computes: named calls and inline arithmetic alike.
 
     ``gm`` is a graph of torch functions with fake values in its nodes' metadata, as a dynamo backend
-    receives it. Sites have kind ``"graph"`` and the names of their nodes; a larger one (a gated MLP)
-    comes before those inside it (its projections). The graph is not changed.
+    receives it. Sites have kind ``"graph"``, the names of their nodes, and the path of the module whose
+    forward holds them; a larger one (a gated MLP) comes before those inside it (its projections).
+    ``only`` names the ops to look for, by default all. The graph is not changed.
     """
     started = time.monotonic()
     sites: list[Site] = []
@@ -125,18 +138,21 @@ def recognise_graph(
     proofs = 0
     claimed: dict[tuple[str, Node], bool] = {}
     mode = "training" if training else "inference"
-    with untouched_randomness(), torch.inference_mode(False):
+    blanks: Blanks = {}
+    with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
         for region in regions(gm.graph):
+            if only is not None and region.ops.isdisjoint(only):
+                continue
             name = region.outputs[0].name
-            hypotheses, captured = _hypotheses(region, gm, registry)
+            hypotheses, captured = _hypotheses(region, gm, registry, blanks)
             if captured is None or not hypotheses:
                 continue
-            if not _replaceable(region):
+            if not replaceable(region):
                 continue
             if any(claimed.get((op, root)) for op in region.ops for root in _roots(region)):
                 continue  # the longer region that ends further on was proved
-            key = _key(region, captured)
-            outcome = _PROOFS.get(key)
+            key = _key(region, captured, hypotheses)
+            outcome = GRAPH_PROOFS.get(key)
             if outcome is None:
                 try:
                     outcome = prove(
@@ -150,7 +166,9 @@ def recognise_graph(
                     left_alone.append((name, str(late)))
                     break
                 proofs += 1
-                _PROOFS[key] = outcome
+                if len(GRAPH_PROOFS) >= _PROOFS_LIMIT:
+                    GRAPH_PROOFS.clear()
+                GRAPH_PROOFS[key] = outcome
             dtype = str(next(iter(captured.tensors().values())).dtype).removeprefix("torch.")
             if outcome.hypothesis is None:
                 left_alone.append((name, outcome.reason))
@@ -162,6 +180,8 @@ def recognise_graph(
                 for root in _roots(region):
                     claimed[outcome.hypothesis.op, root] = True
                 sites.append(_site(region, captured, outcome))
+    if only is not None:
+        sites = [site for site in sites if site.op in only]
     proved = {name for site in sites for name in site.nodes}
     reasons = dict(item for item in left_alone if item[0] not in proved)
     return Recognition(tuple(sites), tuple(reasons.items()), time.monotonic() - started, proofs)
@@ -172,19 +192,12 @@ def _roots(region: Region) -> list[Node]:
     return [region.inputs[0]] if region.ops & {"rms_norm", "layer_norm", "add_rms_norm"} else []
 
 
-def _replaceable(region: Region) -> bool:
-    """Whether one node could compute all outputs: nothing may need one before all inputs are there."""
-    if len(region.outputs) == 1:
-        return True
-    inner = {*(region.nodes() or ())}
-    last = max(region.inputs)
-    return all(last < user for out in region.outputs for user in out.users if user not in inner)
-
-
-def _hypotheses(region: Region, gm: GraphModule, registry: Any) -> tuple[list[Hypothesis], Captured | None]:
+def _hypotheses(
+    region: Region, gm: GraphModule, registry: Any, blanks: Blanks
+) -> tuple[list[Hypothesis], Captured | None]:
     if region.nodes() is None:
         return [], None
-    captured = _captured(region, gm)
+    captured = _captured(region, gm, blanks)
     if captured is None:
         return [], None
     method = "hypotheses" if region.kind == "module" else "function_hypotheses"
@@ -196,12 +209,13 @@ def _hypotheses(region: Region, gm: GraphModule, registry: Any) -> tuple[list[Hy
     return found, captured
 
 
-def _key(region: Region, captured: Captured) -> Hashable:
-    """The region's own code, with what flows in; equal layers share a proof."""
+def _key(region: Region, captured: Captured, hypotheses: list[Hypothesis]) -> Hashable:
+    """The region's own code, with what flows in and what is claimed; equal layers share a proof."""
     inner: Any = captured.module._code
     values = tuple((shape(n), example(n).dtype) for n in (*region.inputs, *region.weights.values()))
     targets = tuple(str(node.target) for node in region.nodes() or ())
-    return (inner.__self__.code, targets, values, tuple(region.weights), region.kind, region.ops)
+    claims = tuple((h.op, tuple(h.arguments.items()), h.output, h.conditions) for h in hypotheses)
+    return (inner.__self__.code, targets, values, tuple(region.weights), region.kind, region.ops, claims)
 
 
 def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
@@ -215,7 +229,7 @@ def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
     )
     return Site(
         op=outcome.hypothesis.op,
-        path="",
+        path=_home(region.outputs[0]),
         kind="graph",
         module=captured.module,
         binding=Binding(outcome.hypothesis, captured.signature, outcome.constants),
@@ -230,82 +244,13 @@ def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
     )
 
 
-class _Weights:
-    """Stands in for a region's module while its binding is written into a graph."""
+def _home(node: Node) -> str:
+    """The path of the innermost module whose forward ran this node ("" is the root), for people.
 
-    def __init__(self, found: dict[str, Any], attributes: dict[str, Any]) -> None:
-        for path, value in found.items():
-            holder = self
-            *above, last = path.split(".")
-            for part in above:
-                holder = holder.__dict__.setdefault(part, _Weights({}, {}))
-            holder.__dict__[last] = value
-        for name, value in attributes.items():
-            self.__dict__.setdefault(name, value)
-
-
-def substitute(gm: GraphModule, site: Site, kernel: Callable[..., Any]) -> GraphModule:
-    """Let ``kernel`` compute ``site`` in ``gm``, which is changed in place and returned.
-
-    Nodes that nothing needs any more are removed. Raises `ValueError` when the graph has no such
-    nodes, for instance because another site took them.
+    Dynamo notes where it found each module, such as ``G['_forward'].__self__._modules['layers'].0``.
     """
-    nodes = {node.name: node for node in gm.graph.nodes}
-    replaced: dict[str, str] = gm.meta.setdefault("kpt_replaced", {})  # outputs of sites before this one
-    nodes.update((old, nodes[new]) for old, new in replaced.items() if new in nodes)
-    region = site.module._region
-    wanted = [*site.inputs, *site.outputs, *(node.name for node in region.weights.values())]
-    missing = [name for name in wanted if name not in nodes]
-    if site.kind != "graph" or missing:
-        raise ValueError(
-            f"the graph has no nodes {', '.join(missing) or site.kind}; {site.name} is not in it"
-        )
-    graph = gm.graph
-    tracer = GraphAppendingTracer(graph)
-
-    def proxy(name: str) -> Proxy:
-        return Proxy(nodes[name], tracer)
-
-    weights = {path: proxy(node.name) for path, node in region.weights.items()}
-
-    def call(**arguments: Any) -> Proxy:
-        plain = {n: v.node if isinstance(v, Proxy) else v for n, v in arguments.items()}
-        return Proxy(graph.call_function(kernel, (), plain), tracer)
-
-    with graph.inserting_before(
-        _insertion(graph, [nodes[name] for name in wanted[: len(site.inputs)]], weights)
-    ):
-        result = site.binding.run(_Weights(weights, region.attributes), call, *map(proxy, site.inputs))
-        results = list(result) if isinstance(result, tuple) else [result]
-    fresh = {item.node for item in results}
-    for name, item in zip(site.outputs, results, strict=True):
-        old = nodes[name]
-        if "example_value" in old.meta:
-            item.node.meta.setdefault("example_value", old.meta["example_value"])
-        old.replace_all_uses_with(item.node, delete_user_cb=lambda user: user not in fresh)
-        replaced[name] = item.node.name
-    graph.eliminate_dead_code()
-    graph.lint()
-    gm.recompile()
-    return gm
-
-
-def _insertion(graph: Graph, inputs: list[Node], weights: dict[str, Proxy]) -> Node:
-    """The first node that comes after everything the kernel needs, and after all placeholders."""
-    needed = {*inputs, *(proxy.node for proxy in weights.values())}
-    last: Node | None = None
-    for node in graph.nodes:
-        if node in needed or node.op == "placeholder":
-            last = node
-    if last is None:
-        return next(iter(graph.nodes))
-    return last.next
-
-
-def graph_sites(recognition: Recognition) -> Iterator[Site]:
-    """Sites that do not overlap, the larger before the smaller, ready to be substituted one by one."""
-    taken: set[str] = set()
-    for site in sorted(recognition.sites, key=lambda s: -len(s.nodes)):
-        if not taken.intersection(site.nodes):
-            taken.update(site.nodes)
-            yield site
+    stack = node.meta.get("nn_module_stack") or {}
+    source = str(next(reversed(list(stack.values())), ("",))[0])
+    source = re.sub(r"\._modules\['([^']+)'\]", r".\1", source)
+    found = re.match(r"(?:[A-Z]\['[^']*'\](?:\.__self__)?|self)(?:\.(.+))?$", source)
+    return (found.group(1) or "") if found else ""

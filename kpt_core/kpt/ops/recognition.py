@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: By what runs: what the code read from its caller, and how its proof ended.
 _PROOFS: dict[Hashable, tuple[tuple[Hashable, Outcome], ...]] = {}
 _PROOFS_LIMIT = 4096
+#: How the proofs of regions of captured graphs ended, by the region's code and what was asked.
+GRAPH_PROOFS: dict[Hashable, Outcome] = {}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Recognition:
 def forget_proofs() -> None:
     """Empty the memory of proofs."""
     _PROOFS.clear()
+    GRAPH_PROOFS.clear()
 
 
 def recognise(

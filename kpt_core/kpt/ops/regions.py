@@ -32,6 +32,9 @@ class Region:
     kind: str = "module"
     ops: frozenset[str] = frozenset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return self  # a copied node would take its whole graph along
+
     def nodes(self) -> list[Node] | None:
         """The nodes to run, in order; None when something else would be needed to run them."""
         cut = {*self.inputs, *self.weights.values()}
