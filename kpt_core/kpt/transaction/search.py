@@ -140,7 +140,8 @@ class Search:
                     reason = f"not tried: {slowest.name}, with no longer a set-up, was stopped"
                     self._reject(other, "deadline", reason)
             return True
-        guilty = False
+        # Quick ones first, and no further than the first that is at fault: to see whether a compiler is
+        # innocent costs as much as the next whole stack, which tells the same.
         for step in sorted(plan.steps, key=lambda step: step.variant.setup_seconds):
             if not self._time_for(step.variant.setup_seconds):
                 break
@@ -148,9 +149,7 @@ class Search:
             alone.close()
             if not alone.right:
                 self._reject_outcome(step, alone)
-                guilty = True
-        if guilty:
-            return True
+                return True
         # Each is right alone, so it is their company that fails: leave the least promising one out.
         self._wrong_plans.add(plan.key)
         weakest = min(plan.steps, key=lambda step: step.gain)
