@@ -36,9 +36,20 @@ def kpt_ops() -> Iterator[OpSpec]:
         f"{references}.norms:add_layer_norm",
         summary="add a residual and normalise the sum to mean 0 and variance 1",
     )
+    yield OpSpec(
+        "linear_cross_entropy",
+        "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
+        "softcap=None, z_loss=0.0) -> loss",
+        f"{references}.losses:linear_cross_entropy",
+        summary="cross entropy of a linear layer's output with class indices, logits never stored as a whole",
+    )
 
 
 @hookimpl
 def kpt_kernels() -> Iterator[KernelSpec]:
     for op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
         yield _kernel(op, f"norms:{op}")
+    yield _kernel("rope", "rope:rope")
+    yield _kernel("softmax", "softmax:softmax")
+    yield _kernel("cross_entropy", "losses:cross_entropy")
+    yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")

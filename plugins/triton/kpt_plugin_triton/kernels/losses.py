@@ -6,7 +6,8 @@ still in a cache, comes first. A vocabulary of 128256 in bf16 is 256 KB a row: w
 multiprocessor most of it stays in the first-level cache, and memory sees each logit once.
 
 The loss of a row with label t, weight w and smoothing s over C classes is
-``(1 - s) w[t] (lse - x[t]) + s / C sum(w (lse - x)) + z w[t] lse**2``, where ``x`` may be ``cap tanh(x / cap)``.
+``(1 - s) w[t] (lse - x[t]) + s / C sum(w (lse - x)) + z w[t] lse**2``, where ``x`` may be
+``cap tanh(x / cap)``.
 """
 
 from __future__ import annotations
@@ -86,9 +87,7 @@ def _loss(
 
 
 @triton.jit
-def _multiplier(
-    lse, factor, weights, spread, smoothing, z_loss, SMOOTH: tl.constexpr, Z: tl.constexpr
-):
+def _multiplier(lse, factor, weights, spread, smoothing, z_loss, SMOOTH: tl.constexpr, Z: tl.constexpr):
     """What the probabilities of a row are multiplied by in its gradient."""
     multiplier = factor
     if SMOOTH:
@@ -103,8 +102,17 @@ def _total_weight(weight_total, columns, WIDE: tl.constexpr):
     if weight_total is not None:
         weights = tl.load(weight_total).to(WIDE)
     else:
-        weights = (columns * 1.0).to(WIDE)
+        weights = tl.full([], 1.0, WIDE) * columns
     return weights
+
+
+@triton.jit
+def _class_weights(weight, column, inside, WIDE: tl.constexpr):
+    if inside is not None:
+        found = tl.load(weight + column, mask=inside, other=0.0)
+    else:
+        found = tl.load(weight + column)
+    return found.to(WIDE)
 
 
 @triton.jit
@@ -131,7 +139,7 @@ def _row_gradient(
     out = tl.exp(value - lse) * multiplier
     if SMOOTH:
         if weight is not None:
-            out -= spread * tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+            out -= spread * _class_weights(weight, column, inside, WIDE)
         else:
             out -= spread
     out = tl.where(column == label, out - hit, out)
@@ -144,7 +152,7 @@ def _row_gradient(
 def _plain_sums(value, column, inside, weight, WIDE: tl.constexpr):
     """Sums of (weighted) logits along the rows of a tile, for label smoothing."""
     if weight is not None:
-        value = value * tl.load(weight + column, mask=inside, other=0.0).to(WIDE)
+        value = value * _class_weights(weight, column, inside, WIDE)
     if inside is not None:
         value = tl.where(inside, value, 0.0)
     return tl.sum(value, axis=1)
@@ -252,7 +260,9 @@ def cross_entropy_short(
             if SMOOTH:
                 hit = hit * (1.0 - smoothing)
                 if weight is not None:
-                    out -= spread * scale * tl.load(weight + column, mask=column < columns, other=0.0).to(WIDE)
+                    out -= (
+                        spread * scale * tl.load(weight + column, mask=column < columns, other=0.0).to(WIDE)
+                    )
                 else:
                     out -= spread * scale
             out = tl.where(here, out - hit[:, None], out)
@@ -288,6 +298,7 @@ def cross_entropy_long(
     cap,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
     PARTS: tl.constexpr,
     SMOOTH: tl.constexpr,
     Z: tl.constexpr,
@@ -296,7 +307,8 @@ def cross_entropy_long(
 ):
     """The same for rows of at least BLOCK columns, one after the other, each read twice.
 
-    A thread loads VECTOR columns side by side and folds them with one rescaling.
+    A thread loads VECTOR columns side by side and folds them with one rescaling. ``EVEN``: the number of
+    columns is a multiple of that.
     """
     scale = _scale_of(denominators, parts, PARTS, WIDE)
     weights = _total_weight(weight_total, columns, WIDE)
@@ -305,7 +317,12 @@ def cross_entropy_long(
     blocks = columns // BLOCK
     whole = blocks * BLOCK
     last = whole + place
-    in_last = last < columns
+    if EVEN:
+        # one comparison for all columns of a vector
+        in_last = (whole + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR) < columns
+        in_last = in_last & (tl.arange(0, VECTOR)[None, :] >= 0)
+    else:
+        in_last = last < columns
     one = tl.arange(0, 1)
     kept = tl.zeros([1], WIDE)
     # 64-bit row numbers: a tensor may have more than 2**31 elements
@@ -325,9 +342,7 @@ def cross_entropy_long(
             # The next block is under way while this one is folded; the incomplete one goes first.
             ahead = tl.load(source + place, eviction_policy="evict_last")
             if whole < columns:
-                raw = tl.load(
-                    source + last, mask=in_last, other=float("-inf"), eviction_policy="evict_last"
-                )
+                raw = tl.load(source + last, mask=in_last, other=float("-inf"), eviction_policy="evict_last")
                 value = _wide(raw, in_last, cap, CAPPED, WIDE)
                 peak, total = _fold(value, peak, total)
                 if SMOOTH:
@@ -354,13 +369,11 @@ def cross_entropy_long(
             if lses is not None:
                 tl.store(lses + row, lse)
             if gradient is not None:
-                multiplier = scale * _multiplier(
-                    lse, factor, weights, spread, smoothing, z_loss, SMOOTH, Z
-                )
+                multiplier = scale * _multiplier(lse, factor, weights, spread, smoothing, z_loss, SMOOTH, Z)
                 hit = scale * factor
                 if SMOOTH:
                     hit = hit * (1.0 - smoothing)
-                for number in range(0, blocks):
+                for number in range(blocks):
                     column = whole - BLOCK - number * BLOCK + place
                     raw = tl.load(source + column, eviction_policy="evict_first")
                     out = _row_gradient(
@@ -406,7 +419,7 @@ def cross_entropy_long(
                 tl.store(lses + row + one, tl.zeros([1], WIDE))
             if gradient is not None:
                 nothing = tl.zeros([BLOCK // VECTOR, VECTOR], gradient.dtype.element_ty)
-                for number in range(0, blocks):
+                for number in range(blocks):
                     tl.store(sink + number * BLOCK + place, nothing, cache_modifier=".cs")
                 tl.store(sink + last, nothing, mask=in_last, cache_modifier=".cs")
     if partials is not None:
@@ -445,7 +458,7 @@ def _gradient_tiles(
     spread = smoothing / columns
     across = tl.cdiv(columns, BLOCK)
     # 64-bit: tiles of many rows of few columns each, or the other way round
-    tiles = tl.cdiv(rows, ROWS).to(tl.int64) * across
+    tiles = (tl.zeros([], tl.int64) + tl.cdiv(rows, ROWS)) * across
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         row = tile // across * ROWS + tl.arange(0, ROWS)
         column = ((tile % across) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -562,9 +575,7 @@ def scale_in_place(values, factor, count, BLOCK: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
-def softmax_forward(
-    x, y, rows, columns, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
-):
+def softmax_forward(x, y, rows, columns, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (column < columns)
@@ -587,7 +598,7 @@ def softmax_forward_long(
     blocks = tl.cdiv(columns, BLOCK)
     peak = tl.full([BLOCK // VECTOR], float("-inf"), WIDE)
     total = tl.zeros([BLOCK // VECTOR], WIDE)
-    for number in range(0, blocks):
+    for number in range(blocks):
         column = number * BLOCK + place
         raw = tl.load(
             source + column, mask=column < columns, other=float("-inf"), eviction_policy="evict_last"
@@ -595,7 +606,7 @@ def softmax_forward_long(
         peak, total = _fold(raw.to(WIDE), peak, total)
     shift, mass = _merged(peak, total)
     inverse = 1.0 / mass
-    for number in range(0, blocks):
+    for number in range(blocks):
         column = (blocks - 1 - number) * BLOCK + place
         inside = column < columns
         raw = tl.load(source + column, mask=inside, other=float("-inf"), eviction_policy="evict_first")
@@ -625,14 +636,14 @@ def softmax_backward_long(
     place = tl.arange(0, BLOCK)
     blocks = tl.cdiv(columns, BLOCK)
     sums = tl.zeros([BLOCK], WIDE)
-    for number in range(0, blocks):
+    for number in range(blocks):
         column = number * BLOCK + place
         inside = column < columns
         value = tl.load(y + row * y_stride + column, mask=inside, other=0.0, eviction_policy="evict_last")
         grad = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0, eviction_policy="evict_last")
         sums += value.to(WIDE) * grad.to(WIDE)
     middle = tl.sum(sums, axis=0)
-    for number in range(0, blocks):
+    for number in range(blocks):
         column = (blocks - 1 - number) * BLOCK + place
         inside = column < columns
         value = tl.load(y + row * y_stride + column, mask=inside, other=0.0, eviction_policy="evict_first")
