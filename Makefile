@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-PLUGINS ?= plugins/cpu plugins/huggingface
+PLUGINS ?= plugins/cpu plugins/huggingface plugins/triton plugins/rocm
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -47,6 +47,7 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 
 test: setup  ## every test that needs no accelerator
 	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q plugins/triton/tests/values
 
 lint: setup  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def hardware(
     present = next((found for found in detections if found.profile is not None), None)
     if present is None:
         absent = next((found for found in detections if not found.broken), None)
-        if kind is not None and absent is not None:
+        if kind is not None and absent is not None and not _usable(kind):
             raise PluginError(
                 f"There is no {kind!r} device: {absent.reason} (says {absent.registered.owner}).",
                 "kpt doctor",
@@ -160,6 +160,12 @@ def _device_type(device: Any) -> str | None:
     if not kind.isidentifier():
         raise PluginError(f"{name!r} is not a device; write a type such as 'cpu' or 'cuda:0'.")
     return kind
+
+
+def _usable(kind: str) -> bool:
+    """Whether torch itself can use such a device: one that no plugin describes is unknown, not absent."""
+    backend = getattr(sys.modules.get("torch"), kind, None)
+    return bool(attempt(lambda: backend is not None and backend.is_available()).value)
 
 
 def _ask(registered: Registered[HardwareSpec]) -> Detection:

@@ -13,6 +13,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,23 @@ def tables(arch: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def folders() -> list[Path]:
-    """Where tables are looked for, the first that has a shape wins."""
+    """Where tables are looked for, the first that has a shape wins.
+
+    Other distributions add theirs by an entry point of the group ``kpt_triton.tables`` that names the
+    package they lie in.
+    """
     own = os.environ.get("KPT_TRITON_TUNED")
-    return [*([Path(own)] if own else []), user_folder(), PACKAGED]
+    return [*([Path(own)] if own else []), user_folder(), PACKAGED, *_contributed()]
+
+
+@functools.cache
+def _contributed() -> tuple[Path, ...]:
+    found = []
+    for entry in sorted(entry_points(group="kpt_triton.tables"), key=lambda entry: entry.name):
+        package = find_spec(entry.value)
+        if package is not None and package.origin is not None:
+            found.append(Path(package.origin).parent)
+    return tuple(found)
 
 
 def user_folder() -> Path:

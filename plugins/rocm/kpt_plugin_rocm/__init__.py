@@ -1,0 +1,1 @@
+"""AMD GPUs, as torch's ROCm build shows them."""

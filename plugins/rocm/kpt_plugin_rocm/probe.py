@@ -1,0 +1,106 @@
+"""AMD GPUs: told apart from NVIDIA's by torch's build, described by the driver, measured with torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kpt.specs import HardwareProfile
+from kpt_plugin_rocm import topology
+from kpt_plugin_rocm.architectures import architecture
+
+
+class RocmProbe:
+    """Reads torch's build and the driver's topology; no device is initialised by `detect`."""
+
+    def detect(self) -> HardwareProfile | str:
+        import torch
+
+        if torch.version.hip is None:
+            return "this torch is no ROCm build (torch.version.hip is None)"
+        nodes = topology.gpus()
+        if not nodes:
+            return "the amdgpu driver lists no GPU"
+        return describe(nodes, torch.version.hip)
+
+    def measure(self, profile: HardwareProfile) -> HardwareProfile:
+        """Copy bandwidth and matmul rates of the current device; about two seconds."""
+        return replace(profile, bandwidth=_bandwidth(), matmul_rates=_rates(profile.native_dtypes))
+
+
+def describe(nodes: list[topology.Node], hip: str) -> HardwareProfile:
+    """The profile of the first of ``nodes``, which torch calls device 0."""
+    first = nodes[0]
+    facts = architecture(first.gfx, first.wavefront, first.lds)
+    links = {
+        str(other): f"xgmi {bandwidth} MB/s" if bandwidth else "xgmi"
+        for other, bandwidth in sorted(first.links.items())
+    }
+    features = ["mfma"] if facts.name in ("gfx90a", "gfx942", "gfx950") else []
+    if facts.fp8:
+        features.append(f"fp8-{facts.fp8}")
+    return HardwareProfile(
+        name="rocm",
+        device_type="cuda",  # what torch calls it, in a ROCm build too
+        vendor="amd",
+        architecture=facts.name,
+        compute_units=first.compute_units,
+        memory_bytes=first.memory,
+        native_dtypes=(*facts.matrix_dtypes, *facts.fp8_dtypes),
+        features=tuple(features),
+        caches={"lds": first.lds},
+        links=links,
+        triton_target=f"hip:{facts.name}:{facts.wavefront}",
+        details={"family": facts.family, "wavefront": facts.wavefront, "hip": hip, "devices": len(nodes)},
+    )
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+    import torch
+
+    for _ in range(3):
+        call()
+    samples = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(samples)
+
+
+def _bandwidth() -> float:
+    """Bytes per second of a copy of half a gibibyte on the device, read and written."""
+    import torch
+
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+
+
+def _rates(dtypes: tuple[str, ...], size: int = 4096) -> dict[str, float]:
+    """Operations per second of square products, for the dtypes that torch multiplies."""
+    import torch
+
+    found: dict[str, float] = {}
+    for name in ("float32", "float16", "bfloat16"):
+        if name in dtypes:
+            a, b = (torch.randn(size, size, device="cuda").to(getattr(torch, name)) for _ in range(2))
+            found[name] = 2 * size**3 / _seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    for name in dtypes:
+        if name.startswith("float8_e4m3"):
+            dtype = getattr(torch, name)
+            a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+            one = torch.ones((), device="cuda")
+            found[name] = (
+                2
+                * size**3
+                / _seconds(
+                    lambda a=a, b=b: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)  # type: ignore[misc]
+                )
+            )
+    return found
