@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 _WORTH = 1.02
 #: Share of the budget kept for the commit's own judgement and timing.
 _RESERVE = 0.1
-#: A trial may take this many times the set-up that its variants announced.
+#: A trial may take this many times the set-up that its variants announced,
 _OVERRUN = 3.0
+#: and at least this share of what is left: more would leave nothing for the others, less would stop a
+#: compiler that is merely slow here, and what it promises is usually most of the gain.
+_PATIENCE = 0.7
 
 
 @dataclass
@@ -298,7 +301,7 @@ class Search:
         if len(self._candidates()) < 2:
             return left
         announced = _OVERRUN * sum(step.variant.setup_seconds for step in plan.steps)
-        return min(left, max(0.5 * left, announced))
+        return min(left, max(_PATIENCE * left, announced))
 
     def _reject_outcome(self, candidate: Candidate, outcome: Outcome) -> None:
         gain = _ratio(outcome) if outcome.timing else None
