@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ROOT / "kpt_core" / "kpt"
 
 #: Lower layers first; a module may import its own layer and those before it.
-LAYERS = ("specs", "judge", "ops", "kernels", "transaction", "artifact", "cli")
+LAYERS = ("specs", "judge", "ops", "kernels", "graph_kernels", "transaction", "artifact", "cli")
 #: Modules beside the layers, and the highest layer that each of them may import at run time.
 BESIDE = {
     "hookspecs": "specs",

@@ -34,7 +34,15 @@ import torch
 
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
 
-__all__ = ["CompiledForward", "DeadlinePassed", "collect", "deadline", "named_tensors", "stop_workers"]
+__all__ = [
+    "CapturedForward",
+    "CompiledForward",
+    "DeadlinePassed",
+    "collect",
+    "deadline",
+    "named_tensors",
+    "stop_workers",
+]
 
 GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -46,13 +54,33 @@ GRAPH_LIMIT = 64
 
 _compiling = threading.RLock()
 _active: list[CompiledForward] = []
-_created: ContextVar[list[CompiledForward] | None] = ContextVar("kpt_compiled_forwards", default=None)
+_created: ContextVar[_Created | None] = ContextVar("kpt_compiled_forwards", default=None)
+_is_compiling = torch.compiler.is_compiling
+
+
+class _Created(list["CompiledForward"]):
+    """What was made inside one `collect` block; ``captured`` hands its graph passes to what comes later."""
+
+    captured: CapturedForward | None = None
+
+    def inherit(self) -> tuple[GraphPass, ...]:
+        """The passes that a new one has to run before its own; who had them is idle from now on."""
+        source = self.captured
+        if source is None:
+            return ()
+        source.idle = True
+        if source in self:
+            self.remove(source)
+        return source.passes
 
 
 @contextmanager
 def collect() -> Iterator[list[CompiledForward]]:
-    """The `CompiledForward` objects made inside the block, in this thread and context."""
-    created: list[CompiledForward] = []
+    """The `CompiledForward` objects made inside the block, in this thread and context.
+
+    One that is made after a `CapturedForward` takes over its graph passes, and its place in the list.
+    """
+    created = _Created()
     token = _created.set(created)
     try:
         yield created
@@ -213,7 +241,13 @@ class CompiledForward:
         around_compilation: Callable[[], AbstractContextManager[Any]] | None = None,
         label: str = "",
     ) -> None:
-        self.forward = forward
+        created = _created.get()
+        inherited = created.inherit() if created is not None else ()
+        if isinstance(forward, CapturedForward):  # its graph and ours are one
+            forward.idle = True
+            inherited = inherited or forward.passes
+            forward = forward.forward
+        self.forward: Callable[..., Any] = forward
         self.backend = backend
         self.inductor_config = dict(inductor_config or {})
         self.dynamo_config = dict(dynamo_config or {})
@@ -221,6 +255,7 @@ class CompiledForward:
         self.graph_pass = graph_pass
         self.around_compilation = around_compilation
         self.label = label
+        self.passes: tuple[GraphPass, ...] = (*inherited, graph_pass) if graph_pass is not None else inherited
         self.graphs = 0
         self.compile_seconds = 0.0
         self.sealed = False
@@ -242,7 +277,6 @@ class CompiledForward:
         self._function: FunctionType | None = FunctionType(
             _entry.__code__.replace(co_name="compiled_forward"), self._globals, "compiled_forward"
         )
-        created = _created.get()
         if created is not None:
             created.append(self)
 
@@ -373,8 +407,8 @@ class CompiledForward:
                 self._modules.extend(cache.modules[before:])
 
     def _lower(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        if self.graph_pass is not None:
-            graph = self.graph_pass(graph, example_inputs)
+        for change in self.passes:
+            graph = change(graph, example_inputs)
         backend = self.backend
         if isinstance(backend, str):
             backend = torch._dynamo.lookup_backend(backend)
@@ -425,6 +459,40 @@ class CompiledForward:
             f"CompiledForward({name}, graphs={self.graphs}, executions={self.executions}, "
             f"misses={self.misses}, sealed={self.sealed})"
         )
+
+
+class CapturedForward(CompiledForward):
+    """A forward whose captured graph runs as ``graph_pass`` leaves it, without any compiler.
+
+    A `CompiledForward` made around it, or after it in the same `collect` block, runs the pass itself,
+    before its own; this object is then ``idle`` and only calls the original forward. It does so, too,
+    where somebody else compiles through it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        graph_pass: GraphPass,
+        *,
+        dynamic_dims: Mapping[str, Mapping[int, Any]] | None = None,
+        label: str = "",
+    ) -> None:
+        super().__init__(
+            forward, backend=_as_captured, graph_pass=graph_pass, dynamic_dims=dynamic_dims, label=label
+        )
+        self.idle = False
+        created = _created.get()
+        if created is not None:
+            created.captured = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.idle or _is_compiling():
+            return self.forward(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+def _as_captured(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    return graph.forward
 
 
 def _release_guards(guards: list[Any]) -> None:

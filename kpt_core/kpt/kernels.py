@@ -1,5 +1,7 @@
 """Which kernel serves which site: proposed for a plan, judged, frozen at commit, dispatched at run time.
 
+Kernels at regions of a captured graph are in `kpt.graph_kernels`.
+
 The kernels of one spec on all sites that it supports form one variant. In a workspace each site's
 forward calls the kernel through a table: while the plan is judged the table learns what the site
 sees (dtypes, strides, alignment, devices), at commit it is frozen, and from then on a call that is
@@ -9,7 +11,8 @@ not in it runs the original code and is counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +36,22 @@ class SiteTable:
         self.known: set[Any] = set()
         self.frozen = False
         self.calls = 0
-        self.misses = 0
+        self._misses = itertools.count()
 
     def admits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         key = tuple(_signature(value) for value in (*args, *kwargs.values()))
         if not self.frozen:
             self.known.add(key)
         elif key not in self.known:
-            self.misses += 1
+            next(self._misses)  # counted without a lock, from any thread
             return False
         self.calls += 1
         return True
+
+    @property
+    def misses(self) -> int:
+        """Calls that the frozen table refused."""
+        return int(self._misses.__reduce__()[1][0])
 
 
 def _signature(value: Any) -> Any:
@@ -134,23 +142,31 @@ class KernelBehaviour:
             table.frozen = True
 
     def misses(self) -> dict[str, int]:
+        """Calls that ran the reference because the frozen table did not know them, by site."""
         return {table.name: table.misses for table in self.tables if table.misses}
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return any(table.calls for table in self.tables) or self.traced > 0
 
 
-def propose(observation: Any, registry: Any, proposals: Any) -> None:
-    """Add a candidate for every registered kernel that some recognised site can use."""
+def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
+    """Add a candidate for every registered kernel that some recognised site can use.
+
+    Returns the registered kernels that would fit but whose op no module or function computes.
+    """
+    siteless: list[Any] = []
     for registered in registry.specs("kpt_kernels"):
         spec: KernelSpec = registered.spec
         name = f"{spec.op}/{spec.name}"
         reason = _unfit(spec, observation)
         sites: list[Site] = []
         if reason is None:
-            sites, reason = _supported(spec, observation)
+            sites, reason = supported(spec, observation.sites, observation.mode)
+            if not sites and reason is None:
+                siteless.append(registered)
+                continue
         if not sites:
-            proposals.skip(name, registered.plugin, "kernels", reason or f"the model has no {spec.op} site")
+            proposals.skip(name, registered.plugin, "kernels", reason or "")
             continue
         make = functools.partial(KernelBehaviour, spec, tuple(sites))
         for variant in make().propose(observation, observation.hardware):
@@ -165,6 +181,7 @@ def propose(observation: Any, registry: Any, proposals: Any) -> None:
                 provides=frozenset({f"kernel:{spec.op}"}),
                 priority=spec.priority,
             )
+    return siteless
 
 
 def _unfit(spec: KernelSpec, observation: Any) -> str | None:
@@ -177,16 +194,16 @@ def _unfit(spec: KernelSpec, observation: Any) -> str | None:
     return None
 
 
-def _supported(spec: KernelSpec, observation: Any) -> tuple[list[Site], str | None]:
+def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[list[Site], str | None]:
     """The sites of the spec's op that it supports, and the last reason for those that it does not."""
     reason: str | None = None
     sites: list[Site] = []
     try:
         supports = plugins.load(spec.supports) if spec.supports else None
-        for site in observation.sites:
-            if site.op != spec.op or site.kind == "graph":
+        for site in candidates:
+            if site.op != spec.op:
                 continue
-            if observation.mode not in site.modes:
+            if mode not in site.modes:
                 reason = f"{site.name} is proved for {', '.join(site.modes)} only"
                 continue
             if spec.dtypes and not set(site.dtypes) & set(spec.dtypes):

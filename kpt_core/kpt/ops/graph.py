@@ -133,6 +133,8 @@ def recognise_graph(
     ``only`` names the ops to look for, by default all. The graph is not changed.
     """
     started = time.monotonic()
+    if _autocasts(gm):
+        return Recognition(left_alone=(("", "it runs under autocast, which changes what its nodes compute"),))
     sites: list[Site] = []
     left_alone: list[tuple[str, str]] = []
     proofs = 0
@@ -242,6 +244,23 @@ def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
         inputs=tuple(node.name for node in region.inputs),
         outputs=tuple(node.name for node in region.outputs),
     )
+
+
+def _autocasts(gm: GraphModule) -> bool:
+    """Whether autocast is on around the graph or switched inside."""
+    kinds = {"cpu"}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "autocast" in getattr(node.target, "__name__", ""):
+            return True
+        if node.op == "placeholder" and isinstance(example(node), torch.Tensor):
+            kinds.add(example(node).device.type)
+    kinds.discard("meta")
+    return any(torch.is_autocast_enabled(kind) for kind in kinds)
+
+
+def homes(site: Site) -> frozenset[str]:
+    """The paths of the modules whose forwards ran the nodes of a site in a graph."""
+    return frozenset(_home(node) for node in site.module._region.nodes())  # type: ignore[union-attr, operator]
 
 
 def _home(node: Node) -> str:

@@ -57,9 +57,8 @@ def _writes(node: Node) -> bool:
     name = name.partition(".")[0]  # without the overload
     if name.startswith("__"):
         return name.strip("_") in _ASSIGNMENTS
-    return (
-        name.endswith("_") or name in _ASSIGNMENTS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-    )
+    by_option = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return by_option or name.endswith("_") or name in _ASSIGNMENTS
 
 
 class _Weights:
@@ -131,7 +130,7 @@ def _insertion(graph: Graph, needed: Iterable[Node], outputs: Iterable[Node]) ->
 
 
 def graph_sites(sites: Iterable[Site]) -> Iterator[Site]:
-    """Those of ``sites`` that do not overlap, the larger before the smaller, ready to be substituted in turn."""
+    """Those of ``sites`` that do not overlap, the larger before the smaller, to be substituted in turn."""
     taken: set[str] = set()
     for site in sorted(sites, key=lambda s: -len(s.nodes)):
         if not taken.intersection(site.nodes):

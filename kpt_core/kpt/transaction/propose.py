@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from kpt import kernels, plugins
+from kpt import graph_kernels, kernels, plugins
 from kpt.specs import LEVELS, PassSpec, Phase, PolicySpec, Skip, Variant
+from kpt.transaction import forward_graph
 from kpt.transaction.plan import Candidate, Plan, Proposals, plain
 
 if TYPE_CHECKING:
@@ -23,8 +24,22 @@ def propose(observation: Observation, registry: Any) -> Proposals:
     for hook in ("kpt_passes", "kpt_precision_policies"):
         for registered in registry.specs(hook):
             _propose_one(registered, observation, proposals)
-    kernels.propose(observation, registry, proposals)
+    _propose_kernels(observation, registry, proposals)
     return proposals
+
+
+def _propose_kernels(
+    observation: Observation, registry: Any, proposals: Proposals, only: Collection[str] | None = None
+) -> None:
+    """Kernels for what modules and functions compute, then for what is written out inline.
+
+    ``only`` names the kernels for which the forward's graph is worth capturing, by default all.
+    """
+    siteless = kernels.propose(observation, registry, proposals)
+    if only is not None:
+        siteless = [r for r in siteless if f"{r.spec.op}/{r.spec.name}" in only]
+    look = functools.partial(forward_graph.look, observation, registry)
+    graph_kernels.propose(siteless, observation, registry, proposals, look)
 
 
 def _propose_one(registered: Any, observation: Observation, proposals: Proposals) -> None:
@@ -113,7 +128,7 @@ def rebuild(
             raise RecipeError(f"{step['source']}:{variant.name} needs level={variant.level!r}")
         if step["phase"] == "kernels":
             if not offered.candidates:
-                kernels.propose(observation, registry, offered)
+                _propose_kernels(observation, registry, offered, {s["source"] for s in data["steps"]})
             found = [
                 c for c in offered.candidates if c.source == step["source"] and c.plugin == step["plugin"]
             ]

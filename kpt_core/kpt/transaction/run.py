@@ -363,13 +363,15 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
         return
     run.committed = committed
     receipt.status, receipt.reason = "optimized", ""
+    applied = committed.applied.behaviours
+    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}
     receipt.accepted = [
         Entry(
             step.name,
             step.phase,
             step.plugin,
             "kept",
-            step.variant.note or "right and faster",
+            effect() if (effect := effects.get(step)) else step.variant.note or "right and faster",
             found.gains.get(step.name),
             dict(best.figures),
         )
