@@ -140,6 +140,120 @@ class KernelSuite(Suite, standard=True):
         compiled = torch.compile(lambda: run(**arguments), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(), expected)
 
+    def test_error_like_eager(self) -> None:
+        """In half precision, errors against fp64 stay within 1.3 times those of the reference run eagerly."""
+        low = [dtype for dtype in self.dtypes() if dtype in (torch.bfloat16, torch.float16)]
+        if not low or self.kernel.setup is not None or self.kernel.level == "aggressive":
+            raise skip("the kernel has no half precision of its own")
+        for dtype in low:
+            given = {name: _cast(value, dtype) for name, value in self.arguments().items()}
+            true = self.reference()(**{name: _cast(value, torch.float64) for name, value in given.items()})
+            eager, mine = self.reference()(**given), self.run()(**given)
+            for one, other, right in zip(_tensors(mine), _tensors(eager), _tensors(true)):
+                floor = torch.finfo(dtype).eps * 0.5  # rounding the result alone costs about this
+                error, usual = (float((t.double() - right).norm() / right.norm()) for t in (one, other))
+                assert error <= 1.3 * max(usual, floor), (
+                    f"{self.kernel.op}/{self.kernel.name} in {dtype}: error {error:.2e}, eager's {usual:.2e}"
+                )
+
+    def test_no_rows(self) -> None:
+        """Inputs without rows give outputs without rows, or an error that says so; never a crash."""
+        if self.kernel.setup is not None:
+            raise skip("a prepared kernel is tried on its site's inputs")
+        make = inputs_like(self.arguments())
+        given = make(torch.Generator().manual_seed(0), 1)
+        first = next(value for value in given.values() if isinstance(value, torch.Tensor))
+        if first.dim() < 2:
+            raise skip("the op has no rows")
+        empty = {
+            name: value[:0]
+            if isinstance(value, torch.Tensor) and value.shape[:1] == first.shape[:1]
+            else value
+            for name, value in given.items()
+        }
+        try:
+            expected = self.reference()(**empty)
+        except (RuntimeError, IndexError, ValueError):
+            raise skip("the reference itself has no answer for no rows") from None
+        for mine, true in zip(_tensors(self.run()(**empty)), _tensors(expected)):
+            assert mine.shape == true.shape, f"shape {tuple(mine.shape)}, expected {tuple(true.shape)}"
+
+    def test_random_sizes(self) -> None:
+        """Hypothesis looks for numbers of rows, scales and layouts that go wrong."""
+        from kpt.judge.layouts import LAYOUTS
+
+        try:
+            from hypothesis import given, settings
+            from hypothesis import strategies as st
+        except ImportError:
+            raise skip("hypothesis is not installed") from None
+
+        @settings(max_examples=6, deadline=None, database=None, derandomize=True)
+        @given(st.integers(1, 70), st.sampled_from((0.03, 1.0, 6.0)), st.sampled_from(tuple(LAYOUTS)))
+        def holds(rows: int, scale: float, layout: str) -> None:
+            self.verdict(rows=(rows,), scales=(scale,), layouts=(layout,))
+
+        holds()
+
+    def test_two_streams(self) -> None:
+        """Two streams at once give what one after the other gives."""
+        streams = self._accelerator("Stream")
+        run, make = self._ready()
+        sets = [make(torch.Generator().manual_seed(seed), None) for seed in (1, 2)]
+        expected = [list(_tensors(run(**given))) for given in sets]
+        module = torch.get_device_module(self.device)
+        module.synchronize()
+        lanes = [streams() for _ in sets]
+        results: list[list[torch.Tensor]] = [[] for _ in sets]
+        for _ in range(20):
+            for number, (lane, given) in enumerate(zip(lanes, sets)):
+                with module.stream(lane):
+                    results[number] = list(_tensors(run(**given)))
+        module.synchronize()
+        for mine, true in zip(results, expected):
+            torch.testing.assert_close(mine, true, rtol=0, atol=0)
+
+    def test_graph_capture(self) -> None:
+        """Captured once and replayed on new values, the kernel reads the new ones."""
+        graphed = self._accelerator("make_graphed_callables")
+        run, make = self._ready()
+        first, second = (make(torch.Generator().manual_seed(seed), None) for seed in (1, 2))
+        names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
+        rest = {name: value for name, value in first.items() if name not in names}
+
+        def call(*tensors: torch.Tensor) -> Any:
+            return run(**dict(zip(names, tensors)), **rest)
+
+        samples = tuple(first[name].clone() for name in names)
+        replay = graphed(call, samples)
+        mine = [value.clone() for value in _tensors(replay(*(second[name] for name in names)))]
+        true = list(_tensors(call(*(second[name] for name in names))))
+        torch.testing.assert_close(mine, true, rtol=0, atol=0)
+
+    def _accelerator(self, name: str) -> Any:
+        """What the device's module of torch calls ``name``; skips where the device has no such thing."""
+        found = getattr(torch.get_device_module(self.device), name, None)
+        if self.device == "cpu" or found is None:
+            raise skip(f"the device {self.device!r} has no {name}")
+        return found
+
+    def _ready(self) -> tuple[Callable[..., Any], Callable[..., Mapping[str, Any]]]:
+        if self.kernel.setup is not None:
+            raise skip("a prepared kernel is tested within its model")
+        dtype = self.dtypes()[0]
+        make = inputs_like({name: _cast(value, dtype) for name, value in self.arguments().items()})
+        return self.run(), make
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
