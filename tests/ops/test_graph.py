@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kpt import ops
+from kpt.ops.presence import GRAPH_OPS, possible_ops
 
 
 def captured(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.fx.GraphModule, Any]:
@@ -149,6 +150,54 @@ def test_arithmetic_that_looks_alike_is_left_alone(change: str) -> None:
 @pytest.mark.parametrize("change", ["clamp", "square"])
 def test_only_the_part_that_is_the_op_is_taken(change: str) -> None:
     assert substituted(*captured(Almost(change), torch.randn(2, 5, 16)))["rms_norm"] == 1
+
+
+def test_a_region_with_a_write_beside_it_is_left_alone() -> None:
+    class Writes(nn.Module):
+        def __init__(self, inside: bool) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * 2.0
+            if not self.inside:
+                y.add_(1.0)
+            root = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+            if self.inside:
+                y.add_(1.0)
+            return y * root, y
+
+    x = torch.randn(3, 8)
+    assert substituted(*captured(Writes(False), x)) == {"rms_norm": 1}
+    torch.compiler.reset()
+    assert substituted(*captured(Writes(True), x)) == {}
+
+
+def test_only_the_ops_asked_for_are_looked_for_and_their_modules_are_named() -> None:
+    model = nn.ModuleDict({"a": nn.RMSNorm(9), "b": nn.Linear(9, 9)})
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.parts["b"](self.parts["a"](x)), -1)
+
+    gm, _ = captured(Outer(), torch.randn(2, 9))
+    assert {site.op for site in ops.recognise_graph(gm).sites} == {"rms_norm", "linear", "softmax"}
+    (site,) = ops.recognise_graph(gm, only={"rms_norm"}).sites
+    assert site.name.startswith("parts.a:")
+
+
+def test_one_eager_run_tells_which_ops_a_graph_may_hold() -> None:
+    norm, x = nn.RMSNorm(9), torch.randn(2, 9)
+    assert possible_ops(lambda: norm(x)) == {"rms_norm", "layer_norm", "add_rms_norm"}
+    assert possible_ops(lambda: torch.cat((-x, x)).softmax(0)) == {"rope", "softmax", "attention"}
+    assert possible_ops(lambda: x + 1.0) == frozenset()
+    for model, args in ((Block(), (torch.randn(2, 5, 16), *torch.randn(2, 2, 5, 8))),):
+        found = {site.op for site in ops.recognise_graph(captured(model, *args)[0]).sites}
+        assert found <= possible_ops(lambda: model(*args)) <= GRAPH_OPS  # noqa: B023 - called at once
 
 
 def test_a_graph_without_the_nodes_is_refused() -> None:

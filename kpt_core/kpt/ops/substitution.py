@@ -78,7 +78,7 @@ class _Weights:
 def substitute(gm: GraphModule, site: Site, kernel: Callable[..., Any]) -> GraphModule:
     """Let ``kernel`` compute ``site`` in ``gm``, which is changed in place and returned.
 
-    The kernel is called with keywords only. Nodes that nothing needs any more are removed. Raises
+    The kernel is called with keywords only. Nodes of the site that nothing needs any more are removed. Raises
     `ValueError` when the graph has no such nodes, for instance because another site took them.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
@@ -114,10 +114,27 @@ def substitute(gm: GraphModule, site: Site, kernel: Callable[..., Any]) -> Graph
             item.node.meta.setdefault("example_value", old.meta["example_value"])
         old.replace_all_uses_with(item.node, delete_user_cb=lambda user: user not in fresh)
         replaced[name] = item.node.name
-    graph.eliminate_dead_code()
+    _erase(graph, {nodes[name] for name in site.nodes if name in nodes})
     graph.lint()
     gm.recompile()
     return gm
+
+
+def _erase(graph: Graph, region: set[Node]) -> None:
+    """Remove the nodes of a region that nothing uses; all others stay, for what they may write to.
+
+    (Of a call such as ``x.add_(1)`` torch's own removal of dead code thinks that it has no effect.)
+    """
+    for node in sorted(region, reverse=True):
+        if node.users or (_writes(node) and not _on_its_own(node, region)):
+            continue
+        graph.erase_node(node)
+
+
+def _on_its_own(node: Node, region: set[Node]) -> bool:
+    """Whether what ``node`` writes to was made in the region and is used by nobody else."""
+    target = node.args[0] if node.args else None
+    return isinstance(target, Node) and target in region and set(target.users) == {node}
 
 
 def _insertion(graph: Graph, needed: Iterable[Node], outputs: Iterable[Node]) -> Node:

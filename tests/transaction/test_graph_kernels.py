@@ -1,0 +1,311 @@
+"""Kernels for what a forward writes out inline: proposed, judged, used, composed and undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fingerprints
+import inline_models
+import kpt
+import slow_kernels
+from fingerprints import fallbacks, fast_calls, optimized
+from inline_models import built, calls, kernel
+from kpt import compiling
+from kpt.compiling import CapturedForward, CompiledForward
+from kpt.graph_kernels import GraphKernelBehaviour
+from kpt.specs import Variant
+from kpt.transaction import forward_graph
+from slow_models import plugin
+
+OPS = tuple(inline_models.MODELS)
+VARIANT = Variant("toy")
+
+
+def skipped(model: nn.Module) -> dict[str, str]:
+    return {skip["name"]: skip["reason"] for skip in kpt.report(model).skipped}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_an_inline_op_is_served_by_a_registered_kernel_and_undone(op: str, training: bool) -> None:
+    model, example = built(op, training)
+    before = fingerprints.of_model(model)
+    fresh = torch.randn_like(example)
+    expected = model(fresh)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters())) if training else ()
+    optimized(model, example, plugins=[plugin(kernels=[kernel(op)])], budget=30.0)
+    (accepted,) = kpt.report(model).accepted
+    assert (accepted.name, accepted.phase) == (f"{op}/toy", "kernels")
+    assert accepted.reason.startswith("replaces 1 regions of the captured graph: (root):")
+    calls.clear()
+    found = model(fresh) if training else _without_gradients(model, fresh)
+    assert (calls[op], fast_calls(model)) == (1, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if training:
+        mine = torch.autograd.grad(found.square().sum(), list(model.parameters()))
+        torch.testing.assert_close(mine, gradients, rtol=1e-3, atol=1e-4)
+    kpt.restore(model)
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+    calls.clear()
+    assert torch.equal(model(fresh), expected) and not calls
+
+
+def _without_gradients(model: nn.Module, *args: Any) -> Any:
+    with torch.no_grad():
+        return model(*args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_that_is_wrong_by_one_percent_is_rejected(op: str) -> None:
+    model, example = built(op)
+    before = fingerprints.of_model(model)
+    offered = plugin(kernels=[kernel(op, f"wrong_{op}")])
+    kpt.optimize(model, example, plugins=[offered], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert [(entry.name, entry.rule) for entry in receipt.rejected] == [(f"{op}/toy", "value")]
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+
+
+def test_a_gradient_that_is_wrong_by_one_percent_is_rejected_in_training() -> None:
+    model, example = built("rms_norm", training=True)
+    offered = plugin(kernels=[kernel("rms_norm", "careless_rms_norm")])
+    kpt.optimize(model, example, plugins=[offered], budget=20.0, cache=False)
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["gradient"]
+
+
+def test_the_kernel_serves_again_after_training_in_between() -> None:
+    model, example = built("rms_norm")
+    optimized(model, example, plugins=[plugin(kernels=[kernel("rms_norm")])], budget=30.0)
+    calls.clear()
+    model.train()
+    loss = model(example).sum()
+    loss.backward()
+    assert not calls and sum(fallbacks(model).values()) == 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+    model.eval()
+    found = _without_gradients(model, example)
+    assert calls["rms_norm"] == 1
+    kpt.restore(model)
+    torch.testing.assert_close(found, _without_gradients(model, example), rtol=1e-4, atol=1e-5)
+
+
+def test_other_sizes_of_a_dynamic_batch_are_served() -> None:
+    model, example = built("rms_norm")
+    offered = [plugin(kernels=[kernel("rms_norm")])]
+    optimized(model, example, plugins=offered, budget=30.0, dynamic_shapes={"x": {0: "batch"}})
+    other = torch.randn(311, 64)
+    calls.clear()
+    found = _without_gradients(model, other)
+    assert calls["rms_norm"] == 1 and fast_calls(model) == 1
+    kpt.restore(model)
+    torch.testing.assert_close(found, _without_gradients(model, other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_recipe_puts_the_kernel_back_without_a_search() -> None:
+    offered = [plugin(kernels=[kernel("softmax")])]
+    model, example = built("softmax")
+    optimized(model, example, plugins=offered, budget=30.0, cache=True)
+    again, _ = built("softmax")
+    optimized(again, example, plugins=offered, budget=30.0, cache=True)
+    assert kpt.report(again).recipe == "hit" and not kpt.report(again).searched
+    calls.clear()
+    _without_gradients(again, example)
+    assert calls["softmax"] == 1
+
+
+class Refuses:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nothing may be captured")
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "reason"),
+    [
+        ("rms_norm", {"compile_safe": False}, "the model has no rms_norm site"),
+        ("attention", {}, "the model has no attention site"),
+        ("rms_norm", {"dtypes": ("float16",)}, None),
+    ],
+)
+def test_a_graph_is_captured_only_where_it_can_help(
+    op: str, options: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = built("rms_norm")
+    if reason is not None:
+        monkeypatch.setattr(forward_graph.compiling, "CompiledForward", Refuses)
+    kpt.optimize(model, example, plugins=[plugin(kernels=[kernel(op, **options)])], cache=False)
+    found = skipped(model)[f"{op}/toy"]
+    assert found == reason if reason is not None else "computes in float32; supported: float16" in found
+
+
+def test_a_model_whose_modules_hold_the_op_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_graph, "look", Refuses)
+    torch.manual_seed(0)
+    model = slow_kernels.NormNet().eval()
+    optimized(model, torch.randn(64, 16), plugins=[plugin(kernels=[kernel("rms_norm")])])
+    assert kpt.report(model).accepted[0].reason == "right and faster"
+
+
+def test_a_forward_that_dynamo_cannot_capture_is_left_alone_with_the_reason() -> None:
+    class Breaks(inline_models.InlineNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+    model = Breaks().eval()
+    kpt.optimize(model, torch.randn(8, 64), plugins=[plugin(kernels=[kernel("rms_norm")])], cache=False)
+    assert skipped(model)["rms_norm/toy"].startswith("dynamo cannot capture the forward")
+
+
+# -- two kernels, and compilers
+
+
+class NormThenSoftmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.soft = inline_models.InlineNorm(), inline_models.InlineSoftmax()
+        self.between = nn.Linear(4, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.soft(self.between(self.norm(x)))  # type: ignore[no-any-return]
+
+
+def applied(model: nn.Module, *specs: Any, mode: str = "inference") -> list[GraphKernelBehaviour]:
+    behaviours = [GraphKernelBehaviour(spec, (), mode=mode) for spec in specs]
+    for behaviour in behaviours:
+        behaviour.apply(model, VARIANT)
+    return behaviours
+
+
+def test_two_kernels_share_one_graph() -> None:
+    torch.manual_seed(0)
+    model, x = NormThenSoftmax().eval(), torch.randn(8, 64)
+    expected = _without_gradients(model, x)
+    behaviours = [GraphKernelBehaviour(kernel(op), ()) for op in ("rms_norm", "softmax")]
+    with compiling.collect() as created:
+        undos = [behaviour.apply(model, VARIANT) for behaviour in behaviours]
+    _without_gradients(model, x)
+    calls.clear()
+    torch.testing.assert_close(_without_gradients(model, x), expected)
+    assert calls == {"rms_norm": 1, "softmax": 1}
+    assert len(created) == 1 and created[0].graphs == 1
+    assert [list(b.replaced)[0].split(":")[0] for b in behaviours] == ["norm", "soft"]
+    assert all(behaviour.verify_applied(model) for behaviour in behaviours)
+    for undo in reversed(undos):
+        undo()
+    assert "forward" not in model.__dict__ and torch.equal(_without_gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiler_of_the_whole_forward_takes_the_substitution_over(backend: str, training: bool) -> None:
+    model, x = built("rms_norm", training)
+    expected = model(x)
+    gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    with compiling.collect() as created:
+        (behaviour,) = applied(model, kernel("rms_norm", "opaque_rms_norm"))
+        outer = model.forward = CompiledForward(model.forward, backend=backend)  # type: ignore[method-assign]
+    assert created == [outer]
+    with torch.set_grad_enabled(training):
+        model(x)
+        calls.clear()
+        found = model(x)
+    assert calls["rms_norm"] == 1 and outer.executions == 2 and behaviour.verify_applied(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if training:
+        mine = torch.autograd.grad(found.sum(), list(model.parameters()))
+        torch.testing.assert_close(mine, gradients, rtol=1e-3, atol=1e-4)
+    outer.dispose()
+
+
+def test_a_compiler_of_single_modules_takes_the_substitution_over() -> None:
+    torch.manual_seed(0)
+    model, x = NormThenSoftmax().eval(), torch.randn(8, 64)
+    expected = _without_gradients(model, x)
+    with compiling.collect() as created:
+        applied(model, kernel("rms_norm"), kernel("softmax"))
+        inner = [CompiledForward(block.forward, backend="eager") for block in (model.norm, model.soft)]
+        model.norm.forward, model.soft.forward = inner  # type: ignore[method-assign, assignment]
+    assert created == inner
+    _without_gradients(model, x)
+    calls.clear()
+    torch.testing.assert_close(_without_gradients(model, x), expected)
+    assert calls == {"rms_norm": 1, "softmax": 1}
+    assert isinstance(model.forward, CapturedForward) and model.forward.executions == 0
+
+
+def test_under_somebody_elses_compiler_the_kernel_has_no_effect_and_says_so() -> None:
+    model, x = built("rms_norm")
+    (behaviour,) = applied(model, kernel("rms_norm"))
+    calls.clear()
+    compiled = torch.compile(model.forward, backend="eager")
+    found = _without_gradients(compiled, x)
+    assert not calls and not behaviour.verify_applied(model)
+    torch.testing.assert_close(found, _without_gradients(built("rms_norm")[0], x))
+
+
+def test_autocast_inside_of_the_forward_leaves_its_regions_alone() -> None:
+    class Casts(inline_models.InlineNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    model, x = Casts().eval(), torch.randn(8, 64)
+    applied(model, kernel("rms_norm"))
+    calls.clear()
+    _without_gradients(model, x)
+    assert not calls
+
+
+# -- which of two candidates
+
+
+class WithNormModule(nn.Module):
+    """The norm is a module; with the addition before it, it is another op that only the graph shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm = slow_norm()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = self.one(x) + x
+        return self.two(self.norm(total)), total
+
+
+def slow_norm() -> nn.Module:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    return Norm()
+
+
+def test_kernels_for_overlapping_arithmetic_are_alternatives() -> None:
+    from kpt.transaction import plan, propose, run
+
+    seen: list[Any] = []
+    original = propose.propose
+
+    def propose_and_keep(*args: Any) -> Any:
+        seen.append(original(*args))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "propose", propose_and_keep)
+        kernels = [kernel("rms_norm"), kernel("add_rms_norm", "add_rms_norm")]
+        kpt.optimize(
+            WithNormModule().eval(), torch.randn(4, 16), plugins=[plugin(kernels=kernels)], cache=False
+        )
+    module, region = sorted(seen[0].candidates, key=lambda c: -len(c.name))[::-1]
+    assert (module.name, region.name) == ("rms_norm/toy", "add_rms_norm/toy")
+    assert plan.excludes(module, region) is not None and len(region.variant.params["regions"]) == 1
