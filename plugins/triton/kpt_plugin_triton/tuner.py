@@ -23,7 +23,7 @@ from kpt_plugin_triton.launch import INTERPRETED, Launch, architecture, is_recor
 from kpt_plugin_triton.tuning import KERNELS, SCHEMA, Options, Tuned
 
 #: The modules that have a ``WORKLOADS`` list.
-FAMILIES = ("norms",)
+FAMILIES = ("norms", "losses", "softmax", "rope", "qk_norm_rope")
 
 
 @dataclass(frozen=True)
