@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from kpt.artifact import folder as layout
+from kpt.artifact.building import build_model
 from kpt.artifact.folder import ArtifactError, read_manifest
 from kpt.artifact.tensors import named, unpack_call
 from kpt.judge import outputs
@@ -34,7 +33,8 @@ def load(
     """The optimised model in the folder ``path``.
 
     The weights are put into ``model``, or into what ``arch`` ("module:factory") builds, or into what
-    the artifact says. The original is checked against ``verify/``, then the recipe is applied, judged
+    the artifact says; ``plugins`` selects who optimises, and the adapter that builds may be any installed
+    plugin's. The original is checked against ``verify/``, then the recipe is applied, judged
     on fresh inputs and checked again. A recipe that does not hold here (other hardware, a missing
     plugin) leaves the model unoptimised, with a warning; `kpt.report` says why.
 
@@ -54,7 +54,7 @@ def load(
                 "damaged", f"{alias} is tied to {name}, which is missing.", "Save the artifact again."
             )
         weights[alias] = weights[name]
-    built = model if model is not None else _build(folder, manifest, arch, trust)
+    built = model if model is not None else build_model(folder, manifest, arch, trust, plugins)
     before = (
         {name: t.detach().clone() for name, t in built.state_dict().items()} if model is not None else None
     )
@@ -71,65 +71,6 @@ def load(
                 module.training = training
         raise
     return built
-
-
-def _build(folder: Path, manifest: dict[str, Any], arch: str | None, trust: bool) -> torch.nn.Module:
-    from kpt.modelfiles import load_model
-    from kpt.modelfiles.weights import build
-
-    how = manifest.get("build") or {}
-    if arch is not None:
-        return build(arch)
-    kind = how.get("kind")
-    if kind == "transformers":
-        import transformers
-
-        config_class = getattr(transformers, str(how.get("config")), None)
-        model_class = getattr(transformers, str(how.get("class")), None)
-        if config_class is None or model_class is None:
-            raise ArtifactError(
-                "not-buildable",
-                f"transformers {transformers.__version__} has no {how.get('class')}.",
-                "Install the version named in recipe.json.",
-            )
-        built = model_class(config_class.from_json_file(str(folder / "config.json")))
-        return built.eval()  # type: ignore[no-any-return]
-    if kind == "pickle":
-        file = folder / layout.STRUCTURE
-        if not trust:
-            raise ArtifactError(
-                "untrusted",
-                f"{how.get('class')} is stored as a pickle, which runs code when it is read.",
-                "Pass model= or arch=, or trust=True (--trust-model) if you trust where it comes from.",
-            )
-        return torch.load(file, weights_only=False, map_location="cpu")  # type: ignore[no-any-return]
-    if kind in ("named", "class") and (how.get("arch") or how.get("folder")):
-        if not trust and not _known_class(str(how.get("arch", ""))):
-            raise ArtifactError(
-                "untrusted",
-                f"The model is built by {how.get('arch') or how.get('folder')}, which the artifact names.",
-                f"Pass arch={how.get('arch')!r} if you know it, or trust=True (--trust-model).",
-            )
-        if how.get("arch"):
-            return build(str(how["arch"]))
-        return load_model(str(how["folder"]), trust=trust).model
-    raise ArtifactError(
-        "not-buildable", "The artifact does not say how its model is built.", "Pass model= or arch=."
-    )
-
-
-def _known_class(arch: str) -> bool:
-    """Whether ``arch`` names a class of modules that the program has imported itself.
-
-    Importing a module runs it, and calling what an artifact names runs that: ``os:abort`` is imported
-    in every process. So are only looked up, without any import, classes of modules.
-    """
-    module_name, _, path = arch.partition(":")
-    found: Any = sys.modules.get(module_name)
-    for name in path.split("."):
-        # Not `getattr`: a module or a class may compute attributes, which runs code.
-        found = vars(found).get(name) if isinstance(found, (types.ModuleType, type)) else None
-    return isinstance(found, type) and issubclass(found, torch.nn.Module)
 
 
 def _fill(

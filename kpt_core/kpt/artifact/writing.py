@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from kpt.artifact import folder as layout
+from kpt.artifact.building import how_to_build
 from kpt.artifact.folder import ArtifactError
 from kpt.artifact.tensors import named, pack_call, untied
-from kpt.transaction import distributed, workspace
+from kpt.transaction import distributed
 from kpt.transaction.api import report, request_of
 from kpt.transaction.dispatch import original_forward
 
@@ -24,9 +25,10 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     """Write ``model`` and its plan to the folder ``path``; return the folder.
 
     The folder appears whole or not at all, and replaces an artifact that is there. ``build`` says how
-    `load` makes the model again: ``{"arch": "module:factory"}``. Without it a transformers model is
-    built from its configuration, a class without constructor arguments by its name, and any other
-    model from a pickle of its structure, which `load` reads with ``trust=True`` only.
+    `load` makes the model again: ``{"arch": "module:factory"}``. Without it a model of a library whose
+    adapter is installed is built by that (from its configuration), a class without constructor
+    arguments by its name, and any other model from a pickle of its structure, which `load` reads with
+    ``trust=True`` only.
 
     Raises:
         ValueError: the model was not optimised in this process.
@@ -50,7 +52,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
         weights, aliases = untied(model.state_dict())
         save_file(weights, str(scratch / layout.WEIGHTS))
         (scratch / layout.RECEIPT).write_text(receipt.to_json(), encoding="utf-8")
-        how = _how_to_build(model, build, scratch)
+        how = how_to_build(model, build, scratch, request.registry)
         verify = _write_verify(model, request, scratch)
         manifest = {
             "schema": layout.SCHEMA,
@@ -104,60 +106,6 @@ def _put(scratch: Path, target: Path) -> None:
             aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _how_to_build(model: torch.nn.Module, build: Mapping[str, str] | None, scratch: Path) -> dict[str, str]:
-    if build:
-        return {"kind": "named", **build}
-    cls = type(model)
-    reference = f"{cls.__module__}:{cls.__qualname__}"
-    config: Any = getattr(model, "config", None)
-    if cls.__module__.startswith("transformers.") and hasattr(config, "to_json_file"):
-        config.to_json_file(str(scratch / "config.json"), use_diff=False)
-        return {"kind": "transformers", "class": cls.__name__, "config": type(config).__name__}
-    if _builds_alone(cls, model):
-        return {"kind": "class", "arch": reference}
-    copy = workspace.clone(model, {id(p): _on_meta(p) for p in model.parameters()})
-    copy.eval()
-    try:
-        torch.save(copy, str(scratch / layout.STRUCTURE))
-    except Exception as error:
-        (scratch / layout.STRUCTURE).unlink(missing_ok=True)
-        raise ArtifactError(
-            "not-buildable",
-            f"{cls.__name__} can neither be built by name nor pickled ({type(error).__name__}: {error}).",
-            'Pass build={"arch": "module:factory"}, a function that builds the model.',
-        ) from error
-    return {"kind": "pickle", "class": reference}
-
-
-def _builds_alone(cls: type, model: torch.nn.Module) -> bool:
-    """Whether the importable class, called without arguments, gives the same parameters and buffers."""
-    if (
-        "<locals>" in cls.__qualname__
-        or cls.__module__ in ("__main__", "builtins")
-        or cls.__module__.startswith("torch.")
-    ):
-        return False
-    state = torch.get_rng_state()
-    try:
-        built = cls()
-    except Exception:  # noqa: BLE001 - it needs arguments, so it is not built this way
-        return False
-    finally:
-        torch.set_rng_state(state)
-    mine, other = model.state_dict(), built.state_dict()
-    return (
-        mine.keys() == other.keys()
-        and all(mine[k].shape == other[k].shape for k in mine)
-        and repr(built) == repr(model)
-    )
-
-
-def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    return torch.nn.Parameter(
-        torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-    )
 
 
 def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[str, Any] | None:

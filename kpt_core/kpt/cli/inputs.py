@@ -13,6 +13,8 @@ from kpt.cli.output import CommandError, note, usage
 if TYPE_CHECKING:
     import torch
 
+    from kpt.specs import Adapter
+
 _SPEC = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[a-z]\w*)\[(?P<shape>[\d,\s]*)\](?::(?P<values>\S+))?", re.ASCII
 )
@@ -159,20 +161,19 @@ def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
     """Example inputs that the model's library knows. Raises a usage error where nobody knows any."""
     import inspect
 
-    from kpt.plugins import instantiate
+    from kpt.modelfiles.adapters import adapters_for
     from kpt.plugins.isolation import attempt
     from kpt.plugins.status import one_line
 
-    def ask(entry: str) -> Any:
-        adapter = instantiate(entry)
-        return adapter.example_inputs(model) if adapter.matches(model) else None
+    def ask(adapter: Adapter) -> dict[str, Any]:
+        return dict(adapter.example_inputs(model) or {})
 
-    for registered in plugins.specs("kpt_model_adapters"):
-        outcome = attempt(ask, registered.spec.entry)
+    for registered, adapter in adapters_for(model, plugins, note):
+        outcome = attempt(ask, adapter)
         if outcome.error is not None:
             note(f"{registered.owner} has no example inputs: {one_line(outcome.error)}")
         elif outcome.value:
-            note(f"The example inputs are those of {registered.owner}.")
+            note(f"The example inputs are those of {registered.owner}: {_shapes(outcome.value)}.")
             return outcome.value
     dummy = attempt(getattr, model, "dummy_inputs", None).value
     if isinstance(dummy, Mapping) and dummy:
@@ -182,4 +183,14 @@ def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
     raise usage(
         f"{type(model).__name__} needs example inputs; its forward takes {', '.join(names) or 'no names'}.",
         f"Give them with --inputs, {_EXAMPLE}.",
+    )
+
+
+def _shapes(inputs: Mapping[str, Any]) -> str:
+    """Inputs as one would write them for ``--inputs``."""
+    return " ".join(
+        f"{name}={str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+        if hasattr(value, "dtype") and hasattr(value, "shape")
+        else f"{name}={type(value).__name__}"
+        for name, value in inputs.items()
     )

@@ -1,4 +1,4 @@
-"""Models from files: safe weights, folders of a model library, and pickles on request.
+"""Models from files: safe weights, folders that a plugin's adapter knows, and pickles on request.
 
 Weights are read without executing anything. What is executable, a pickled module or an exported
 program, is run only with ``trust=True``, after its hash and the globals that it names were shown.

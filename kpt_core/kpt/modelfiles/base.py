@@ -12,7 +12,7 @@ from kpt.plugins.status import one_line
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["state-dict", "safetensors", "huggingface", "pickle", "exported"]
+Kind = Literal["state-dict", "safetensors", "folder", "pickle", "exported"]
 #: Where a line for the user goes.
 Notice = Callable[[str], None]
 _SHOWN = 8

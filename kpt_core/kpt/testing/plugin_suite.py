@@ -27,7 +27,10 @@ _BEHAVIOUR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kpt_hardware": ("probe", ("detect", "measure")),
     "kpt_passes": ("entry", ("propose", "apply", "verify_applied")),
     "kpt_precision_policies": ("entry", ("propose", "apply", "verify_applied")),
-    "kpt_model_adapters": ("entry", ("matches", "example_inputs", "blocks", "load")),
+    "kpt_model_adapters": (
+        "entry",
+        ("matches", "example_inputs", "blocks", "executes", "load", "describe", "build"),
+    ),
     "kpt_exporters": ("entry", ("export",)),
     "kpt_deploy_targets": ("entry", ("plan", "apply", "status", "destroy")),
     "kpt_trackers": ("entry", ("record",)),

@@ -1,0 +1,196 @@
+"""How a model is built again without its weights: what is written down, and how it is read."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.artifact import folder as layout
+from kpt.artifact.folder import ArtifactError
+from kpt.modelfiles import load_model
+from kpt.modelfiles.adapters import LAYOUTS, adapters, adapters_for, missing
+from kpt.modelfiles.weights import build
+from kpt.plugins import registry as selected_plugins
+from kpt.plugins.isolation import attempt
+from kpt.plugins.status import one_line
+from kpt.specs import AdapterError
+from kpt.transaction import workspace
+
+if TYPE_CHECKING:
+    from kpt.plugins import Registry
+
+
+def how_to_build(
+    model: torch.nn.Module, named: Mapping[str, str] | None, scratch: Path, registry: Registry
+) -> dict[str, Any]:
+    """What `build_model` makes ``model`` from, as JSON values; files go into ``scratch``.
+
+    In order: what the user ``named``, what a model library's adapter writes down, the class by its name
+    if it takes no arguments, a pickle of the structure. Raises `ArtifactError` where none works.
+    """
+    if named:
+        return {"kind": "named", **named}
+    described = _described(model, scratch, registry)
+    if described is not None:
+        return described
+    cls = type(model)
+    reference = f"{cls.__module__}:{cls.__qualname__}"
+    if _builds_alone(cls, model):
+        return {"kind": "class", "arch": reference}
+    copy = workspace.clone(model, {id(p): _on_meta(p) for p in model.parameters()})
+    copy.eval()
+    try:
+        torch.save(copy, str(scratch / layout.STRUCTURE))
+    except Exception as error:
+        (scratch / layout.STRUCTURE).unlink(missing_ok=True)
+        raise ArtifactError(
+            "not-buildable",
+            f"{cls.__name__} can neither be built by name nor pickled ({type(error).__name__}: {error}).",
+            'Pass build={"arch": "module:factory"}, a function that builds the model.',
+        ) from error
+    return {"kind": "pickle", "class": reference}
+
+
+def build_model(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    arch: str | None,
+    trust: bool,
+    plugins: Sequence[Any] | None,
+) -> torch.nn.Module:
+    """The model of the artifact in ``folder``, its weights unspecified. Raises `ArtifactError`."""
+    how = manifest.get("build") or {}
+    if arch is not None:
+        return build(arch)
+    kind = how.get("kind")
+    if kind == "adapter":
+        return _by_adapter(how, folder, selected_plugins(plugins))
+    if kind == "pickle":
+        file = folder / layout.STRUCTURE
+        if not trust:
+            raise ArtifactError(
+                "untrusted",
+                f"{how.get('class')} is stored as a pickle, which runs code when it is read.",
+                "Pass model= or arch=, or trust=True (--trust-model) if you trust where it comes from.",
+            )
+        return torch.load(file, weights_only=False, map_location="cpu")  # type: ignore[no-any-return]
+    if kind in ("named", "class") and (how.get("arch") or how.get("folder")):
+        if not trust and not _known_class(str(how.get("arch", ""))):
+            raise ArtifactError(
+                "untrusted",
+                f"The model is built by {how.get('arch') or how.get('folder')}, which the artifact names.",
+                f"Pass arch={how.get('arch')!r} if you know it, or trust=True (--trust-model).",
+            )
+        if how.get("arch"):
+            return build(str(how["arch"]))
+        return load_model(str(how["folder"]), trust=trust).model
+    raise ArtifactError(
+        "not-buildable", "The artifact does not say how its model is built.", "Pass model= or arch=."
+    )
+
+
+def _registries(first: Registry) -> Iterator[Registry]:
+    """``first``, then every plugin that the environment allows: a selection says who optimises."""
+    yield first
+    yield selected_plugins()
+
+
+def _described(model: torch.nn.Module, scratch: Path, registry: Registry) -> dict[str, Any] | None:
+    asked = set()
+    for plugins in _registries(registry):
+        for registered, adapter in adapters_for(model, plugins, _warn):
+            if registered.spec in asked:
+                continue
+            asked.add(registered.spec)
+            outcome = attempt(adapter.describe, model, str(scratch))
+            if outcome.error is not None:
+                _warn(f"{registered.owner} cannot say how the model is built: {one_line(outcome.error)}")
+            elif outcome.value is not None:
+                name = registered.spec.name
+                return {"kind": "adapter", "adapter": name, "description": dict(outcome.value)}
+    return None
+
+
+def _by_adapter(how: Mapping[str, Any], folder: Path, registry: Registry) -> torch.nn.Module:
+    name = how.get("adapter")
+    for plugins in _registries(registry):
+        for registered, adapter in adapters(plugins, _warn):
+            if registered.spec.name != name:
+                continue
+            outcome = attempt(adapter.build, dict(how.get("description") or {}), str(folder))
+            if isinstance(outcome.error, AdapterError):
+                error = outcome.error
+                raise ArtifactError(error.code, error.message, error.hint) from error
+            if outcome.error is None and isinstance(outcome.value, torch.nn.Module):
+                return outcome.value.eval()
+            what = one_line(outcome.error) if outcome.error else f"it returned {type(outcome.value).__name__}"
+            raise ArtifactError(
+                "not-buildable",
+                f"{registered.owner} could not build the model: {what}.",
+                "Install the versions named in recipe.json, or pass model= or arch=.",
+            ) from outcome.error
+    if name in LAYOUTS.values():
+        reason, mend = missing(str(name), selected_plugins())
+        raise ArtifactError(
+            "missing-plugin",
+            f"Building the model needs {reason}.",
+            f"To mend it: {mend}. Or pass model= or arch=.",
+        )
+    raise ArtifactError(
+        "missing-plugin",
+        f"The model is built by the adapter {name!r}, which no plugin in use offers.",
+        "Install the plugin that the model was saved with, or pass model= or arch=.",
+    )
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+def _known_class(arch: str) -> bool:
+    """Whether ``arch`` names a class of modules that the program has imported itself.
+
+    Importing a module runs it, and calling what an artifact names runs that: ``os:abort`` is imported
+    in every process. So are only looked up, without any import, classes of modules.
+    """
+    module_name, _, path = arch.partition(":")
+    found: Any = sys.modules.get(module_name)
+    for name in path.split("."):
+        # Not `getattr`: a module or a class may compute attributes, which runs code.
+        found = vars(found).get(name) if isinstance(found, (types.ModuleType, type)) else None
+    return isinstance(found, type) and issubclass(found, torch.nn.Module)
+
+
+def _builds_alone(cls: type, model: torch.nn.Module) -> bool:
+    """Whether the importable class, called without arguments, gives the same parameters and buffers."""
+    if (
+        "<locals>" in cls.__qualname__
+        or cls.__module__ in ("__main__", "builtins")
+        or cls.__module__.startswith("torch.")
+    ):
+        return False
+    state = torch.get_rng_state()
+    try:
+        built = cls()
+    except Exception:  # noqa: BLE001 - it needs arguments, so it is not built this way
+        return False
+    finally:
+        torch.set_rng_state(state)
+    mine, other = model.state_dict(), built.state_dict()
+    return (
+        mine.keys() == other.keys()
+        and all(mine[k].shape == other[k].shape for k in mine)
+        and repr(built) == repr(model)
+    )
+
+
+def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(
+        torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+    )
