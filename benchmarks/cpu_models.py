@@ -26,6 +26,7 @@ from common import (
     ROOT,
     OutOfTime,
     at_most,
+    first_tensor,
     relative_error,
     versions,
     with_todays,
@@ -114,7 +115,10 @@ def set_up(subject: Any, entrant: Any, options: argparse.Namespace) -> tuple[Run
 
 
 def errors(runs: dict[str, Run], subject: Any) -> dict[str, float]:
-    """The largest error relative to fp64 over a few fresh calls, by contender."""
+    """The largest error relative to fp64 over a few fresh calls, by contender.
+
+    Positions that the call's own mask leaves out do not count: what stands there is nobody's result.
+    """
     import torch
 
     exact = copy.deepcopy(subject.model).double()
@@ -127,8 +131,15 @@ def errors(runs: dict[str, Run], subject: Any) -> dict[str, float]:
         }
         reference = exact(**wide)
         for name, run in runs.items():
-            worst[name] = max(worst[name], relative_error(run(call), reference))
+            error = relative_error(counted(run(call), call), counted(reference, call))
+            worst[name] = max(worst[name], error)
     return worst
+
+
+def counted(output: Any, call: dict[str, Any]) -> Any:
+    """The first tensor of an output, without the positions that ``attention_mask`` [B, S] leaves out."""
+    first, mask = first_tensor(output), call.get("attention_mask")
+    return first if mask is None or first.shape[:2] != mask.shape else first[mask.bool()]
 
 
 def standing(samples: dict[str, list[float]], records: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from reference import api, cli, hooks, results
+from reference import api, cli, gpu, hooks, results
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -25,6 +25,8 @@ def generated() -> dict[Path, str]:
         ROOT / "docs/reference/hooks.md": NOTICE + hooks.page(),
         ROOT / "docs/reference/cli.md": NOTICE + cli.page(),
         ROOT / "docs/reference/api.md": NOTICE + api.page(),
+        ROOT / "docs/gpu-kernels.md": NOTICE + gpu.page(ROOT / "benchmarks/results"),
+        ROOT / "docs/assets" / gpu.PLOT: gpu.plot(ROOT / "benchmarks/results"),
         ROOT / "docs/benchmarks.md": NOTICE + results.page(ROOT / "benchmarks/results"),
         readme: with_block(readme.read_text(encoding="utf-8"), results.block(ROOT / "benchmarks/results")),
     }
