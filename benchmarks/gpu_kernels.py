@@ -134,19 +134,25 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
 
 def ceilings(seconds: float) -> dict[str, float]:
     """Copy bandwidth in GB/s (read + write) and matmul rates in TFLOP/s, measured in this run."""
+    found = {"copy_GB/s": copy_rate(seconds)}
+    for size in (4096, 8192):
+        found[f"bf16_matmul_{size}_TFLOP/s"] = matmul_rate(size, seconds)
+    return found
+
+
+def copy_rate(seconds: float) -> float:
     import torch
 
     source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / (timed(lambda: target.copy_(source), seconds, False) * 1e-3) / 1e9
-    found = {"copy_GB/s": copy}
-    del source, target
-    for size in (4096, 8192):
-        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        found[f"bf16_matmul_{size}_TFLOP/s"] = (
-            2 * size**3 / (timed(lambda: a @ b, seconds, False) * 1e-3) / 1e12
-        )
-    return found
+    return 2 * source.nbytes / (timed(lambda: target.copy_(source), seconds, False) * 1e-3) / 1e9
+
+
+def matmul_rate(size: int, seconds: float) -> float:
+    import torch
+
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (timed(lambda: a @ b, seconds, False) * 1e-3) / 1e12
 
 
 def launch_costs() -> dict[str, float]:
@@ -154,6 +160,7 @@ def launch_costs() -> dict[str, float]:
     import torch
     import torch.nn.functional as F
     import triton.language as tl
+
     from kpt_plugin_triton import norms
     from kpt_plugin_triton.kernels.norms import norm_forward
 

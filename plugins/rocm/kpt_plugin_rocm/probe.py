@@ -87,20 +87,27 @@ def _rates(dtypes: tuple[str, ...], size: int = 4096) -> dict[str, float]:
     import torch
 
     found: dict[str, float] = {}
-    for name in ("float32", "float16", "bfloat16"):
-        if name in dtypes:
-            a, b = (torch.randn(size, size, device="cuda").to(getattr(torch, name)) for _ in range(2))
-            found[name] = 2 * size**3 / _seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
     for name in dtypes:
-        if name.startswith("float8_e4m3"):
-            dtype = getattr(torch, name)
-            a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-            one = torch.ones((), device="cuda")
-            found[name] = (
-                2
-                * size**3
-                / _seconds(
-                    lambda a=a, b=b: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)  # type: ignore[misc]
-                )
-            )
+        if name in ("float32", "float16", "bfloat16"):
+            call = _product(getattr(torch, name), size)
+        elif name.startswith("float8_e4m3"):
+            call = _scaled_product(getattr(torch, name), size)
+        else:
+            continue
+        found[name] = 2 * size**3 / _seconds(call)
     return found
+
+
+def _product(dtype: Any, size: int) -> Callable[[], Any]:
+    import torch
+
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    return lambda: a @ b
+
+
+def _scaled_product(dtype: Any, size: int) -> Callable[[], Any]:
+    import torch
+
+    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
