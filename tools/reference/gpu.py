@@ -1,4 +1,4 @@
-"""docs/gpu-kernels.md and its plot, from the newest benchmarks/results/gpu_kernels-*.json and nothing else."""
+"""docs/gpu-kernels.md and its plot, from the newest gpu_kernels result file and nothing else."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def page(folder: Path) -> str:
     path, content = found
     limits = content["ceilings"]
     parts += [
-        "Each kernel of the triton plugin beside everyone else who computes the same thing, in one run. GB/s "
-        "count the fewest bytes that have to move; times are medians of several rounds in which the contenders "
-        "alternate, with the L2 cache flushed before each call; errors are relative to a reference in fp32 or "
-        "better. A contender that did not run is listed with its reason.",
+        "Each kernel of the triton plugin beside everyone else who computes the same thing, in one run. "
+        "GB/s count the fewest bytes that have to move; times are medians of several rounds in which the "
+        "contenders alternate, with the L2 cache flushed before each call; errors are relative to a "
+        "reference in fp32 or better. A contender that did not run is listed with its reason.",
         f"Device: {content['device']['name']}; Triton {content['triton']}, torch "
         f"{content['versions']['torch']}; {content['date']}; file `benchmarks/results/{path.name}`. Ceilings "
         f"measured in the same run: a copy moves {limits['copy_GB/s']:.0f} GB/s (read and written), a bf16 "
@@ -78,7 +78,7 @@ def _section(record: dict[str, Any]) -> list[str]:
 
 
 def plot(folder: Path) -> str:
-    """An SVG: for each case, what share of the copy bandwidth or of the matmul rate each contender reached."""
+    """An SVG: what share of the copy bandwidth or of the matmul rate each contender reached, by case."""
     found = latest(folder, "gpu_kernels")
     if found is None:
         return _svg(_TOP, ["<text x='10' y='20'>no result file yet</text>"])
@@ -95,7 +95,7 @@ def plot(folder: Path) -> str:
         f"<text x='{_x(share)}' y='{_TOP - 10}' text-anchor='middle'>{share:.0%}</text>"
         for share in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
-    x = 10
+    x = 10.0
     for name, colour in COLOURS.items():
         parts.append(
             f"<circle cx='{x}' cy='12' r='4' fill='{colour}'/><text x='{x + 8}' y='16'>{name}</text>"
