@@ -6,9 +6,12 @@ gradient to the hidden states and add it to the weight's. These gradients are co
 for an upstream gradient of 1, and scaled in the backward pass if it is not. With ``reduction="none"``, where
 each row has an upstream gradient of its own, the backward pass computes the logits once more.
 
-Memory over the inputs: the gradients themselves and one chunk of logits (256 MiB by default). In half
-precision, at most eight rounded products are added up for the weight's gradient; where that would need
-chunks larger than a copy of it in fp32, the sum is kept in fp32 instead.
+Memory over the inputs: the gradients themselves and one chunk of logits. The weight's gradient is a sum of
+one product a chunk, rounded after each in its own dtype. In half precision the error of that sum, beside the
+one of unfused bf16 code, grows with the chunks where logits are flat, as in a fresh model: 1.2 x for two,
+1.5 x for four, 2 x for eight, 2.8 x for sixteen (logits of standard deviation 4: 1.01, 1.05, 1.13, 1.25;
+simulated, 2048 rows). So half precision takes two chunks, or, where such chunks would be larger than a copy
+of the gradient in fp32, small chunks and a sum in fp32. ``rows_at_once`` trades that error for memory.
 
 The idea is Wijmans et al.'s 2024, arXiv:2411.09009, and Hsu et al.'s 2024, arXiv:2410.10989.
 """
@@ -41,9 +44,8 @@ from kpt_plugin_triton.rows import wide_dtype
 
 #: Bytes of one chunk of logits, unless rounding asks for larger ones.
 CHUNK_BYTES = 2**28
-#: Rounded products that are added up in half precision, at most: eight roundings of the growing sum are
-#: small beside those of the logits, see tests/values/test_linear_losses.py.
-MOST_ROUNDED = 8
+#: Rounded products that are added up in half precision, at most, see above.
+MOST_ROUNDED = 2
 #: Rows of the weight's gradient that are added to a sum in fp32 at a time.
 _SLICE = 8192
 _DTYPES = (*FLOATS, torch.float64)
@@ -51,12 +53,19 @@ _DTYPES = (*FLOATS, torch.float64)
 _scale = Kernel(device.scale_in_place)
 
 
-def plan(rows: int, hidden: int, vocabulary: int, itemsize: int) -> tuple[int, bool]:
-    """(rows of a chunk, whether the weight's gradient is summed in fp32 beside its own dtype)."""
+def plan(
+    rows: int, hidden: int, vocabulary: int, itemsize: int, at_once: int | None = None, summed: bool = True
+) -> tuple[int, bool]:
+    """(rows of a chunk, whether the weight's gradient is summed in fp32).
+
+    ``at_once`` is what the caller wishes for, ``summed`` whether there is such a sum at all.
+    """
+    if at_once is not None:
+        return max(1, min(at_once, rows)), False
     chunk = CHUNK_BYTES // (vocabulary * itemsize)
     # full tiles for the products
     chunk = max(128, chunk // 128 * 128)
-    if itemsize >= 4 or ceil_div(rows, chunk) <= MOST_ROUNDED:
+    if not summed or itemsize >= 4 or ceil_div(rows, chunk) <= MOST_ROUNDED:
         return min(chunk, rows), False
     larger = ceil_div(ceil_div(rows, MOST_ROUNDED), 128) * 128
     if larger * itemsize <= 4 * hidden:
@@ -161,7 +170,7 @@ def _run_forward(
     terms: Terms,
     reduction: str,
     wants: tuple[bool, bool, bool],
-    chunk: int | None = None,
+    at_once: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, _Gradients | None, torch.Tensor | None]:
     """(loss, lse of each row for "none", gradients but for "none", what they are to be multiplied by).
 
@@ -169,8 +178,7 @@ def _run_forward(
     mean's gradients are a sum's.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    planned, wide_sum = plan(rows, hidden.shape[1], vocabulary, hidden.element_size())
-    chunk = chunk or planned
+    chunk, wide_sum = plan(rows, hidden.shape[1], vocabulary, hidden.element_size(), at_once, wants[1])
     wide = wide_dtype(hidden.dtype)
     mean = reduction == "mean"
     common = shared(target, None, terms, mean, hidden.new_empty((0, vocabulary)))
@@ -224,9 +232,11 @@ def _run_backward(
     lses: torch.Tensor,
     terms: Terms,
     wants: tuple[bool, bool, bool],
+    at_once: int | None,
 ) -> _Gradients:
     """Gradients of losses that are not reduced, from ``upstream`` [rows] and the rows' lse."""
-    chunk, wide_sum = plan(hidden.shape[0], hidden.shape[1], weight.shape[0], hidden.element_size())
+    rows, size = hidden.shape
+    chunk, wide_sum = plan(rows, size, weight.shape[0], hidden.element_size(), at_once, wants[1])
     gradients = _Gradients(hidden, weight, bias, wants, wide_sum)
     common = Shared(terms, None, None, None, 0)
     if hidden.shape[0]:
@@ -255,14 +265,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         terms: Terms,
         reduction: str,
+        at_once: int | None,
     ) -> torch.Tensor:
         wants = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
         loss, lses, gradients, ctx.remaining = _run_forward(
-            hidden, weight, target, bias, terms, reduction, wants
+            hidden, weight, target, bias, terms, reduction, wants, at_once
         )
         ctx.save_for_backward(hidden, weight, target, bias, lses)
         ctx.gradients = None if gradients is None else gradients.results()
-        ctx.terms, ctx.reduction = terms, reduction
+        ctx.terms, ctx.reduction, ctx.at_once = terms, reduction, at_once
         return loss
 
     @staticmethod
@@ -271,19 +282,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, target, bias, lses = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
         if ctx.reduction == "none":
-            found = _run_backward(upstream, hidden, weight, target, bias, lses, ctx.terms, wants).results()
+            found = _run_backward(
+                upstream, hidden, weight, target, bias, lses, ctx.terms, wants, ctx.at_once
+            ).results()
         else:
             # Handed out once, because the caller may write to them; a second pass computes them again.
             found, ctx.gradients = ctx.gradients, None
             if found is None:
-                _, _, again, _ = _run_forward(hidden, weight, target, bias, ctx.terms, ctx.reduction, wants)
+                _, _, again, _ = _run_forward(
+                    hidden, weight, target, bias, ctx.terms, ctx.reduction, wants, ctx.at_once
+                )
                 found = again.results()  # type: ignore[union-attr]
             if ctx.remaining is not None:
                 upstream = upstream.to(ctx.remaining.dtype) * ctx.remaining
             for values in found:
                 if values is not None:
                     scaled_in_place(values, upstream)
-        return found[0], found[1], None, found[2], None, None
+        return found[0], found[1], None, found[2], None, None, None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,12 +315,13 @@ def _op_forward(
     reduction: str,
     softcap: float | None,
     z_loss: float,
+    at_once: int | None,
     wants: list[bool],
 ) -> tuple[torch.Tensor, ...]:
-    _check(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss)
+    _check(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss, at_once)
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
     loss, lses, gradients, remaining = _run_forward(
-        hidden.contiguous(), weight, target.contiguous(), bias, terms, reduction, tuple(wants)
+        hidden.contiguous(), weight, target.contiguous(), bias, terms, reduction, tuple(wants), at_once
     )
     found = (None, None, None) if gradients is None else gradients.results()
     if remaining is None:
@@ -325,6 +341,7 @@ def _fake_forward(
     reduction: str,
     softcap: Any,
     z_loss: float,
+    at_once: int | None,
     wants: list[bool],
 ) -> Any:
     wide = wide_dtype(hidden.dtype)
@@ -352,11 +369,12 @@ def _op_backward(
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
+    at_once: int | None,
     wants: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
     found = _run_backward(
-        upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, tuple(wants)
+        upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, tuple(wants), at_once
     )
     return tuple(hidden.new_empty(0) if value is None else value for value in found.results())
 
@@ -382,13 +400,13 @@ def _remember(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, upstream: Any, *_: Any) -> Any:
-    nothing = (None,) * 6
+    nothing = (None,) * 7
     if upstream is None:
         return None, None, None, None, *nothing
     if ctx.each:
-        ignore_index, smoothing, _reduction, softcap, z_loss = ctx.options
+        ignore_index, smoothing, _reduction, softcap, z_loss, at_once = ctx.options
         found = linear_cross_entropy_backward(
-            upstream, *ctx.saved_tensors, ignore_index, smoothing, softcap, z_loss, ctx.wants
+            upstream, *ctx.saved_tensors, ignore_index, smoothing, softcap, z_loss, at_once, ctx.wants
         )
     else:
         remaining, *found = ctx.saved_tensors
@@ -402,13 +420,14 @@ def _differentiate(ctx: Any, upstream: Any, *_: Any) -> Any:
 linear_cross_entropy_backward = register(
     "linear_cross_entropy_backward(Tensor upstream, Tensor hidden, Tensor weight, Tensor target, "
     "Tensor? bias, Tensor lses, int ignore_index, float label_smoothing, float? softcap, float z_loss, "
-    "bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "int? at_once, bool[] wants) -> (Tensor, Tensor, Tensor)",
     _op_backward,
     _fake_backward,
 )
 linear_cross_entropy_forward = register(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
-    "int ignore_index, float label_smoothing, str reduction, float? softcap, float z_loss, bool[] wants) "
+    "int ignore_index, float label_smoothing, str reduction, float? softcap, float z_loss, "
+    "int? at_once, bool[] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_forward,
     _fake_forward,
@@ -430,6 +449,7 @@ def _check(
     reduction: Any,
     softcap: Any,
     z_loss: Any,
+    rows_at_once: Any,
 ) -> None:
     op = "linear_cross_entropy"
     check_tensor(op, "hidden", hidden, _DTYPES, at_least=2)
@@ -445,6 +465,8 @@ def _check(
     check_options(op, ignore_index, label_smoothing, reduction, z_loss)
     if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
         refuse(op, "softcap", repr(softcap), "None or a positive number")
+    if rows_at_once is not None and not (type(rows_at_once) is int and rows_at_once > 0):
+        refuse(op, "rows_at_once", repr(rows_at_once), "None or a positive integer")
 
 
 def linear_cross_entropy(
@@ -457,34 +479,44 @@ def linear_cross_entropy(
     reduction: str = "mean",
     softcap: float | None = None,
     z_loss: float = 0.0,
+    rows_at_once: int | None = None,
 ) -> torch.Tensor:
     """The cross entropy of ``hidden`` [..., H] @ ``weight`` [V, H].T + ``bias`` [V] with ``target`` [...].
 
     All floating-point arguments have one dtype: bf16, fp16, fp32 or fp64; so has the result, a scalar or
     [...] with ``reduction="none"``. Logits are rounded to it, sums are kept in fp32 (fp64 for fp64).
     ``softcap`` replaces logits by ``softcap * tanh(logits / softcap)``; the other options are those of
-    `kpt_plugin_triton.losses.cross_entropy`. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
+    `kpt_plugin_triton.losses.cross_entropy`. ``rows_at_once`` is how many rows of logits exist at a time
+    (by default what half precision can do with little error): fewer take less memory, and round the
+    weight's gradient more often. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
         KernelInputError: an argument's device, dtype, shape or value is not supported.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        _check(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss)
+        _check(
+            *(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss),
+            rows_at_once,
+        )
     rows = hidden.reshape(-1, hidden.shape[-1])
     labels = target.reshape(-1)
     if compiling:
         wants = [needs_grad(value) for value in (hidden, weight, bias)]
         loss = linear_cross_entropy_forward(
-            *(rows, weight, labels, bias, ignore_index, label_smoothing, reduction, softcap, z_loss, wants)
+            *(rows, weight, labels, bias, ignore_index, label_smoothing, reduction, softcap, z_loss),
+            rows_at_once,
+            wants,
         )[0]
     else:
         if not labels.is_contiguous():
             labels = labels.contiguous()
         terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
         if needs_grad(hidden, weight, bias):
-            loss = _LinearCrossEntropy.apply(rows, weight, labels, bias, terms, reduction)
+            loss = _LinearCrossEntropy.apply(rows, weight, labels, bias, terms, reduction, rows_at_once)
         else:
             with torch.no_grad():
-                loss = _run_forward(rows, weight, labels, bias, terms, reduction, (False,) * 3)[0]
+                loss = _run_forward(rows, weight, labels, bias, terms, reduction, (False,) * 3, rows_at_once)[
+                    0
+                ]
     return loss.reshape(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]

@@ -32,10 +32,10 @@ from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
-#: Columns of a row that still goes into registers as a whole: what tables may ask for, and what the rule
-#: takes.
+#: Columns of a row that still goes into registers as a whole where a table asks for that, and bytes where
+#: the rule decides.
 _LONGEST = 32768
-_LONGEST_BY_RULE = 16384
+_LONGEST_BY_RULE = 32768
 #: Partial counts of targets, at most.
 _PARTS = 64
 _DTYPES = (*FLOATS, torch.float64)
@@ -50,7 +50,7 @@ _gradient = Kernel(device.cross_entropy_gradient)
 
 def _rule(itemsize: int, columns: int) -> dict[str, int]:
     block = power_of_two(columns)
-    if block <= _LONGEST_BY_RULE:
+    if block * itemsize <= _LONGEST_BY_RULE:
         rows = max(1, min(32, 2048 // block))
         warps = max(4, min(16, rows * block // 1024))
         return {"ROWS": rows, "BLOCK": block, "PROGRAMS": 32 // warps, "num_warps": warps}
@@ -58,9 +58,9 @@ def _rule(itemsize: int, columns: int) -> dict[str, int]:
     programs = 1 if columns * itemsize > 98304 else 2
     return {
         "ROWS": 0,
-        "BLOCK": min(16384 if itemsize == 2 else 16384 // itemsize, block // 4),
+        "BLOCK": min(16384 // itemsize, block // 4),
         "PROGRAMS": programs,
-        "num_warps": 16,
+        "num_warps": 16 if itemsize == 2 else 8,
     }
 
 
@@ -174,18 +174,21 @@ def rows_forward(
     )
     last = (_PARTS, *common.terms.constants(), accumulator(wide_dtype(logits.dtype)))
     block = power_of_two(columns)
+    # smoothing and a soft cap take more registers for each column
+    heavy = common.terms.softcap is not None or common.terms.smoothing != 0.0
     if chosen["ROWS"] and block <= _LONGEST:
-        _short((programs, 1, 1), arguments, (block, chosen["ROWS"], *last), chosen["num_warps"])
+        warps = min(16, 2 * chosen["num_warps"]) if heavy else chosen["num_warps"]
+        _short((programs, 1, 1), arguments, (block, chosen["ROWS"], *last), warps)
     else:  # a table's options may be for somewhat longer rows
         block = min(chosen["BLOCK"], block if block == columns else block // 2, 32768)
         vector = min(16 // itemsize, block)
         even = columns % vector == 0
-        # what takes more registers for each column gets fewer columns at a time
-        if common.terms.softcap is not None or common.weight_total is not None:
+        warps = chosen["num_warps"]
+        if not even:  # columns are loaded one by one, each with an address
+            block, warps = min(block, 4096 if common.weight_total is None else 2048), 16
+        elif heavy:
             block = max(block // 2, vector)
-        if not even:
-            block = max(block // 4, vector)
-        _long((programs, 1, 1), arguments, (block, vector, even, *last), chosen["num_warps"])
+        _long((programs, 1, 1), arguments, (block, vector, even, *last), warps)
 
 
 def rows_gradient(
@@ -205,8 +208,8 @@ def rows_gradient(
     flat, rows, stride = rows_of(logits)
     if rows == 0:
         return
-    block = min(power_of_two(columns), 4096)
-    each = max(1, 2048 // block)
+    block = min(power_of_two(columns), 4096 if columns % 16 == 0 else 1024)
+    each = max(1, 2048 // power_of_two(columns))
     tiles = ceil_div(rows, each) * ceil_div(columns, block)
     programs = min(tiles, 8 * processors(logits.device.index))
     upstream_stride = upstream.stride(0) if upstream.dim() else 0

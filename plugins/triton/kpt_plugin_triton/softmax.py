@@ -35,6 +35,13 @@ def _rule(itemsize: int, columns: int) -> dict[str, int]:
     return {"ROWS": rows, "num_warps": max(4, min(16, rows * block * itemsize // 2048))}
 
 
+def _backward_rule(itemsize: int, columns: int) -> dict[str, int]:
+    block = power_of_two(columns)
+    rows = max(1, min(32, 2048 // block))
+    # two tensors to hold
+    return {"ROWS": rows, "num_warps": max(4, min(16, rows * block * itemsize // 1024))}
+
+
 def _candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
     block = power_of_two(columns)
     for rows in (1, 2, 4, 8, 16, 32):
@@ -44,7 +51,7 @@ def _candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
 
 
 forward_options = Tuned("softmax_forward", ("columns",), _rule, _candidates)
-backward_options = Tuned("softmax_backward", ("columns",), _rule, _candidates)
+backward_options = Tuned("softmax_backward", ("columns",), _backward_rule, _candidates)
 
 
 def _run_forward(x: torch.Tensor, options: Options | None = None) -> torch.Tensor:
