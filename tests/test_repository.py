@@ -31,10 +31,11 @@ BESIDE = {
 }
 #: Libraries that only plugins may import, by the name that they are imported by.
 VENDORS = set(
-    "accelerate azure bitsandbytes boto3 botocore coremltools cupy datasets deepspeed diffusers flash_attn "
-    "google huggingface_hub jax keras kubernetes lightning mlflow modelopt nvidia onnx onnxruntime onnxscript "
-    "openvino peft prometheus_client pynvml pytorch_lightning sagemaker sentence_transformers tensorflow "
-    "tensorrt timm tokenizers torch_tensorrt torchao torchvision transformers triton vllm wandb xformers".split()
+    "accelerate azure bitsandbytes boto3 botocore coremltools cupy datasets deepspeed diffusers "
+    "flash_attn google huggingface_hub jax keras kubernetes lightning mlflow modelopt nvidia onnx "
+    "onnxruntime onnxscript openvino peft prometheus_client pynvml pytorch_lightning sagemaker "
+    "sentence_transformers tensorflow tensorrt timm tokenizers torch_tensorrt torchao torchvision "
+    "transformers triton vllm wandb xformers".split()
 )
 
 

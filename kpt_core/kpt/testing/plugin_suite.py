@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from types import ModuleType
@@ -22,12 +23,13 @@ from kpt.testing.kernel_suite import KernelSuite
 from kpt.testing.models import tiny_models
 from kpt.testing.suite import Suite, skip
 
+_ADAPTERS = "kpt_model_adapters"
 #: What the object behind a spec has to offer, by the hook that collects it.
 _BEHAVIOUR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kpt_hardware": ("probe", ("detect", "measure")),
     "kpt_passes": ("entry", ("propose", "apply", "verify_applied")),
     "kpt_precision_policies": ("entry", ("propose", "apply", "verify_applied")),
-    "kpt_model_adapters": (
+    _ADAPTERS: (
         "entry",
         ("matches", "example_inputs", "blocks", "executes", "load", "describe", "build"),
     ),
@@ -145,6 +147,21 @@ class PluginSuite(Suite, standard=True):
                     f"the profile is of a {detection.profile.device_type}"
                 )
                 assert profiles.from_dict(profiles.to_dict(detection.profile)).name == detection.profile.name
+
+    # -- model adapters
+
+    def test_adapters_leave_what_is_not_theirs(self) -> None:
+        """An adapter does not match a plain module, and neither runs nor loads a folder without a model."""
+        adapters = [(spec, instantiate(spec.entry)) for hook, spec in self._specs() if hook == _ADAPTERS]
+        if not adapters:
+            raise skip("the plugin has no model adapters")
+        for spec, adapter in adapters:
+            assert not adapter.matches(torch.nn.Linear(2, 2)), f"{spec.name} matches torch's own Linear"
+            with tempfile.TemporaryDirectory() as folder:
+                executed = adapter.executes(folder)
+                assert not executed, f"{spec.name} says that an empty folder executes {executed}"
+                found = adapter.load(folder, trust=False)
+                assert found is None, f"{spec.name} loads a {type(found).__name__} from an empty folder"
 
     # -- passes and policies
 
