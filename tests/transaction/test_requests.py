@@ -125,7 +125,7 @@ def test_the_receipt_before_and_after_calls():
     model, example = net(), torch.randn(32, 16)
     optimized(model, example, plugins=[plugin(DerivedScale, hostile_passes.OnePercent)])
     receipt = kpt.report(model)
-    assert receipt.calls == {"optimized": 0, "fallback": 0, "reasons": {}}
+    assert receipt.calls == {"optimized": 0, "fallback": 0, "reasons": {}, "misses": {}}
     model(example)
     model(example[:5])
     calls = kpt.report(model).calls
@@ -188,3 +188,15 @@ def test_importing_kpt_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == kpt.__version__
+
+
+def test_operations_that_torch_cannot_count_fail_nothing(monkeypatch):
+    """A formula of the FLOP counter that refuses what its op computes only leaves the count unknown."""
+    from torch.utils import flop_counter
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("query/key/value shapes are incompatible")
+
+    monkeypatch.setattr(flop_counter.FlopCounterMode, "_count_flops", refuse)
+    model = torch.nn.Linear(8, 8).eval()
+    assert kpt.optimize(model, torch.randn(2, 8), budget=3.0, cache=False) is model
