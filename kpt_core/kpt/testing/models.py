@@ -127,7 +127,7 @@ def op_arguments(op: str, generator: torch.Generator) -> Mapping[str, Any] | Non
             "down_weight": randn(HIDDEN, 48) / 7,
             "activation": "silu",
         },
-        "rope": {"q": q, "k": k, "cos": angles.cos()[None, None], "sin": angles.sin()[None, None]},
+        "rope": {"q": q, "k": k, "cos": angles.cos()[None], "sin": angles.sin()[None]},
         "attention": {"q": q, "k": k, "v": v, "is_causal": True},
         "softmax": {"x": x, "dim": -1},
         "cross_entropy": {

@@ -37,6 +37,12 @@ def kpt_ops() -> Iterator[OpSpec]:
         summary="add a residual and normalise the sum to mean 0 and variance 1",
     )
     yield OpSpec(
+        "qk_norm_rope",
+        "(q, k, q_weight, k_weight, cos, sin, eps=1e-6, offset=0.0, interleaved=False) -> (q, k)",
+        f"{references}.qk_norm_rope:qk_norm_rope",
+        summary="rms_norm over each head of queries and keys, then rope",
+    )
+    yield OpSpec(
         "linear_cross_entropy",
         "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
         "softcap=None, z_loss=0.0) -> loss",
@@ -50,6 +56,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     for op in ("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"):
         yield _kernel(op, f"norms:{op}")
     yield _kernel("rope", "rope:rope")
+    yield _kernel("qk_norm_rope", "qk_norm_rope:qk_norm_rope")
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
