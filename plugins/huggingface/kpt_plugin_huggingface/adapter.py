@@ -20,36 +20,36 @@ class HuggingFace:
 
     def example_inputs(self, model: torch.nn.Module) -> Mapping[str, Any] | None:
         """Keyword arguments of a typical call, which the model was run with once; None if no guess runs."""
-        from kpt_plugin_huggingface import inputs
+        from kpt_plugin_huggingface.inputs import example_inputs
 
-        return inputs.example_inputs(model)
+        return example_inputs(model)
 
     def blocks(self, model: torch.nn.Module) -> tuple[str, ...]:
         """Paths of the layers that repeat, outermost first."""
-        from kpt_plugin_huggingface import blocks
+        from kpt_plugin_huggingface.blocks import blocks
 
-        return blocks.blocks(model)
+        return blocks(model)
 
     def executes(self, folder: str) -> tuple[str, ...]:
         """Code, pickles and hub kernels that loading ``folder`` would execute."""
-        from kpt_plugin_huggingface import folders
+        from kpt_plugin_huggingface.folders import executes
 
-        return folders.executes(folder)
+        return executes(folder)
 
     def load(self, folder: str, *, trust: bool) -> torch.nn.Module | None:
         """The model in ``folder`` with its weights, or None without a ``config.json`` of transformers."""
-        from kpt_plugin_huggingface import folders
+        from kpt_plugin_huggingface.folders import load
 
-        return folders.load(folder, trust=trust)
+        return load(folder, trust=trust)
 
     def describe(self, model: torch.nn.Module, folder: str) -> Mapping[str, Any] | None:
         """The classes of ``model`` and its configuration, which is written into ``folder``."""
-        from kpt_plugin_huggingface import rebuilding
+        from kpt_plugin_huggingface.rebuilding import describe
 
-        return rebuilding.describe(model, folder)
+        return describe(model, folder)
 
     def build(self, description: Mapping[str, Any], folder: str) -> torch.nn.Module:
         """The model of that configuration, with random weights."""
-        from kpt_plugin_huggingface import rebuilding
+        from kpt_plugin_huggingface.rebuilding import build
 
-        return rebuilding.build(description, folder)
+        return build(description, folder)
