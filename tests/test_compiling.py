@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kpt import compiling, interruption
-from kpt.compiling import CompiledForward
+from kpt.compiling import CapturedForward, CompiledForward
 
 
 class Branchy(torch.nn.Module):
@@ -363,3 +363,38 @@ def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_nothing_of_a_disposed_graph_stays_in_memory_although_an_input_is_a_view(model):
+    def alive():
+        gc.collect()
+        return sum(
+            isinstance(item, torch.fx.experimental.symbolic_shapes.ShapeEnv) for item in gc.get_objects()
+        )
+
+    before = alive()
+    forward = CompiledForward(model.forward, backend="eager")
+    with torch.no_grad():
+        forward(torch.randn(24).view(4, 6))
+    assert forward.graphs == 1
+    forward.dispose()
+    del forward
+    assert alive() <= before
+
+
+def test_a_captured_forward_runs_its_graph_as_the_pass_left_it(model):
+    seen = []
+
+    def note(graph, inputs):
+        seen.append(len(inputs))
+        return graph
+
+    forward, x = CapturedForward(model.forward, note), torch.randn(3, 6)
+    with torch.no_grad():
+        expected = model(x)["out"]
+        assert torch.equal(forward(x)["out"], expected)
+        assert (len(seen), forward.executions, forward.idle) == (1, 1, False)
+        outer = CompiledForward(forward, backend="eager")
+        assert forward.idle
+        assert torch.equal(outer(x)["out"], expected) and torch.equal(forward(x)["out"], expected)
+    assert (len(seen), forward.executions, outer.executions) == (2, 1, 1)

@@ -264,6 +264,7 @@ class CompiledForward:
         self._table: dict[Any, Callable[..., Any]] = {}
         self._compiled: list[tuple[Any, Callable[..., Any]]] = []
         self._modules: list[Any] = []
+        self._environments: list[Any] = []
         try:
             self._signature: inspect.Signature | None = inspect.signature(forward)
         except (TypeError, ValueError):
@@ -407,6 +408,9 @@ class CompiledForward:
                 self._modules.extend(cache.modules[before:])
 
     def _lower(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        context = torch._guards.TracingContext.try_get()
+        if context is not None and context.fake_mode is not None:
+            self._environments.append(context.fake_mode.shape_env)
         for change in self.passes:
             graph = change(graph, example_inputs)
         backend = self.backend
@@ -415,6 +419,10 @@ class CompiledForward:
         lowered = backend(graph, example_inputs)
         self.graphs += 1
         return lowered
+
+    def constants(self) -> list[torch.Tensor]:
+        """Tensors that belong to inductor's generated code: frozen and packed weights."""
+        return [v for module in self._modules for v in vars(module).values() if isinstance(v, torch.Tensor)]
 
     # -- life
 
@@ -430,6 +438,12 @@ class CompiledForward:
         """Free compiled code, guards and constants. Later calls run the original forward."""
         self.sealed = True
         self._table.clear()
+        # The stand-in of an input that is a view holds that of its base where Python's collector does not
+        # look, and both hold what lists them: without an end to the list, none of them would ever go.
+        for environment in self._environments:
+            if environment is not None and environment.tracked_fakes:
+                environment.tracked_fakes.clear()
+        self._environments.clear()
         _release_guards([guards for guards, _ in self._compiled])
         self._compiled.clear()
         cache = _module_cache()

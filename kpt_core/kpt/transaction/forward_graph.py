@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from kpt.ops.sites import Site
     from kpt.transaction.observe import Observation
 
-#: Share of the budget that is left which capturing and recognising may take.
+#: Share of the budget that is left which capturing and recognising may take, and the seconds that they
+#: may take in any case while these are not half of it: importing dynamo alone takes two.
 _SHARE = 0.1
+_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ def look(observation: Observation, registry: Any, ops: frozenset[str]) -> GraphF
     """Where the graph of the model's first example computes ``ops``.
 
     One eager run tells which of them can be there at all; only then is the forward captured. Whatever
-    goes wrong, or takes longer than a tenth of the budget that is left, is a reason to find nothing.
+    goes wrong, or takes longer than a small part of the budget, is a reason to find nothing.
     """
     started = time.perf_counter()
-    seconds = _SHARE * observation.budget_left
+    left = observation.budget_left
+    seconds = max(_SHARE * left, min(_SECONDS, 0.5 * left))
     try:
         with untouched(), compiling.deadline(seconds):
             recognition = _recognise(observation, registry, ops, time.monotonic() + seconds)
