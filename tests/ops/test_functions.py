@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -273,3 +275,25 @@ def test_attention_interfaces_with_extras() -> None:
 
 
 TABLE: dict[str, Any] = {}
+
+
+def test_labels_are_proved_where_a_wrong_index_only_raises():
+    """A site on an accelerator that takes integers is proved on the CPU: an assertion there cannot be caught."""
+    from kpt.ops.capture import Seen
+    from kpt.ops.examples import Examples
+
+    signature = inspect.signature(lambda logits, target: None)
+    accelerator = torch.device("cuda", 0)
+    logits = Seen((4, 9), torch.float32, (9, 1), accelerator, None)
+
+    def device_of(call):
+        site = types.SimpleNamespace(
+            calls=[call], module=torch.nn.Identity(), function=None, signature=signature
+        )
+        return Examples(site).device
+
+    assert device_of({"logits": logits, "target": None}) == accelerator
+    labels = Seen((4,), torch.int64, (1,), accelerator, torch.zeros(4, dtype=torch.int64))
+    assert device_of({"logits": logits, "target": labels}) == torch.device("cpu")
+    mask = Seen((4,), torch.bool, (1,), accelerator, torch.ones(4, dtype=torch.bool))
+    assert device_of({"logits": logits, "target": mask}) == accelerator

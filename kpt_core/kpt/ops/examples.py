@@ -28,8 +28,10 @@ class Examples:
         seen = [value for call in captured.calls for value in _seen(call)]
         devices = {value.device for value in seen if value.dtype.is_floating_point} or {torch.device("cpu")}
         device = next(iter(devices))
-        # MPS has no float64
-        self.device = torch.device("cpu") if device.type in ("mps", "meta") else device
+        # MPS has no float64. Integers that a wrong hypothesis takes for indices raise on a CPU; on an
+        # accelerator they may end the process's use of the device.
+        indices = any(_is_integer(value.dtype) for value in seen)
+        self.device = torch.device("cpu") if indices or device.type in ("mps", "meta") else device
         self.generator = torch.Generator(device="cpu").manual_seed(0x5EED)
         self.function_of_module = captured.function is not None
         self.protected = _own_sizes(module)
@@ -156,12 +158,13 @@ class Examples:
         value = seen.value
         if value is None:
             raise ValueError("an integer tensor too large to be remembered cannot be drawn")
+        value = value.to(self.device)
         if tuple(value.shape) == shape:
             return value.clone()
         if value.numel() == 0:
             return value.new_zeros(shape)
         picks = torch.randint(0, value.numel(), shape, generator=self.generator)
-        return value.flatten()[picks.to(value.device)]
+        return value.flatten()[picks.to(self.device)]
 
     def variations(
         self, twin: torch.nn.Module, integers: tuple[int, ...]
@@ -280,6 +283,10 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = {}
                 yield f"without **{name}", bound
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _seen(value: Any) -> Iterator[Seen]:
