@@ -1,0 +1,602 @@
+"""Attention backward: one kernel for dk and dv, one for dq, both without atomics.
+
+Both compute probabilities again from the scores and the forward's statistics. The gradient of a score is
+p * (dp - delta), with delta the sum over features of out * dout.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kpt_plugin_triton.kernels.attention import (
+    LOG2E,
+    bounded,
+    in_base_2,
+    key_spans,
+    load_mask,
+    load_tile,
+    place_in_section,
+    visible,
+)
+
+
+@triton.jit
+def attention_delta(
+    out,
+    dout,
+    delta,
+    heads,
+    q_len,
+    starts_q,
+    out_b,
+    out_h,
+    out_r,
+    dout_b,
+    dout_h,
+    dout_r,
+    stats_b,
+    stats_h,
+    HEAD_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = sum(out * dout) over features, laid out as the statistics are."""
+    both = tl.program_id(1)
+    batch = tl.cast(both // heads, tl.int64)
+    head = tl.cast(both % heads, tl.int64)
+    at = batch * out_b
+    dat = batch * dout_b
+    place = batch * stats_b
+    if starts_q is not None:
+        first = tl.load(starts_q + batch).to(tl.int64)
+        q_len = (tl.load(starts_q + batch + 1) - first).to(tl.int32)
+        at = first * out_r
+        dat = first * dout_r
+        place = first
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    wide = tl.cast(row, tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_V)[None, :]
+    inside = (row < q_len)[:, None] & (column < HEAD_V)
+    a = tl.load(out + at + head * out_h + wide * out_r + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(dout + dat + head * dout_h + wide * dout_r + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta + place + head * stats_h + row, tl.sum(a * b, 1), mask=row < q_len)
+
+
+@triton.jit
+def gradient_of_scores(
+    raw,
+    dweights,
+    level,
+    inverse,
+    delta,
+    given,
+    keep,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """(probabilities, gradient of the scores before scaling but for the factor ``scale``)."""
+    if SOFTCAP:
+        capped = bounded(raw * (scale / LOG2E), softcap, ACCURATE)
+        scores = capped * LOG2E
+    else:
+        scores = raw * scale
+    if ADDITIVE:
+        scores += given
+    if MASKED:
+        scores = tl.where(keep, scores, float("-inf"))
+    weights = tl.exp2(scores - level)
+    if ADDITIVE:
+        weights *= inverse
+    gradient = weights * (dweights - delta)
+    if SOFTCAP:
+        slope = capped / softcap
+        gradient *= 1.0 - slope * slope
+    return weights, gradient
+
+
+@triton.jit
+def query_span(
+    dkey,
+    dvalue,
+    key,
+    value,
+    queries,
+    douts,
+    stats,
+    deltas,
+    mask,
+    listed,
+    first,
+    last,
+    column,
+    q_len,
+    k_len,
+    q_r,
+    dout_r,
+    mask_r,
+    mask_c,
+    stats_size,
+    window,
+    scale,
+    softcap,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    SPARSE_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
+    SPECIALISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Add what query blocks ``first`` to ``last`` give to dk and dv of one block of keys."""
+    ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+    for number in tl.range(first, last, warp_specialize=SPECIALISE):
+        if SPARSE_M > 0:
+            EACH: tl.constexpr = SPARSE_M // BLOCK_M
+            start = tl.load(listed + number // EACH) * SPARSE_M + number % EACH * BLOCK_M
+        else:
+            start = number * BLOCK_M
+        row = start + tl.arange(0, BLOCK_M)
+        # rows beyond the last have +inf as statistic, hence probability 0: they need no mask
+        query = load_tile(queries, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, DESCRIPTORS)
+        level = tl.load(stats + row, mask=row < q_len, other=float("inf"))
+        raw = tl.dot(key, tl.trans(query), input_precision="ieee")
+        dout = load_tile(douts, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, DESCRIPTORS)
+        dweights = tl.dot(value, tl.trans(dout), input_precision="ieee")
+        delta = tl.load(deltas + row, mask=row < q_len, other=0.0)
+        given = 0.0
+        keep = True
+        inverse = level
+        if MASKED:
+            keep = visible(row[None, :], column[:, None], k_len, window, CAUSAL, WINDOW)
+            if mask is not None:
+                loaded = tl.trans(load_mask(mask, row, column, q_len, k_len, mask_r, mask_c, MASK_ROWS))
+                if ADDITIVE:
+                    given = in_base_2(loaded)
+                    inverse = tl.load(stats + stats_size + row, mask=row < q_len, other=0.0)
+                else:
+                    keep = keep & (loaded != 0)
+        weights, gradient = gradient_of_scores(
+            raw, dweights, level[None, :], inverse[None, :], delta[None, :], given, keep, scale, softcap,
+            SOFTCAP, ADDITIVE, MASKED, key.dtype == tl.float32,
+        )  # fmt: skip
+        dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision="ieee")
+        dkey = tl.dot(gradient.to(query.dtype), query, dkey, input_precision="ieee")
+    return dkey, dvalue
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "all_heads",
+        "blocks",
+        "section",
+        "q_len",
+        "k_len",
+        "stats_size",
+        "lists_b",
+        "lists_h",
+        "lists_width",
+        "window",
+    ]
+)
+def attention_backward_keys(
+    q,
+    k,
+    v,
+    mask,
+    starts_q,
+    starts_k,
+    lists,
+    counts,
+    dout,
+    stats,
+    delta,
+    dk,
+    dv,
+    heads,
+    all_heads,
+    blocks,
+    section,
+    q_len,
+    k_len,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    dout_b,
+    dout_h,
+    dout_r,
+    dk_b,
+    dk_h,
+    dk_r,
+    dv_b,
+    dv_h,
+    dv_r,
+    mask_b,
+    mask_h,
+    mask_r,
+    mask_c,
+    stats_b,
+    stats_h,
+    stats_size,
+    lists_b,
+    lists_h,
+    lists_width,
+    window,
+    scale,
+    softcap,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    SPARSE_M: tl.constexpr,
+    SPARSE_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPECIALISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """dk and dv of BLOCK_N keys of one key head: sums over its GROUP query heads and their queries.
+
+    ``heads`` and ``all_heads`` count key heads; the lists are those of query blocks by key block.
+    """
+    block, both = place_in_section(tl.program_id(0), blocks, all_heads, section)
+    batch = tl.cast(both // heads, tl.int64)
+    key_head = tl.cast(both % heads, tl.int64)
+    q_r = tl.cast(q_r, tl.int64)
+    k_r = tl.cast(k_r, tl.int64)
+    v_r = tl.cast(v_r, tl.int64)
+    dout_r = tl.cast(dout_r, tl.int64)
+    q_at = batch * q_b
+    k_at = batch * k_b
+    v_at = batch * v_b
+    dout_at = batch * dout_b
+    dk_at = batch * dk_b
+    dv_at = batch * dv_b
+    stats_at = batch * stats_b
+    if starts_q is not None:
+        q_start = tl.load(starts_q + batch)
+        k_start = tl.load(starts_k + batch)
+        q_len = (tl.load(starts_q + batch + 1) - q_start).to(tl.int32)
+        k_len = (tl.load(starts_k + batch + 1) - k_start).to(tl.int32)
+        q_start = q_start.to(tl.int64)
+        k_start = k_start.to(tl.int64)
+        q_at = q_start * q_r
+        k_at = k_start * k_r
+        v_at = k_start * v_r
+        dout_at = q_start * dout_r
+        dk_at = k_start * dk_r
+        dv_at = k_start * dv_r
+        stats_at = q_start
+    start = block * BLOCK_N
+    column = start + tl.arange(0, BLOCK_N)
+    key = load_tile(k + k_at + key_head * k_h, start, k_len, k_r, BLOCK_N, HEAD, BLOCK_D, True, False)
+    value = load_tile(v + v_at + key_head * v_h, start, k_len, v_r, BLOCK_N, HEAD_V, BLOCK_V, True, False)
+    dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    # query blocks: masked [first, inner), whole [inner, whole), masked [whole, last)
+    first = 0
+    inner = 0
+    last = tl.cdiv(q_len, BLOCK_M)
+    if CAUSAL:
+        first = tl.minimum(start // BLOCK_M, last)
+        inner = tl.minimum(tl.cdiv(start + BLOCK_N - 1, BLOCK_M), last)
+    whole = last + 0
+    if WINDOW:
+        last = tl.minimum(last, tl.cdiv(start + BLOCK_N - 1 + window, BLOCK_M))
+        inner = tl.minimum(inner, last)
+        whole = tl.minimum(tl.maximum((start + window) // BLOCK_M, inner), last)
+    last = tl.where(start < k_len, last, first)
+    whole = tl.minimum(whole, last)
+    inner = tl.minimum(inner, whole)
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        queries = q + q_at + head * q_h
+        douts = dout + dout_at + head * dout_h
+        if DESCRIPTORS:
+            queries = tl.make_tensor_descriptor(queries, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D])
+            douts = tl.make_tensor_descriptor(douts, [q_len, HEAD_V], [dout_r, 1], [BLOCK_M, BLOCK_V])
+        level = stats + stats_at + head * stats_h
+        deltas = delta + stats_at + head * stats_h
+        masks = mask
+        listed = lists
+        begin, middle, end = inner, whole, last
+        if mask is not None:
+            masks = mask + batch * mask_b + head * mask_h
+        if SPARSE_M > 0:
+            one = batch * lists_b + head * lists_h + start // SPARSE_N
+            listed = lists + one * lists_width
+            begin = 0
+            middle = tl.load(counts + 2 * one) * (SPARSE_M // BLOCK_M)
+            end = tl.load(counts + 2 * one + 1) * (SPARSE_M // BLOCK_M)
+        if mask is not None:
+            dkey, dvalue = query_span(
+                dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, first, last, column,
+                q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap, HEAD, HEAD_V,
+                BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, True, SPECIALISE,
+                DESCRIPTORS,
+            )  # fmt: skip
+        else:
+            if CAUSAL and SPARSE_M == 0:
+                dkey, dvalue = query_span(
+                    dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, first, inner,
+                    column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap,
+                    HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M,
+                    True, SPECIALISE, DESCRIPTORS,
+                )  # fmt: skip
+            dkey, dvalue = query_span(
+                dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, begin, middle, column,
+                q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap, HEAD, HEAD_V,
+                BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, False, SPECIALISE,
+                DESCRIPTORS,
+            )  # fmt: skip
+            if WINDOW or SPARSE_M > 0:
+                dkey, dvalue = query_span(
+                    dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, middle, end,
+                    column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap,
+                    HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M,
+                    True, SPECIALISE, DESCRIPTORS,
+                )  # fmt: skip
+    wide = tl.cast(column, tl.int64)[:, None]
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    place = dk + dk_at + key_head * dk_h + wide * dk_r + feature
+    dkey *= scale / LOG2E
+    tl.store(place, dkey.to(dk.dtype.element_ty), mask=(column < k_len)[:, None] & (feature < HEAD))
+    feature_v = tl.arange(0, BLOCK_V)[None, :]
+    place_v = dv + dv_at + key_head * dv_h + wide * dv_r + feature_v
+    tl.store(place_v, dvalue.to(dv.dtype.element_ty), mask=(column < k_len)[:, None] & (feature_v < HEAD_V))
+
+
+@triton.jit
+def key_span(
+    dquery,
+    query,
+    dout,
+    keys,
+    values,
+    level,
+    inverse,
+    delta,
+    mask,
+    listed,
+    first,
+    last,
+    row,
+    q_len,
+    k_len,
+    k_r,
+    v_r,
+    mask_r,
+    mask_c,
+    window,
+    scale,
+    softcap,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    SPARSE_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    SPECIALISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Add what key blocks ``first`` to ``last`` give to dq of one block of queries."""
+    ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+    for number in tl.range(first, last, warp_specialize=SPECIALISE):
+        if SPARSE_N > 0:
+            EACH: tl.constexpr = SPARSE_N // BLOCK_N
+            start = tl.load(listed + number // EACH) * SPARSE_N + number % EACH * BLOCK_N
+        else:
+            start = number * BLOCK_N
+        key = load_tile(keys, start, k_len, k_r, BLOCK_N, HEAD, BLOCK_D, MASKED, DESCRIPTORS)
+        value = load_tile(values, start, k_len, v_r, BLOCK_N, HEAD_V, BLOCK_V, MASKED, DESCRIPTORS)
+        raw = tl.dot(query, tl.trans(key), input_precision="ieee")
+        dweights = tl.dot(dout, tl.trans(value), input_precision="ieee")
+        given = 0.0
+        keep = True
+        if MASKED:
+            column = start + tl.arange(0, BLOCK_N)
+            keep = visible(row[:, None], column[None, :], k_len, window, CAUSAL, WINDOW)
+            if mask is not None:
+                loaded = load_mask(mask, row, column, q_len, k_len, mask_r, mask_c, MASK_ROWS)
+                if ADDITIVE:
+                    given = in_base_2(loaded)
+                else:
+                    keep = keep & (loaded != 0)
+        _, gradient = gradient_of_scores(
+            raw, dweights, level[:, None], inverse[:, None], delta[:, None], given, keep, scale, softcap,
+            SOFTCAP, ADDITIVE, MASKED, key.dtype == tl.float32,
+        )  # fmt: skip
+        dquery = tl.dot(gradient.to(key.dtype), key, dquery, input_precision="ieee")
+    return dquery
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "all_heads",
+        "blocks",
+        "section",
+        "q_len",
+        "k_len",
+        "stats_size",
+        "lists_b",
+        "lists_h",
+        "lists_width",
+        "window",
+    ]
+)
+def attention_backward_queries(
+    q,
+    k,
+    v,
+    mask,
+    starts_q,
+    starts_k,
+    lists,
+    counts,
+    dout,
+    stats,
+    delta,
+    dq,
+    heads,
+    all_heads,
+    blocks,
+    section,
+    q_len,
+    k_len,
+    q_b,
+    q_h,
+    q_r,
+    k_b,
+    k_h,
+    k_r,
+    v_b,
+    v_h,
+    v_r,
+    dout_b,
+    dout_h,
+    dout_r,
+    dq_b,
+    dq_h,
+    dq_r,
+    mask_b,
+    mask_h,
+    mask_r,
+    mask_c,
+    stats_b,
+    stats_h,
+    stats_size,
+    lists_b,
+    lists_h,
+    lists_width,
+    window,
+    scale,
+    softcap,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    SPARSE_M: tl.constexpr,
+    SPARSE_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPECIALISE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """dq of BLOCK_M queries of one head; lists and the order of programs as in the forward kernel."""
+    block, both = place_in_section(tl.program_id(0), blocks, all_heads, section)
+    if CAUSAL:
+        block = blocks - 1 - block
+    batch = tl.cast(both // heads, tl.int64)
+    head = tl.cast(both % heads, tl.int64)
+    q_r = tl.cast(q_r, tl.int64)
+    k_r = tl.cast(k_r, tl.int64)
+    v_r = tl.cast(v_r, tl.int64)
+    dout_r = tl.cast(dout_r, tl.int64)
+    q_at = batch * q_b
+    k_at = batch * k_b
+    v_at = batch * v_b
+    dout_at = batch * dout_b
+    dq_at = batch * dq_b
+    stats_at = batch * stats_b
+    if starts_q is not None:
+        q_start = tl.load(starts_q + batch)
+        k_start = tl.load(starts_k + batch)
+        q_len = (tl.load(starts_q + batch + 1) - q_start).to(tl.int32)
+        k_len = (tl.load(starts_k + batch + 1) - k_start).to(tl.int32)
+        q_start = q_start.to(tl.int64)
+        k_start = k_start.to(tl.int64)
+        q_at = q_start * q_r
+        k_at = k_start * k_r
+        v_at = k_start * v_r
+        dout_at = q_start * dout_r
+        dq_at = q_start * dq_r
+        stats_at = q_start
+    k_at += head // GROUP * k_h
+    v_at += head // GROUP * v_h
+    start = block * BLOCK_M
+    row = start + tl.arange(0, BLOCK_M)
+    query = load_tile(q + q_at + head * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
+    grad = load_tile(
+        dout + dout_at + head * dout_h, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, False
+    )
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(k + k_at, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
+        values = tl.make_tensor_descriptor(v + v_at, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
+    else:
+        keys = k + k_at
+        values = v + v_at
+    stats += stats_at + head * stats_h
+    level = tl.load(stats + row, mask=row < q_len, other=float("inf"))
+    inner_delta = tl.load(delta + stats_at + head * stats_h + row, mask=row < q_len, other=0.0)
+    inverse = level
+    if mask is not None:
+        mask += batch * mask_b + head * mask_h
+        if mask.dtype.element_ty != tl.uint8:
+            inverse = tl.load(stats + stats_size + row, mask=row < q_len, other=0.0)
+    dquery = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    listed = lists
+    if SPARSE_N > 0:
+        one = batch * lists_b + head * lists_h + start // SPARSE_M
+        listed += one * lists_width
+        first = 0
+        inner = 0
+        whole = tl.load(counts + 2 * one) * (SPARSE_N // BLOCK_N)
+        last = tl.load(counts + 2 * one + 1) * (SPARSE_N // BLOCK_N)
+    else:
+        first, inner, whole, last = key_spans(
+            start, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, mask is not None
+        )
+    if WINDOW and SPARSE_N == 0:
+        dquery = key_span(
+            dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, first, inner, row,
+            q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
+            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, SPECIALISE, DESCRIPTORS,
+        )  # fmt: skip
+    if mask is None:
+        dquery = key_span(
+            dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, inner, whole, row,
+            q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
+            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, False, SPECIALISE, DESCRIPTORS,
+        )  # fmt: skip
+    dquery = key_span(
+        dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, whole, last, row,
+        q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
+        CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, SPECIALISE, DESCRIPTORS,
+    )  # fmt: skip
+    dquery *= scale / LOG2E
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    place = dq + dq_at + head * dq_h + tl.cast(row, tl.int64)[:, None] * dq_r + feature
+    tl.store(place, dquery.to(dq.dtype.element_ty), mask=(row < q_len)[:, None] & (feature < HEAD))
