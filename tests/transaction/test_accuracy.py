@@ -8,7 +8,10 @@ import torch
 import fingerprints
 import hostile_passes
 import kpt
+import slow_models
 from fingerprints import optimized
+from kpt.compiling import CompiledForward
+from kpt.specs import Variant
 from slow_models import DirectScale, net, plugin
 
 PLUGINS = [plugin(DirectScale)]
@@ -118,3 +121,102 @@ def test_a_metric_that_returns_no_number():
             model, torch.randn(32, 16), plugins=PLUGINS, accuracy=kpt.Accuracy(lambda candidate: "good")
         )
     assert fingerprints.ours(model) == []
+
+
+class CompiledDirect(DirectScale):
+    """The whole model compiled without a compiler, as a plan for training."""
+
+    variant = Variant("compiled", predicted_gain=5.0, sites=())
+
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+        model.forward = self.compiled = CompiledForward(model.forward, backend="aot_eager")
+
+        def undo_both():
+            del model.__dict__["forward"]
+            undo()
+
+        return undo_both
+
+    def verify_applied(self, model):
+        return self.compiled.executions > 0
+
+
+slow_models.CompiledDirect = CompiledDirect
+CompiledDirect.__module__ = "slow_models"
+
+
+def slow_net():
+    """So slow that no compiled code loses against it."""
+    model = net(training=True)
+    model.slow.rounds = 400
+    return model
+
+
+def evaluates(candidate, example):
+    candidate.eval()
+    return candidate(example)
+
+
+def evaluates_and_trains(candidate, example):
+    evaluates(candidate, example)
+    candidate.train()(example).sum().backward()
+    with torch.no_grad():
+        return candidate(example)
+
+
+def freezes_a_part(candidate, example):
+    candidate.norm.eval()
+    return candidate(example)
+
+
+def changes_the_structure(candidate, example):
+    candidate.norm = torch.nn.Identity()
+    candidate.first.forward = lambda x: x
+    candidate.register_forward_hook(lambda module, args, output: output * 2)
+    return candidate(example)
+
+
+@pytest.mark.parametrize(
+    "use", [evaluates, evaluates_and_trains, freezes_a_part, changes_the_structure], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("offered", [DirectScale, CompiledDirect], ids=["direct", "compiled"])
+def test_a_metric_that_switches_modes_of_a_plan_for_training_sees_what_eager_gives(use, offered):
+    """And neither the plan, the baseline nor the user's model is in another mode afterwards."""
+    model, example = slow_net(), torch.randn(32, 16)
+    before = fingerprints.of_model(model)
+    expected = use(slow_net(), example).detach()
+    measured = []
+
+    def metric(candidate):
+        output = use(candidate, example).detach()
+        measured.append(output)
+        return -float((output - expected).abs().max())
+
+    accuracy = kpt.Accuracy(metric, max_drop=1e-4)
+    optimized(model, example, plugins=[plugin(offered)], accuracy=accuracy, budget=30.0)
+    receipt = kpt.report(model)
+    assert len(measured) >= 2 and receipt.mode == "training"
+    for output in measured:
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert all(module.training for module in model.modules())
+    twin = net(training=True)
+    torch.testing.assert_close(model(example), twin(example), rtol=1e-4, atol=1e-5)
+    assert fingerprints.fast_calls(model) == 1
+    kpt.restore(model)
+    model.norm.load_state_dict(net(training=True).norm.state_dict())
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+
+
+def test_a_copy_that_the_metric_keeps_runs_the_original_forward():
+    model, example, kept = net(), torch.randn(32, 16), []
+
+    def metric(candidate):
+        kept.append(candidate)
+        return 1.0
+
+    optimized(model, example, plugins=PLUGINS, accuracy=kpt.Accuracy(metric))
+    kpt.restore(model)
+    for candidate in kept:
+        assert torch.equal(candidate(example), net()(example))
+        assert fingerprints.ours(candidate) == []

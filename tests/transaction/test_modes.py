@@ -312,3 +312,69 @@ def test_signature_state_and_identity_are_those_of_the_model():
     kpt.restore(model)
     assert inspect.signature(model.forward) == before
     assert "forward" not in vars(model) and fingerprints.ours(model) == []
+
+
+class Slotted(Net):
+    """A class with a state of its own making."""
+
+    def __getstate__(self):
+        return {**self.__dict__, "written": True}
+
+
+@plans
+@pytest.mark.parametrize("kind", [Net, Slotted])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_have_the_attributes_of_an_untouched_model(plan, kind, way):
+    torch.manual_seed(0)
+    model, example = kind().eval(), torch.randn(32, 16)
+    untouched = way(model)
+    optimized(model, example, plugins=[plugin(PLANS[plan])])
+    twin = way(model)
+    for (path, mine), (_, plain) in zip(twin.named_modules(), untouched.named_modules(), strict=True):
+        assert list(vars(mine)) == list(vars(plain)), path
+        for name, value in vars(plain).items():
+            assert type(vars(mine)[name]) is type(value), (path, name)
+    assert fingerprints.ours(twin) == [] and hasattr(twin, "written") is (kind is Slotted)
+    assert torch.equal(twin(example), model(example)) and fast_calls(model) == 1
+    kpt.restore(model)
+    assert fingerprints.ours(model) == [] and "__reduce_ex__" not in vars(model)
+    assert [list(vars(m)) for m in way(model).modules()] == [list(vars(m)) for m in untouched.modules()]
+
+
+class Copying(Net):
+    def __deepcopy__(self, memo):
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+def test_a_copy_by_the_classs_own_hand_is_inert():
+    torch.manual_seed(0)
+    model, example = Copying().eval(), torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(PLANS["derived"])])
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(example), torch.zeros(32, 4))
+    assert fast_calls(model) == 0
+    again = pickle.loads(pickle.dumps(copy.deepcopy(twin)))
+    assert torch.equal(again(example), torch.zeros(32, 4))
+
+
+def test_what_looks_through_a_model_looks_through_an_optimised_one():
+    model, example = ready("derived")
+    with torch.no_grad():
+        expected = model(example)
+        found = [
+            torch.compile(model, backend="eager", fullgraph=True)(example),
+            torch.export.export(model, (example,)).module()(example),
+            torch.jit.trace(model, (example,))(example),
+            torch.fx.symbolic_trace(model)(example),
+            torch.func.functional_call(model, dict(model.named_parameters()), (example,)),
+        ]
+    for output in found:
+        torch.testing.assert_close(output, expected)

@@ -30,7 +30,7 @@ def test_two_data_parallel_processes_train_as_without_kpt(tmp_path):
         optimized, mode, reason, calls, searched = found["receipt"]
         assert optimized and mode == "training", reason
         assert searched is (rank == 0)
-        assert calls == {"optimized": 32, "fallback": 0, "reasons": {}}
+        assert calls == {"optimized": 32, "fallback": 0, "reasons": {}, "misses": {}}
         assert found["fast before"]["optimized"] == 32
         assert len(set(found["eager"])) == 32
         assert found["after"] == found["eager"]

@@ -84,6 +84,11 @@ class Applied:
         return only if only is not None and self.forward is only else None
 
     @property
+    def undos(self) -> tuple[Callable[[], None], ...]:
+        """What takes each step back, in the order of the plan."""
+        return tuple(undo for _, undo in self._undos)
+
+    @property
     def executions(self) -> Callable[[], int] | None:
         """Counts runs of compiled graphs, or None when the plan compiles nothing."""
         if not self.compiled:
@@ -93,6 +98,23 @@ class Applied:
             return lambda: only.executions
         compiled = tuple(self.compiled)
         return lambda: sum(item.executions for item in compiled)
+
+    def misses(self) -> dict[str, int]:
+        """Calls of parts of the plan that ran the original code of that part, by part.
+
+        These are kernels whose frozen table did not know what a site was called with, and compiled blocks
+        that had no code for the call. A forward that is compiled as a whole counts its own as fallbacks.
+        """
+        found: dict[str, int] = {}
+        for step, behaviour in self.behaviours:
+            misses = getattr(behaviour, "misses", None)
+            for site, count in (misses() if callable(misses) else {}).items():
+                found[f"{step.name} at {site or 'the model'}"] = count
+        for compiled in self.compiled if self.direct is None else ():
+            if compiled.misses:
+                name = f"compiled {compiled.label or 'forward'}"
+                found[name] = found.get(name, 0) + compiled.misses
+        return found
 
     def seal(self) -> None:
         """From now on nothing is compiled and no kernel serves what it was not judged on."""

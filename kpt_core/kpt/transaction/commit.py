@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from kpt.judge import clock
 from kpt.transaction import dispatch
-from kpt.transaction.guard import InputGuard
-from kpt.transaction.watch import Watch
+from kpt.transaction.installed import plan_for
 
 if TYPE_CHECKING:
     import torch
 
     from kpt.judge.clock import Timing
+    from kpt.judge.referee import Verdict
     from kpt.transaction.trial import Outcome, Trials
 
 
@@ -25,20 +25,10 @@ class Committed:
         applied = outcome.applied
         if applied is None:
             raise ValueError("only a plan whose workspace is alive can be committed")
-        observation = trials.observation
         self.applied = applied
         self.outcome = outcome
-        self.watch = Watch(model, weights=applied.plan.derives)
-        self.plan = dispatch.Plan(
-            model,
-            applied.forward,
-            InputGuard(list(observation.calls), observation.spec),
-            self.watch,
-            training=observation.training,
-            executions=applied.executions,
-            ambient=observation.ambient,
-            direct=applied.direct,
-        )
+        self.plan = plan_for(model, applied, trials.observation)
+        self.watch = self.plan.watch
         self.plan.committed = self
         self._uninstall: Callable[[], None] | None = dispatch.install(model, self.plan)
         self._finalizer = weakref.finalize(model, applied.close)
@@ -75,6 +65,15 @@ class Committed:
         return self.applied.undo_errors[known:]
 
 
+def _judge_values(outcome: Outcome, trials: Trials) -> Verdict:
+    """Values (and gradients) on fresh inputs; without dropout where that decides the outputs."""
+    judged = outcome.quiet if trials.observation.stochastic else outcome.applied
+    if judged is None:
+        raise ValueError("the application that values are judged on was closed before the commit")
+    draws = trials.judgement.draws(touches_mask=judged.plan.touches_mask, thorough=True)
+    return trials.judgement.judge(judged, draws)
+
+
 def commit(
     model: torch.nn.Module, outcome: Outcome, trials: Trials, *, timed: bool = True
 ) -> tuple[Committed | None, tuple[str, str], Timing | None]:
@@ -87,13 +86,13 @@ def commit(
     assert applied is not None
     harmed = len(trials.damage)
     with trials.untouched():
-        if trials.observation.stochastic:  # values were judged without dropout, on an application of its own
-            verdict = trials.judgement.judge_dropout(applied)
-        else:
-            draws = trials.judgement.draws(touches_mask=applied.plan.touches_mask, thorough=True)
-            verdict = trials.judgement.judge(applied, draws)
-        for key, value in verdict.figures.items():
+        verdicts = [_judge_values(outcome, trials)]
+        if trials.observation.stochastic and verdicts[0].passed:
+            verdicts.append(trials.judgement.judge_dropout(applied))
+        verdict = verdicts[-1]
+        for key, value in (item for each in verdicts for item in each.figures.items()):
             outcome.figures[key] = max(outcome.figures.get(key, value), value)
+    outcome.hush()
     rule, detail = verdict.rule, verdict.detail
     if trials.overruled(rule):
         rule, detail = "ok", ""  # the metric was measured when the plan was tried

@@ -5,8 +5,8 @@ are those that the referee saw (or differ only in dimensions that were declared 
 else runs the original forward and is counted with its reason.
 
 The patch is a bound method of a plain function named ``forward``; the plan hangs on the model in a
-handle that copies and pickles as empty. So a deep copy or a pickle of the model carries no plan and
-runs the original forward with its own weights, and a plan dies with its model.
+handle, which deep copies and pickles leave out (`kpt.transaction.copies`). So they run the original
+forward with their own weights, and a plan dies with its model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from kpt.transaction.copies import HANDLE, Handle, clean_copies
 from kpt.transaction.lazy_backward import with_backward
 from kpt.transaction.signature import Canonical
 
@@ -100,6 +101,7 @@ class Plan:
         executions: Callable[[], int] | None = None,
         ambient: tuple[Any, ...] = (),
         direct: CompiledForward | None = None,
+        misses: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         self.run = run
         self.previous = _own_forward(model)
@@ -114,6 +116,8 @@ class Plan:
         self.direct = direct
         self._targets: dict[Any, Callable[..., Any]] = {}
         self._optimized = itertools.count()
+        self._misses = misses if misses is not None else dict[str, int]
+        self._missed_before = self._misses()
         self._canonical = Canonical(self.original(model))
         self._known: dict[Any, str | None] = {}
         self._ambient = ambient or ambient_state()
@@ -123,14 +127,26 @@ class Plan:
         self.committed: Any = None
 
     def calls(self) -> dict[str, Any]:
-        """Calls so far: on the optimised path, on the original one, and why."""
+        """Calls so far: on the optimised path, on the original one and why, and ``misses``.
+
+        The latter are calls of single kernels or compiled blocks, inside optimised calls, that ran the
+        original code of that part: counts by part and site.
+        """
+        self.watch.look_again()
         reasons = self.fallbacks.to_dict()
-        return {"optimized": self.optimized_calls, "fallback": sum(reasons.values()), "reasons": reasons}
+        now, before = self._misses(), self._missed_before
+        return {
+            "optimized": self.optimized_calls,
+            "fallback": sum(reasons.values()),
+            "reasons": reasons,
+            "misses": {part: n for part, count in now.items() if (n := count - before.get(part, 0)) > 0},
+        }
 
     def reset_counters(self) -> None:
         """Start counting from zero: calls made by the transaction itself are no calls of the user."""
         self._optimized = itertools.count()
         self.fallbacks = Counter()
+        self._missed_before = self._misses()
 
     @property
     def optimized_calls(self) -> int:
@@ -270,22 +286,6 @@ def _key(value: Any) -> Any:
 # Installing and removing
 
 
-HANDLE = "_kpt_plan"
-
-
-class Handle:
-    """Carries a plan on its model; copies and pickles carry none."""
-
-    def __init__(self, plan: Any = None) -> None:
-        self.plan = plan
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
 def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     handle = self.__dict__.get("_kpt_plan")
     if handle is None or handle.plan is None:
@@ -339,6 +339,7 @@ def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
     installed = types.MethodType(function, model)
     model.__dict__[HANDLE] = Handle(plan)
     model.__dict__["forward"] = installed
+    dirty_copies = clean_copies(model)
 
     def undo() -> None:
         current = model.__dict__.get("forward")
@@ -350,6 +351,7 @@ def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
         elif current is not None:
             _unwind(model, current, installed, previous)
         model.__dict__.pop(HANDLE, None)
+        dirty_copies()
 
     return undo
 

@@ -1,11 +1,21 @@
-"""Peak memory of a call, and how much a workspace holds beyond the user's tensors."""
+"""Peak memory of a call, and how much a plan holds beyond the user's tensors."""
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses import FakeTensor
+
+if TYPE_CHECKING:
+    from kpt.transaction.applied import Applied
+
+_ATOMS = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device)
+#: A model may refer to anything, its data set included; what lies beyond so many objects is not looked at.
+_MOST_OBJECTS = 1_000_000
 
 
 def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> float:
@@ -34,24 +44,82 @@ def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> f
     return float(peak)
 
 
-def derived_bytes(model: torch.nn.Module, workspace: torch.nn.Module | None) -> int:
-    """Bytes of tensors that hang on the workspace's modules and are not the model's own."""
-    if workspace is None:
-        return 0
-    known = {_storage(t) for t in (*model.parameters(), *model.buffers())}
-    total = 0
-    for module in workspace.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, torch.Tensor):
-                key = _storage(tensor)
-                if key not in known:
-                    known.add(key)
-                    total += tensor.numel() * tensor.element_size()
-    return total
+def derived_bytes(model: torch.nn.Module, applied: Applied) -> int:
+    """Bytes of the tensors that ``applied`` holds and ``model`` does not.
+
+    Counted are tensors that can be reached from the workspace's modules, from what the steps of the plan
+    keep (attributes, containers, closures, partial functions) and from compiled code (its constants, such
+    as frozen weights); each storage once, in whole. Packed weights in a layout without a storage count by
+    their elements. What native code allocates for itself is out of sight: scratch memory of libraries,
+    pools of captured graphs, the machine code, objects that are no tensors to torch.
+    """
+    walk = _Walk()
+    walk.visit(model)
+    walk.total = 0
+    walk.visit([applied.module, applied.behaviours, applied.undos])
+    for compiled in applied.compiled:
+        walk.visit(compiled.constants())
+    return walk.total
 
 
-def _storage(tensor: torch.Tensor) -> Any:
+class _Walk:
+    """Adds up the storages of what is visited; nothing is entered or counted twice."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen: set[Any] = set()
+        self._kept: list[Any] = []  # what is only made by looking at it must not leave its id to another
+
+    def visit(self, value: Any) -> None:
+        pending = [value]
+        while pending and len(self._seen) < _MOST_OBJECTS:
+            item = pending.pop()
+            if isinstance(item, _ATOMS) or id(item) in self._seen:
+                continue
+            self._seen.add(id(item))
+            self._kept.append(item)
+            if isinstance(item, torch.Tensor):
+                pending.extend(self._tensor(item))
+            else:
+                pending.extend(_parts(item))
+
+    def _tensor(self, tensor: torch.Tensor) -> list[Any]:
+        if hasattr(tensor, "__tensor_flatten__"):  # a subclass around others: quantised weights, say
+            return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+            return []
+        try:
+            storage = tensor.untyped_storage()
+            key, size = ("storage", storage._cdata), storage.nbytes()
+        except (NotImplementedError, RuntimeError):  # opaque layouts (packed weights) have no storage
+            key, size = ("opaque", id(tensor)), tensor.numel() * tensor.element_size()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.total += size
+        return []
+
+
+def _parts(item: Any) -> list[Any]:
+    """What ``item`` holds. Objects of kpt's own, which refer to the whole run, are not entered."""
+    if isinstance(item, torch.nn.Module):
+        return [value for name, value in vars(item).items() if "hooks" not in name]
+    if isinstance(item, dict):
+        return [*item.values()]
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return [*item]
+    if isinstance(item, types.FunctionType):
+        return [*(_content(cell) for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+    if isinstance(item, types.MethodType):
+        return [item.__self__, item.__func__]
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if type(item).__module__.split(".")[0] == "kpt":
+        return []
+    return [*getattr(item, "__dict__", {}).values()]
+
+
+def _content(cell: types.CellType) -> Any:
     try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # opaque layouts (packed weights) have no storage
-        return id(tensor)
+        return cell.cell_contents
+    except ValueError:  # a variable that was not assigned yet
+        return None

@@ -51,6 +51,11 @@ class Receipt:
     Times are in seconds. ``speedup`` is the median of the paired ratios untouched / optimised with
     its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back.
     ``break_even_calls`` is set-up time over the time saved per call; None when nothing is saved.
+    ``derived_bytes`` are those of the tensors that the plan holds beside the model's own: copies, packed
+    weights, constants of compiled code. What native libraries allocate for themselves and the machine
+    code are not in it. ``calls`` is filled by `kpt.report`: "optimized", "fallback", the "reasons" of
+    fallbacks, and "misses", which are calls of single kernels and compiled blocks inside optimised calls
+    that ran the original code of that part.
     """
 
     model: str
@@ -193,6 +198,8 @@ class Receipt:
             parts.append(f"judged against {self.baseline['reference_dtype']}")
         spent = f"search {self.search_seconds:.1f} s" if self.searched else f"recipe {self.recipe}, no search"
         parts.append(f"{spent}, set-up {self.setup_seconds:.1f} s")
+        if self.derived_bytes:
+            parts.append(f"holds {_size(self.derived_bytes)} of copies made from weights")
         if self.break_even_calls is not None:
             parts.append(f"pays off after {self.break_even_calls} calls")
         return " | ".join(parts)
@@ -202,6 +209,10 @@ class Receipt:
             return []
         lines = [f"calls since: {self.calls['optimized']} optimised, {self.calls['fallback']} original"]
         lines += [f"  {count} x {reason}" for reason, count in self.calls.get("reasons", {}).items()]
+        misses = self.calls.get("misses", {})
+        if misses:
+            lines.append("parts of optimised calls that ran their original code:")
+            lines += [f"  {count} x {part}" for part, count in misses.items()]
         return lines
 
     def to_html(self) -> str:
@@ -231,6 +242,13 @@ def _duration(seconds: float) -> str:
     if seconds >= 1.0:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _finite(value: Any) -> Any:

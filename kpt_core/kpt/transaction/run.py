@@ -380,7 +380,7 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
     receipt.rejected = found.rejected
     receipt.setup_seconds = best.setup_seconds
     receipt.watched_tensors = committed.watch.tensors
-    receipt.derived_bytes = memory.derived_bytes(run.model, committed.applied.module)
+    receipt.derived_bytes = memory.derived_bytes(run.model, committed.applied)
     receipt.patches = ["forward of the model"]
     if timing is not None:
         receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,11 @@ import torch
 from kpt import compiling
 from kpt.judge import clock
 from kpt.judge.state import ModelState, untouched
-from kpt.transaction import memory, workspace
+from kpt.transaction import dispatch, memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
 from kpt.transaction.budget import BudgetSpent
-from kpt.transaction.guard import InputGuard
+from kpt.transaction.installed import plan_for
 from kpt.transaction.judgement import Judgement
-from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -39,7 +38,11 @@ _RULES_THAT_JUDGE = frozenset(
 
 @dataclass
 class Outcome:
-    """How one trial ended. ``applied`` is alive only for an accepted trial, until it is closed."""
+    """How one trial ended. ``applied`` is alive only for an accepted trial, until it is closed.
+
+    So is ``quiet``, the same plan on the model without dropout, by which values are judged where the
+    outputs depend on random numbers.
+    """
 
     plan: Plan
     rule: str = "ok"
@@ -50,6 +53,7 @@ class Outcome:
     setup_seconds: float = 0.0
     seconds: float = 0.0
     applied: Applied | None = None
+    quiet: Applied | None = None
 
     @property
     def right(self) -> bool:
@@ -76,9 +80,16 @@ class Outcome:
         }
 
     def close(self) -> None:
+        self.hush()
         if self.applied is not None:
             self.applied.close()
             self.applied = None
+
+    def hush(self) -> None:
+        """Free the application without dropout: nothing is judged any more."""
+        if self.quiet is not None:
+            self.quiet.close()
+            self.quiet = None
 
 
 class Trials:
@@ -149,10 +160,11 @@ class Trials:
             outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
         if len(self.damage) > harmed and (outcome.right or outcome.judged_wrong):
             outcome.rule, outcome.reason = "parameter-modified", self.damage_since(harmed)
-        if not (keep and outcome.right and applied):
-            _close_all(applied)
-        elif applied:
+        if keep and outcome.right and applied:
             outcome.applied = applied[0]
+            outcome.quiet = applied[1] if len(applied) > 1 else None
+        else:
+            _close_all(applied)
         outcome.seconds = time.perf_counter() - started
         self.log.append(outcome)
         return outcome
@@ -164,14 +176,12 @@ class Trials:
         draws = self.judgement.draws(touches_mask=plan.touches_mask, thorough=thorough)
         if observation.stochastic:
             # Values are compared without dropout, on a second application of the same plan.
-            quiet = self._prepared(self.baseline.judged, plan)
-            try:
-                verdict = self.judgement.judge(quiet, draws)
-            finally:
-                quiet.close()
+            holder.append(quiet := self._prepared(self.baseline.judged, plan))
+            verdict = self.judgement.judge(quiet, draws)
             if verdict.passed:
-                holder.append(applied := self._prepared(observation.model, plan))
-                verdict = self.judgement.judge_dropout(applied)
+                holder.insert(0, applied := self._prepared(observation.model, plan))
+                values, verdict = verdict, self.judgement.judge_dropout(applied)
+                verdict.figures.update(values.figures)
         else:
             holder.append(applied := self._prepared(observation.model, plan))
             verdict = self.judgement.judge(applied, draws)
@@ -264,8 +274,10 @@ class Trials:
             return
         try:
             if self.accuracy_before is None:
-                self.accuracy_before = self._measure(self.accuracy, self.baseline.plain)
-            after = self._measure(self.accuracy, self._as_served(applied))
+                untouched_copy = workspace.clone(self.baseline.plain)
+                self.accuracy_before = self._measure(self.accuracy, untouched_copy)
+            with self._as_served(applied) as served:
+                after = self._measure(self.accuracy, served)
         except (KeyboardInterrupt, compiling.DeadlinePassed):
             raise
         except BaseException as error:
@@ -279,32 +291,28 @@ class Trials:
                 f"the metric fell by {drop:.4g} to {after:.4g}; at most {self.accuracy.max_drop:.4g} allowed"
             )
 
-    def _as_served(self, applied: Applied) -> torch.nn.Module:
+    @contextmanager
+    def _as_served(self, applied: Applied) -> Iterator[torch.nn.Module]:
         """A copy of the model that serves calls as a committed one does: what the plan was not proven for
-        runs the original forward."""
+        (another mode, of a submodule too) runs the original forward."""
         served = workspace.clone(self.baseline.plain)
-        guard = InputGuard(list(self.observation.calls), self.observation.spec)
-        original, optimised = served.forward, applied.forward
-        canonical = Canonical(original)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = canonical(args, kwargs)
-            if served.training is not self.observation.training or guard.misfit(args, kwargs) is not None:
-                return original(*args, **kwargs)
-            return optimised(*args, **kwargs)
-
-        served.forward = forward  # type: ignore[method-assign]
-        return served
+        plan = plan_for(served, applied, self.observation)
+        uninstall = dispatch.install(served, plan)
+        try:
+            yield served
+        finally:
+            plan.watch.close()
+            with suppress(RuntimeError):  # the metric wrapped the copy's forward for good
+                uninstall()
+            served.__dict__.pop(dispatch.HANDLE, None)
 
     def _measure(self, accuracy: Accuracy, module: torch.nn.Module) -> float:
-        """The metric of ``module``; what the user's code does to modes, buffers and gradients is put back."""
-        modes = {child: child.training for child in module.modules()}
+        """The metric of ``module``, a copy of the model made for it: its modes, hooks and structure are
+        the metric's to change. What it does to the tensors, which are shared, is put back."""
         try:
             with untouched():
                 return accuracy.measure(module)
         finally:
-            for child, mode in modes.items():
-                child.training = mode
             if self.state.differences():
                 self.state.restore()
 
@@ -315,7 +323,7 @@ class Trials:
             kind = self.observation.device_type
             before = memory.peak_bytes(lambda: runner.step(plain.forward, call.clone()), kind)
             after = memory.peak_bytes(lambda: runner.step(applied.forward, call.clone()), kind)
-        after += memory.derived_bytes(self.observation.model, applied.module)
+        after += memory.derived_bytes(self.observation.model, applied)
         weights = self.observation.parameter_bytes
         outcome.figures.update(peak_bytes_before=weights + before, peak_bytes_after=weights + after)
         assert outcome.timing is not None

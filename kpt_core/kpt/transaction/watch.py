@@ -1,10 +1,10 @@
 """Notices every change of the user's model that makes a committed plan stale.
 
-Three kinds of change, three mechanisms, because a call may only spend about a microsecond here:
+Three kinds of change, three mechanisms, because a call may only spend a few microseconds here:
 what torch announces (registration of parameters, buffers and modules) arrives through its global
-registration hooks; what passes through an object (hooks being registered, ``.to()``) through a
-replaced dictionary and an instance method; what leaves only a trace (weights written in place,
-attributes assigned) is compared on each call.
+registration hooks; what passes through an object (hooks being registered, ``.to()``, a forward or a
+class being assigned) through a replaced dictionary and an instance method; what leaves only a trace
+(weights written in place, attributes assigned) is compared on each call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+
+from kpt.transaction.copies import clean_copies
+from kpt.transaction.structure import Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
@@ -41,6 +44,9 @@ class Watch:
         for module in modules:
             self._watch_hooks(module, is_root=module is model)
             self._watch_apply(module)
+            self._undo.append(clean_copies(module))
+        self.structure = Structure(model, self._names)
+        self._undo.append(self.structure.close)
         self._tensors: list[torch.Tensor] = list(_tensors(model)) if weights else []
         self._versions = list(map(_version, self._tensors))
         self._parameters = list(model.parameters())
@@ -60,6 +66,10 @@ class Watch:
         """What changed since construction, or None. ``grad`` says that gradients are recorded."""
         if self.reason is not None:
             return self.reason
+        if self.structure.unsure or self.structure.resized():
+            changed = self.structure.changed()
+            if changed is not None:
+                return changed
         if grad and list(map(_requires_grad, self._parameters)) != self._trainable:
             return "a parameter was frozen or unfrozen (call kpt.refresh(model))"
         if self._tensors and list(map(_version, self._tensors)) != self._versions:
@@ -75,6 +85,10 @@ class Watch:
             if held.get(name) is not tensor or (version is not None and _version(tensor) != version):
                 return "a tensor that a submodule holds as a plain attribute changed"
         return None
+
+    def look_again(self) -> None:
+        """Compare forwards, classes and children on the next call, whatever was noticed."""
+        self.structure.unsure = True
 
     def settle(self) -> None:
         """Take the weights' versions as they are now: nothing but kpt wrote since construction."""

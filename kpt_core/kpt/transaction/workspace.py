@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from kpt.transaction.dispatch import HANDLE, is_dispatcher
+from kpt.transaction.copies import HANDLE, REDUCE
+from kpt.transaction.dispatch import is_dispatcher
+from kpt.transaction.structure import Ear
 
 _HOOK_DICTS = tuple(
     name
@@ -27,7 +29,7 @@ _ATOMIC = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch
 
 
 #: Attributes that kpt itself sets on an optimised model.
-OURS = ("forward", "_apply", HANDLE)
+OURS = ("forward", "_apply", HANDLE, REDUCE)
 
 
 class WorkspaceError(RuntimeError):
@@ -61,7 +63,8 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
             if name in _HOOK_DICTS:
                 state[name] = OrderedDict()
             elif name in _STRUCTURE:
-                state[name] = type(value)((key, copier(item)) for key, item in value.items())
+                kind: Any = dict if type(value) is Ear else type(value)
+                state[name] = kind((key, copier(item)) for key, item in value.items())
             elif name in OURS and (name != "forward" or is_dispatcher(value)):
                 continue
             else:

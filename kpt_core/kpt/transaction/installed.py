@@ -1,0 +1,30 @@
+"""The guarded plan that serves calls of a model, at a commit and while a user's metric is measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kpt.transaction.dispatch import Plan
+from kpt.transaction.guard import InputGuard
+from kpt.transaction.watch import Watch
+
+if TYPE_CHECKING:
+    import torch
+
+    from kpt.transaction.applied import Applied
+    from kpt.transaction.observe import Observation
+
+
+def plan_for(model: torch.nn.Module, applied: Applied, observation: Observation) -> Plan:
+    """``applied`` behind the guard of ``observation``, watching ``model`` until ``plan.watch.close()``."""
+    return Plan(
+        model,
+        applied.forward,
+        InputGuard(list(observation.calls), observation.spec),
+        Watch(model, weights=applied.plan.derives),
+        training=observation.training,
+        executions=applied.executions,
+        ambient=observation.ambient,
+        direct=applied.direct,
+        misses=applied.misses,
+    )

@@ -1,0 +1,117 @@
+"""Notices that a submodule computes something else: another forward, another class, other children.
+
+An instance attribute leaves no trace that could be compared within a microsecond for hundreds of modules.
+But ``module.forward = other`` passes through ``nn.Module.__setattr__``, which asks the module's parameters,
+children and buffers for the name first. Nearly every module has one of these dictionaries empty. In its
+place stands an equal one, an `Ear`, that notes when it is asked for a name that matters; the next call then
+compares everything once. Calls without such a write pay nothing.
+
+Unnoticed are writes that do not pass there: into a module's ``__dict__`` or ``_modules``, or to an
+attribute of a class. They are found when everything is compared for another reason: a switch of the mode,
+or `kpt.report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Names whose assignment may change what a module computes. ``training`` brings an occasional look
+#: at everything, whoever wrote it past the ear.
+_NAMES = frozenset({"forward", "__class__", "_modules", "training"})
+#: In this order: a leaf's parameters are found without its children being asked, and a container's
+#: children are asked for last.
+_STORES = ("_modules", "_buffers", "_parameters")
+_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+
+
+class Ear(dict):  # type: ignore[type-arg]
+    """An empty dictionary of a module that hears which names it is asked for. Copies are plain."""
+
+    listener: Structure | None = None
+
+    def __contains__(self, name: object) -> bool:
+        if name in _NAMES and self.listener is not None:
+            self.listener.unsure = True
+        return super().__contains__(name)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        import copy
+
+        return copy.deepcopy(dict(self), memo)
+
+    def copy(self) -> dict[Any, Any]:
+        return dict(self)
+
+
+class Structure:
+    """The forwards, classes and children below ``model`` as they were at construction.
+
+    ``unsure`` says that they may have changed; `changed` compares. ``names`` maps the id of a module to
+    its path.
+    """
+
+    def __init__(self, model: torch.nn.Module, names: dict[int, str]) -> None:
+        self._names = names
+        self._root = model
+        self._modules = list(dict.fromkeys(model.modules()))
+        self._undo: list[Callable[[], None]] = []
+        for module in self._modules:
+            self._listen(module)
+        containers = [m for m in self._modules if isinstance(m, _CONTAINERS)]
+        self._children = [m._modules for m in containers if m._modules]
+        self._lengths = list(map(len, self._children))
+        self._known = [self._facts(module) for module in self._modules]
+        self.unsure = False
+
+    def resized(self) -> bool:
+        """Whether a list or dictionary of modules has other than its number of children: theirs is the
+        only interface that adds or removes some without a notice."""
+        return list(map(len, self._children)) != self._lengths
+
+    def changed(self) -> str | None:
+        """What differs from construction, or None; then nothing is unsure any more."""
+        self.unsure = False
+        for module, known in zip(self._modules, self._known):
+            now = self._facts(module)
+            for what, old, new in zip(("the class", "the forward", "the forward", "a child"), known, now):
+                if old is not new and old != new:
+                    self.unsure = True  # it may be put back
+                    return f"{what} of {self._names[id(module)] or 'the model'} was replaced"
+        return None
+
+    def close(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _facts(self, module: torch.nn.Module) -> tuple[Any, ...]:
+        # The root's own forward is the dispatcher; who replaces that does not call the plan.
+        own = None if module is self._root else module.__dict__.get("forward")
+        children = tuple(map(id, module._modules.values()))
+        return type(module), own, type(module).forward, children
+
+    def _listen(self, module: torch.nn.Module) -> None:
+        for store in _STORES:
+            original = module.__dict__.get(store)
+            if type(original) in (dict, Ear) and not original:
+                ear = Ear()
+                ear.listener = self
+                module.__dict__[store] = ear
+                self._undo.append(_put_back(module, store, ear, original))
+                return
+
+
+def _put_back(module: torch.nn.Module, store: str, ear: Ear, original: Any) -> Callable[[], None]:
+    def undo() -> None:
+        ear.listener = None
+        if module.__dict__.get(store) is ear:
+            module.__dict__[store] = original
+            original.update(ear)
+
+    return undo

@@ -1,0 +1,57 @@
+"""What is judged once more when a plan is committed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kpt
+import slow_models
+from fingerprints import optimized
+from kpt.transaction import events
+from slow_models import DirectScale, fast_forward, net, plugin
+
+
+class WrongFromTheCommitOn(DirectScale):
+    """Right in every trial; half a percent off as soon as the transaction says that it commits."""
+
+    factor = 1.0
+
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * WrongFromTheCommitOn.factor
+
+
+slow_models.WrongFromTheCommitOn = WrongFromTheCommitOn
+WrongFromTheCommitOn.__module__ = "slow_models"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_values_are_judged_again_at_the_commit_with_dropout_too(dropout):
+    def turn(event):
+        if event["kind"] == "commit":
+            WrongFromTheCommitOn.factor = 1.005
+
+    model, example = net(training=True, dropout=dropout), torch.randn(32, 16)
+    try:
+        with events.listen(turn):
+            kpt.optimize(model, example, plugins=[plugin(WrongFromTheCommitOn)], budget=20.0, cache=False)
+    finally:
+        WrongFromTheCommitOn.factor = 1.0
+    receipt = kpt.report(model)
+    assert not receipt.optimized and "final judgement" in receipt.reason, receipt
+    assert "value" in receipt.reason or "gradient" in receipt.reason
+
+
+def test_a_right_plan_with_dropout_is_committed_with_the_figures_of_both_judgements():
+    model = net(training=True, dropout=0.1)
+    optimized(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
+    figures = kpt.report(model).accepted[0].figures
+    assert "dropout_ratio" in figures and len(figures) > 1
+
+
+def test_nothing_that_was_judged_without_dropout_stays_alive():
+    from kpt.transaction import dispatch
+
+    model = net(training=True, dropout=0.1)
+    optimized(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
+    assert dispatch.plan_of(model).committed.outcome.quiet is None

@@ -1,0 +1,122 @@
+"""What the report says of a committed plan: kernels that missed, memory that it holds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+
+import pytest
+import torch
+
+import kpt
+import mixed_models
+import slow_models
+from fingerprints import optimized
+from kpt.compiling import CompiledForward
+from kpt.specs import KernelSpec, Variant
+from kpt.transaction import dispatch, memory
+from slow_models import DirectScale, SlowScale, net, plugin
+
+
+def normed(example: torch.Tensor) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(slow_models.SlowNorm(16), torch.nn.Linear(16, 4)).eval()
+    spec = KernelSpec(op="rms_norm", name="right", entry="slow_kernels:right", predicted_gain=3.0)
+    return optimized(model, example, plugins=[plugin(kernels=[spec])])
+
+
+def misaligned(example: torch.Tensor) -> torch.Tensor:
+    """The same values one element away from an aligned address."""
+    result = torch.empty(example.numel() + 1)[1:].view(example.shape)
+    return result.copy_(example)
+
+
+def test_calls_that_a_frozen_table_refuses_are_reported_by_site():
+    example = torch.randn(64, 16)
+    model = normed(example)
+    with torch.no_grad():
+        expected = model(example)
+        assert kpt.report(model).calls["misses"] == {}
+        for _ in range(3):
+            torch.testing.assert_close(model(misaligned(example)), expected)
+    receipt = kpt.report(model)
+    assert receipt.calls["optimized"] == 4 and receipt.calls["misses"] == {"rms_norm/right at 0": 3}
+    assert json.loads(receipt.to_json())["calls"]["misses"] == {"rms_norm/right at 0": 3}
+    for text in (str(receipt), receipt.to_html()):
+        assert "3 x rms_norm/right at 0" in text and "ran their original code" in text
+
+
+class Hidden(DirectScale):
+    """Keeps copies of the weights where no module holds them: in a closure, a list and a partial."""
+
+    variant = Variant("hidden", predicted_gain=5.0, sites=(), derives=True)
+
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+        for module in model.modules():
+            if isinstance(module, SlowScale):
+                weight, biases = module.weight.detach().clone(), [module.bias.detach().clone()]
+                function = functools.partial(scaled, biases)
+
+                def forward(self, x, weight=weight, function=function):
+                    return function(x * weight)
+
+                module.forward = types.MethodType(forward, module)
+        return undo
+
+
+def scaled(biases, x):
+    return x + biases[0]
+
+
+def test_copies_in_closures_are_counted():
+    slow_models.Hidden, Hidden.__module__ = Hidden, "slow_models"
+    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(Hidden)])
+    receipt = kpt.report(model)
+    assert receipt.derived_bytes == 2 * 16 * 4
+    assert "holds 128 bytes of copies" in str(receipt)
+
+
+def test_a_plan_that_reads_the_users_weights_holds_nothing():
+    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    assert kpt.report(model).derived_bytes == 0 and "copies" not in str(kpt.report(model))
+
+
+def test_constants_of_compiled_code_are_counted():
+    model = torch.nn.Linear(64, 32).eval()
+    compiled = CompiledForward(model.forward, inductor_config={"freezing": True, "cpp_wrapper": False})
+    with torch.no_grad():
+        try:
+            compiled(torch.randn(8, 64))
+        except Exception as error:
+            if "compiler" in str(error).lower():
+                pytest.skip("no C++ compiler")
+            raise
+    assert sum(t.numel() for t in compiled.constants()) >= 64 * 32
+    applied = types.SimpleNamespace(module=None, behaviours=[], undos=(), compiled=[compiled])
+    expected = {t.untyped_storage()._cdata for t in model.parameters()}
+    held = memory.derived_bytes(model, applied)
+    own = [t for t in compiled.constants() if t.layout is torch.strided]
+    shared = {t.untyped_storage()._cdata for t in own} & expected
+    assert held == sum(
+        t.untyped_storage().nbytes() if t.layout is torch.strided else t.numel() * t.element_size()
+        for t in compiled.constants()
+        if t.layout is not torch.strided or t.untyped_storage()._cdata not in shared
+    )
+    compiled.dispose()
+    assert compiled.constants() == []
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_packed_weights_without_a_storage_are_counted():
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(32, 64), None)
+    applied = types.SimpleNamespace(module=None, behaviours=[lambda: packed], undos=(), compiled=[])
+    assert memory.derived_bytes(net(), applied) == 32 * 64 * 4
+
+
+def test_the_whole_run_is_not_counted_as_the_plans():
+    model = optimized(mixed_models.mixed(), torch.randn(64, 64), plugins=mixed_models.plugins(), budget=20.0)
+    committed = dispatch.plan_of(model).committed
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 0 < memory.derived_bytes(model, committed.applied) <= weights
