@@ -62,7 +62,10 @@ def optimize(
             answered by the original forward, and then optimised for.
         level: "exact" keeps dtypes; "production" may compute in lower floating-point precision;
             "aggressive" may quantise.
-        objective: "latency", "throughput" or "memory".
+        objective: "latency" and "throughput" keep a plan that is faster per call on your examples (of the
+            batch size that you give). "memory" keeps one whose peak of a call, weights and the plan's
+            own copies included, is at least 2 % lower and that is not slower beyond doubt. The original
+            weights stay in memory under every objective.
         dynamic_shapes: dimensions that vary, as ``{"input_ids": {0: "batch", 1: "sequence"}}``.
         accuracy: the user's own metric, which outranks the referee's tolerances.
         budget: seconds that the search may take.
@@ -162,9 +165,11 @@ def restore(model: Model) -> Model:
 def refresh(model: Model) -> Model:
     """Apply the plan again to the current weights and structure, and judge it again.
 
-    Needed after writes that leave no trace (``tensor.data.mul_``), after merging adapters, after
-    ``.to()``, and to leave the original forward after weights changed. The cached recipe is used, so
-    that nothing is searched unless the model's structure changed. The examples of the last run follow
+    Needed after writes that leave no trace: to tensors (``tensor.data.mul_``), and to modules past their
+    own interface (``module.__dict__["forward"] = f``, ``module._modules[name] = m``, a method assigned to
+    the module's class). Needed, too, to leave the original forward after weights changed, adapters were
+    merged, or the model was moved. The plan that was found before is applied, judged and timed; a search
+    follows only if it does not hold any more. The examples of the last run follow
     the model to its device, and to its floating-point dtype if it was cast since (``.half()``).
 
     Raises:
