@@ -278,7 +278,7 @@ TABLE: dict[str, Any] = {}
 
 
 def test_labels_are_proved_where_a_wrong_index_only_raises():
-    """A site on an accelerator that takes integers is proved on the CPU: an assertion there cannot be caught."""
+    """Sites on an accelerator that take integers are proved on the CPU: no one can catch an assertion there."""
     from kpt.ops.capture import Seen
     from kpt.ops.examples import Examples
 
