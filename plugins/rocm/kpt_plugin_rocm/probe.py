@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from kpt.specs import HardwareProfile
@@ -16,18 +20,35 @@ class RocmProbe:
     """Reads torch's build and the driver's topology; no device is initialised by `detect`."""
 
     def detect(self) -> HardwareProfile | str:
-        import torch
-
-        if torch.version.hip is None:
-            return "this torch is no ROCm build (torch.version.hip is None)"
+        hip = hip_version()
+        if hip is None:
+            return "torch is not installed, or no ROCm build (torch.version.hip is None)"
         nodes = topology.gpus()
         if not nodes:
             return "the amdgpu driver lists no GPU"
-        return describe(nodes, torch.version.hip)
+        return describe(nodes, hip)
 
     def measure(self, profile: HardwareProfile) -> HardwareProfile:
         """Copy bandwidth and matmul rates of the current device; about two seconds."""
         return replace(profile, bandwidth=_bandwidth(), matmul_rates=_rates(profile.native_dtypes))
+
+
+def hip_version() -> str | None:
+    """``torch.version.hip``, read from torch's own file where torch is not imported yet: listing plugins
+    must not load it. None without torch, and for builds for other devices.
+    """
+    loaded = sys.modules.get("torch")
+    if loaded is not None:
+        return getattr(loaded.version, "hip", None)
+    package = find_spec("torch")
+    if package is None or package.origin is None:
+        return None
+    try:
+        text = (Path(package.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"""^hip\b[^=]*=\s*['"]([^'"]+)['"]""", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def describe(nodes: list[topology.Node], hip: str) -> HardwareProfile:

@@ -107,6 +107,21 @@ def test_detection_needs_a_rocm_build_and_a_driver(monkeypatch, mi300x, tmp_path
     assert "lists no GPU" in RocmProbe().detect()
 
 
+def test_the_build_is_read_without_importing_torch(monkeypatch, tmp_path) -> None:
+    from kpt_plugin_rocm import probe
+
+    def version_of(text: str) -> str | None:
+        (tmp_path / "version.py").write_text(text)
+        monkeypatch.setattr(probe, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "x.py")))
+        monkeypatch.setattr(probe.sys, "modules", {})
+        return probe.hip_version()
+
+    assert version_of("cuda: Optional[str] = None\nhip: Optional[str] = '7.0.51831'\n") == "7.0.51831"
+    assert version_of("cuda = '13.0'\nhip: Optional[str] = None\n") is None
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    assert probe.hip_version() is None
+
+
 def test_a_gpu_that_torch_uses_and_no_plugin_describes_is_unknown_not_absent(monkeypatch) -> None:
     """With only this plugin installed, an NVIDIA GPU must not become an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
