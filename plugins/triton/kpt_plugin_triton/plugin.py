@@ -12,7 +12,7 @@ _FLOATS = ("bfloat16", "float16", "float32")
 _SUPPORTS = f"{_HOME}.sites:on_gpu"
 
 
-def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
+def _kernel(op: str, entry: str, name: str = "triton", **more: object) -> KernelSpec:
     """One kernel for every GPU; most are differentiable, traceable and the same bits from run to run."""
     options = {
         "hardware": ("cuda",),
@@ -24,7 +24,7 @@ def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
         "tuner": f"{_HOME}.tuner:tune",
         **more,
     }
-    return KernelSpec(op, "triton", f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
+    return KernelSpec(op, name, f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
 
 
 @hookimpl
@@ -43,12 +43,31 @@ def kpt_ops() -> Iterator[OpSpec]:
         summary="rms_norm over each head of queries and keys, then rope",
     )
     yield OpSpec(
+        "glu",
+        "(gate, up, activation='silu') -> y",
+        f"{references}.glu:glu",
+        summary="activation(gate) * up",
+    )
+    yield OpSpec(
+        "bias_activation",
+        "(x, bias=None, activation='gelu') -> y",
+        f"{references}.activations:bias_activation",
+        summary="an activation function of x + bias",
+    )
+    yield OpSpec(
         "linear_cross_entropy",
         "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
         "softcap=None, z_loss=0.0) -> loss",
         f"{references}.losses:linear_cross_entropy",
         summary="cross entropy of a linear layer's output with class indices, logits never stored as a whole",
     )
+    for width in ("int8", "fp8"):
+        yield OpSpec(
+            f"linear_{width}",
+            "(x, weight, scale, bias=None) -> y",
+            f"{references}.skinny:linear_{width}",
+            summary=f"matrix product with a weight (N, K) in {width}, scaled by output feature, plus a bias",
+        )
 
 
 @hookimpl
@@ -57,6 +76,16 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         yield _kernel(op, f"norms:{op}")
     yield _kernel("rope", "rope:rope")
     yield _kernel("qk_norm_rope", "qk_norm_rope:qk_norm_rope")
+    yield _kernel("gated_mlp", "glu:gated_mlp")
+    yield _kernel("glu", "glu:glu")
+    yield _kernel("bias_activation", "activations:bias_activation")
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
+    half: dict[str, object] = {"dtypes": ("bfloat16", "float16"), "backward": False}
+    yield _kernel("linear", "skinny:linear", **half | {"supports": f"{_HOME}.skinny:supports"})
+    for width in ("int8", "fp8"):
+        yield _kernel(f"linear_{width}", f"skinny:linear_{width}", **half)
+        prepared = {"setup": f"{_HOME}.skinny:prepare_{width}", "level": "aggressive"}
+        supports = {"supports": f"{_HOME}.skinny:supports_quantised"}
+        yield _kernel("linear", "skinny:linear", f"triton-{width}", **half | prepared | supports)
