@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import kpt
-from kpt.specs import KernelSpec, PassSpec, PolicySpec, Variant
+from kpt.specs import KernelSpec, OpSpec, PassSpec, PolicySpec, Variant
 
 
 class SlowScale(torch.nn.Module):
@@ -113,6 +113,7 @@ class DerivedScale(DirectScale):
 def plugin(
     *passes: type,
     kernels: Iterable[KernelSpec] = (),
+    ops: Iterable[OpSpec] = (),
     policies: Iterable[PolicySpec] = (),
     modes: tuple[str, ...] = ("inference", "training"),
     phase: str = "layout",
@@ -133,6 +134,10 @@ def plugin(
                     modes=modes,  # type: ignore[arg-type]
                     level=level,  # type: ignore[arg-type]
                 )
+
+        @kpt.hookimpl
+        def kpt_ops(self) -> Iterable[OpSpec]:
+            return ops
 
         @kpt.hookimpl
         def kpt_kernels(self) -> Iterable[KernelSpec]:

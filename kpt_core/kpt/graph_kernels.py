@@ -50,7 +50,6 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
     """
 
     mode: str = "inference"
-    registry: Any = None
     dims: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     seconds: float = 0.0
     replaced: dict[str, None] = field(default_factory=dict)
@@ -91,13 +90,11 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
 
     def at(self, site: Site) -> Callable[..., Any]:
         """What is called at ``site``: the kernel, for all that the site was judged with."""
-        from kpt import ops
-
         table = kernels.SiteTable(site.name)
         self.tables.append(table)
         self.replaced[site.name] = None
         kernel: Any = plugins.load(self.spec.entry)
-        reference = ops.reference(site.op)
+        reference = self.reference()
         behaviour = self
 
         def serve(**arguments: Any) -> Any:

@@ -82,6 +82,14 @@ class KernelBehaviour:
     sites: tuple[Site, ...]
     tables: list[SiteTable] = field(default_factory=list)
     traced: int = 0
+    #: The plugins in use, one of which may define the op.
+    registry: Any = None
+
+    def reference(self) -> Callable[..., Any]:
+        """What the kernel has to compute, and what runs where it cannot."""
+        from kpt import ops
+
+        return ops.reference(self.spec.op, self.registry)
 
     def propose(self, observation: Any, hardware: Any) -> list[Variant]:
         paths = tuple(sorted({site.name for site in self.sites}))
@@ -116,11 +124,9 @@ class KernelBehaviour:
         return undo
 
     def _dispatched(self, site: Site, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        from kpt import ops
-
         table = SiteTable(site.name)
         self.tables.append(table)
-        reference = ops.reference(site.op)
+        reference = self.reference()
         behaviour = self
 
         def dispatch(*args: Any, **kwargs: Any) -> Any:
@@ -168,7 +174,7 @@ def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
         if not sites:
             proposals.skip(name, registered.plugin, "kernels", reason or "")
             continue
-        make = functools.partial(KernelBehaviour, spec, tuple(sites))
+        make = functools.partial(KernelBehaviour, spec, tuple(sites), registry=registry)
         for variant in make().propose(observation, observation.hardware):
             proposals.offer(
                 variant=variant,

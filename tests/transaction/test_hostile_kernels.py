@@ -88,3 +88,24 @@ def test_of_many_kernels_only_the_right_one_is_kept():
     ]
     model = optimized(norm_net(False), torch.randn(64, 16), plugins=[plugin(kernels=specs)])
     assert [entry.name for entry in kpt.report(model).accepted] == ["rms_norm/right"]
+
+
+def test_a_kernel_of_an_op_that_its_own_plugin_defines_is_judged_and_kept():
+    """Reference and recogniser come from the plugin; a wrong kernel of the op is rejected by its values."""
+    import own_op
+    from kpt.specs import OpSpec
+
+    op = OpSpec("scaled_tanh", "(x, weight) -> y", "own_op:scaled_tanh", "own_op:Recogniser")
+
+    def offering(entry: str) -> object:
+        spec = KernelSpec("scaled_tanh", "mine", f"own_op:{entry}", backward=True, predicted_gain=3.0)
+        return plugin(ops=[op], kernels=[spec])
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(own_op.SlowScaledTanh(), torch.nn.Linear(16, 16)).eval()
+    model = optimized(model, torch.randn(64, 16), plugins=[offering("scaled_tanh")])
+    assert [entry.name for entry in kpt.report(model).accepted] == ["scaled_tanh/mine"]
+    kpt.restore(model)
+    own_op.off = lambda x, weight: own_op.scaled_tanh(x, weight) * 1.01
+    kpt.optimize(model, torch.randn(64, 16), plugins=[offering("off")], budget=20.0, cache=False)
+    assert [(e.name, e.rule) for e in kpt.report(model).rejected] == [("scaled_tanh/mine", "value")]

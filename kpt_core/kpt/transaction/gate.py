@@ -31,7 +31,7 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     try:
         with trials.untouched(), trials.budget.limit(0.2 * trials.budget.seconds):
             for site in list(distinct.values())[:_MOST_SITES]:
-                verdict = _judge_site(behaviour.spec, site, observation)
+                verdict = _judge_site(behaviour, site, observation)
                 if not verdict.passed:
                     return verdict
     except KeyboardInterrupt:
@@ -43,9 +43,10 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     return passed()
 
 
-def _judge_site(spec: Any, site: Site, observation: Any) -> Verdict:
+def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
     from kpt.judge.kernels import inputs_like, judge_kernel
 
+    spec = behaviour.spec
     known = site.weights()
     if spec.setup is not None:
         kernel: Callable[..., Any] = plugins.load(spec.setup)(site)
@@ -58,7 +59,7 @@ def _judge_site(spec: Any, site: Site, observation: Any) -> Verdict:
         arguments = _detached(site.arguments(**_activations(site, observation)))
         return judge_kernel(
             kernel,
-            ops.reference(site.op),
+            behaviour.reference(),
             inputs_like(arguments, fixed=fixed),
             level=spec.level,
             backward=spec.backward and observation.training,
