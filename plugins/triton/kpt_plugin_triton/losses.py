@@ -185,7 +185,7 @@ def rows_forward(
         even = columns % vector == 0
         warps = chosen["num_warps"]
         if not even:  # columns are loaded one by one, each with an address
-            block, warps = min(block, 4096 if common.weight_total is None else 2048), 16
+            block, warps = min(block, 2048 if heavy else 4096), 16
         elif heavy:
             block = max(block // 2, vector)
         _long((programs, 1, 1), arguments, (block, vector, even, *last), warps)
