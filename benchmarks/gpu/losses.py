@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from gpu.case import Case
 
 SOFTMAX = ((65536, 1024), (16384, 4096), (4096, 16384), (4096, 65536))

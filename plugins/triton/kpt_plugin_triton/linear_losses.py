@@ -305,6 +305,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # What the compiler sees
 
 
+def _three(wants: list[bool]) -> tuple[bool, bool, bool]:
+    hidden, weight, bias = wants
+    return hidden, weight, bias
+
+
 def _op_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -321,7 +326,7 @@ def _op_forward(
     _check(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss, at_once)
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
     loss, lses, gradients, remaining = _run_forward(
-        hidden.contiguous(), weight, target.contiguous(), bias, terms, reduction, tuple(wants), at_once
+        hidden.contiguous(), weight, target.contiguous(), bias, terms, reduction, _three(wants), at_once
     )
     found = (None, None, None) if gradients is None else gradients.results()
     if remaining is None:
@@ -374,7 +379,7 @@ def _op_backward(
 ) -> tuple[torch.Tensor, ...]:
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
     found = _run_backward(
-        upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, tuple(wants), at_once
+        upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, _three(wants), at_once
     )
     return tuple(hidden.new_empty(0) if value is None else value for value in found.results())
 
