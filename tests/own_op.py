@@ -33,3 +33,21 @@ class SlowScaledTanh(nn.Module):
         for _ in range(40):  # work that changes nothing
             y = torch.tanh(x) * self.gain
         return y
+
+
+def model_loss(logits, labels, vocab_size, ignore_index=-100, **options):
+    """A loss as language models call it: with the number of classes, which it needs for nothing else."""
+    for _ in range(5):
+        value = nn.functional.cross_entropy(
+            logits.float().view(-1, vocab_size), labels.view(-1), ignore_index=ignore_index
+        )
+    return value
+
+
+class WithLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model_loss(self.head(x), labels, vocab_size=11)

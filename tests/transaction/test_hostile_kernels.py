@@ -109,3 +109,27 @@ def test_a_kernel_of_an_op_that_its_own_plugin_defines_is_judged_and_kept():
     own_op.off = lambda x, weight: own_op.scaled_tanh(x, weight) * 1.01
     kpt.optimize(model, torch.randn(64, 16), plugins=[offering("off")], budget=20.0, cache=False)
     assert [(e.name, e.rule) for e in kpt.report(model).rejected] == [("scaled_tanh/mine", "value")]
+
+
+def test_a_loss_that_takes_numbers_beside_its_tensors_is_judged(monkeypatch):
+    """The gate calls the site as the model does: with its plain arguments, and labels of every class."""
+    import own_op
+
+    seen: set[int] = set()
+
+    def loss(logits, target, weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+        seen.update(target.flatten().tolist())
+        return torch.nn.functional.cross_entropy(
+            logits, target, ignore_index=ignore_index, reduction=reduction
+        )
+
+    monkeypatch.setattr(own_op, "loss", loss, raising=False)
+    spec = KernelSpec("cross_entropy", "mine", "own_op:loss", backward=True, predicted_gain=3.0)
+    torch.manual_seed(0)
+    model = own_op.WithLoss().train()
+    example = {"x": torch.randn(32, 16), "labels": torch.randint(0, 11, (32,))}
+    kpt.optimize(model, example, plugins=[plugin(kernels=[spec])], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    (entry,) = [*receipt.accepted, *receipt.rejected]
+    assert entry.rule in ("kept", "slower"), f"{entry.rule}: {entry.reason}"
+    assert len(seen - {-100}) > 8

@@ -147,7 +147,8 @@ class Examples:
         return (drawn * scale).to(self.device, dtype or seen.dtype)
 
     def _shape(self, seen: Seen, table: dict[int, int]) -> tuple[int, ...]:
-        last = len(seen.shape) - 1
+        # The last axis is features, except for labels and positions [rows].
+        last = -1 if len(seen.shape) == 1 and _is_integer(seen.dtype) else len(seen.shape) - 1
         return tuple(
             self.sizes.get(size, table.get(size, size) if axis != last or size in self.shared else size)
             for axis, size in enumerate(seen.shape)

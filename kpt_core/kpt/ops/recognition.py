@@ -214,6 +214,17 @@ def _examples(captured: Captured) -> tuple[Example, ...]:
                 {name: value.shape for name, value in seen.items()},
                 {name: value.stride for name, value in seen.items()},
                 device,
+                _plain(call),
             )
         )
     return tuple(found)
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are numbers, strings, flags or None; those of ``**kwargs`` by their own names."""
+    found: dict[str, Any] = {}
+    for name, value in call.items():
+        for key, item in value.items() if type(value) is dict else ((name, value),):
+            if isinstance(item, (bool, int, float, str, type(None))):
+                found[str(key)] = item
+    return found

@@ -52,12 +52,16 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Example:
-    """What a site saw: each argument's dtype name, shape and stride, by the op's parameter names."""
+    """What a site saw: each tensor's dtype name, shape and stride by the forward's parameter names.
+
+    ``values`` are the other arguments of the call that are plain: numbers, strings, flags, None.
+    """
 
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     strides: Mapping[str, tuple[int, ...]]
     device: str
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Anything:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Sites of one kernel that differ in what they saw are judged apart, up to this many.
 _MOST_SITES = 3
+#: Elements of a weight above which the judge takes the model's own.
+_LARGE = 1 << 20
 
 
 def judge(candidate: Candidate, trials: Trials) -> Verdict:
@@ -54,7 +56,13 @@ def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
         fixed = frozenset(name for name, value in known.items() if isinstance(value, torch.Tensor))
     else:
         kernel = plugins.load(spec.entry)
-        fixed = frozenset()
+        # Large weights stay as they are: to draw them anew for every probe takes longer than the probes. The
+        # trial judges their gradients, with the whole model's.
+        fixed = frozenset(
+            name
+            for name, value in known.items()
+            if isinstance(value, torch.Tensor) and value.numel() > _LARGE
+        )
     with torch.no_grad():
         arguments = _detached(site.arguments(**_activations(site, observation)))
         return judge_kernel(
@@ -68,13 +76,13 @@ def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
         )
 
 
-def _activations(site: Site, observation: Any) -> dict[str, torch.Tensor]:
-    """Tensors of the shapes, strides and dtypes that the site saw; values are drawn by the judge."""
+def _activations(site: Site, observation: Any) -> dict[str, Any]:
+    """The arguments of a call that the site saw; the tensors' values are drawn, here and by the judge."""
     if not site.examples:
         return {}
     example = site.examples[0]
     device = torch.device(example.device)
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Any] = dict(example.values)
     for name, shape in example.shapes.items():
         dtype = getattr(torch, example.dtypes[name].removeprefix("torch."))
         if dtype.is_floating_point:
@@ -82,7 +90,8 @@ def _activations(site: Site, observation: Any) -> dict[str, torch.Tensor]:
         elif dtype is torch.bool:
             made[name] = torch.ones(shape, dtype=dtype, device=device)
         else:
-            made[name] = torch.zeros(shape, dtype=dtype, device=device)
+            low, high = site.binding.hypothesis.integers.get(name, (0, 1))
+            made[name] = torch.randint(low, high, shape, device=device).to(dtype)
     return made
 
 
