@@ -12,7 +12,7 @@ _FLOATS = ("bfloat16", "float16", "float32")
 _SUPPORTS = f"{_HOME}.sites:on_gpu"
 
 
-def _kernel(op: str, entry: str, name: str = "triton", **more: object) -> KernelSpec:
+def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
     """One kernel for every GPU; most are differentiable, traceable and the same bits from run to run."""
     options = {
         "hardware": ("cuda",),
@@ -24,7 +24,7 @@ def _kernel(op: str, entry: str, name: str = "triton", **more: object) -> Kernel
         "tuner": f"{_HOME}.tuner:tune",
         **more,
     }
-    return KernelSpec(op, name, f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
+    return KernelSpec(op, "triton", f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
 
 
 @hookimpl
@@ -55,6 +55,12 @@ def kpt_ops() -> Iterator[OpSpec]:
         summary="an activation function of x + bias",
     )
     yield OpSpec(
+        "group_norm",
+        "(x, groups, weight=None, bias=None, eps=1e-5, activation=None) -> y",
+        f"{references}.group_norm:group_norm",
+        summary="normalise groups of channels to mean 0 and variance 1; silu may follow",
+    )
+    yield OpSpec(
         "linear_cross_entropy",
         "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
         "softcap=None, z_loss=0.0) -> loss",
@@ -79,6 +85,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("gated_mlp", "glu:gated_mlp")
     yield _kernel("glu", "glu:glu")
     yield _kernel("bias_activation", "activations:bias_activation")
+    yield _kernel("group_norm", "group_norm:group_norm")
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
@@ -86,6 +93,3 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("linear", "skinny:linear", **half | {"supports": f"{_HOME}.skinny:supports"})
     for width in ("int8", "fp8"):
         yield _kernel(f"linear_{width}", f"skinny:linear_{width}", **half)
-        prepared = {"setup": f"{_HOME}.skinny:prepare_{width}", "level": "aggressive"}
-        supports = {"supports": f"{_HOME}.skinny:supports_quantised"}
-        yield _kernel("linear", "skinny:linear", f"triton-{width}", **half | prepared | supports)
