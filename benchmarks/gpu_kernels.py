@@ -4,7 +4,7 @@ For each op and size every contender is prepared, compared with a reference in h
 the median of event times over several rounds in which the contenders alternate, with the L2 cache flushed
 before each call. A contender that cannot run is listed with its reason.
 
-    python benchmarks/gpu_kernels.py [--families norms losses] [--seconds 0.3] [--results FOLDER]
+    python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--seconds 0.3]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -214,11 +215,15 @@ def show(record: dict[str, Any]) -> None:
     )
 
 
-def measured(families: list[str], seconds: float, until: float) -> Iterator[dict[str, Any]]:
+def measured(
+    families: list[str], matching: re.Pattern[str], seconds: float, until: float
+) -> Iterator[dict[str, Any]]:
     import torch
 
     for family in families:
         for case in importlib.import_module(f"gpu.{family}").cases():
+            if not matching.search(f"{case.op} {case.size}"):
+                continue
             if time.perf_counter() > until:
                 yield {
                     "op": case.op,
@@ -242,6 +247,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--matching", type=re.compile, default=re.compile(""), help="cases, as 'op size'")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender and case")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no case is begun")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
@@ -256,7 +262,7 @@ def main() -> None:
     settings = {"seconds": options.seconds, "rounds": ROUNDS}
     records = {
         f"{record['op']} {record['size']}": record
-        for record in measured(options.families, options.seconds, until)
+        for record in measured(options.families, options.matching, options.seconds, until)
     }
     import triton
 

@@ -1,7 +1,7 @@
 """Every kernel compiles for every architecture, without spills, within its memory, on its matrix units.
 
-tests/aot_cases/<family>.py has ``calls()``: (name, a function that runs an op on meta tensors). A family whose
-kernels multiply matrices lists their names in ``DOTS``.
+tests/aot_cases/<family>.py has ``calls()``: (name, a function that runs an op on meta tensors). A family
+whose kernels multiply matrices lists their names in ``DOTS``.
 """
 
 from __future__ import annotations
