@@ -10,6 +10,8 @@ import torch
 from kpt_plugin_triton.attention_forward import (
     LISTED,
     LOG2E,
+    MASKED,
+    WINDOWED,
     Form,
     How,
     chip,
@@ -21,6 +23,8 @@ from kpt_plugin_triton.attention_forward import (
     section_of,
     stats_strides,
     strides_of,
+    tiles,
+    window_of,
     with_plain_rows,
 )
 from kpt_plugin_triton.kernels import attention_backward as device
@@ -34,30 +38,34 @@ _queries = Kernel(device.attention_backward_queries)
 
 def _keys_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     on = chip()
-    found = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    hopper = on == 90 and itemsize == 2
     if itemsize == 4:
-        found = {"BLOCK_M": 16, "BLOCK_N": 32 if head <= 64 else 16, "num_warps": 4, "num_stages": 1}
+        found = tiles(16, 32 if head <= 64 else 16, 4, 1)
     elif head > 128:
-        found = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+        found = tiles(16, 32, 8 if on else 4, 1)
+    elif hopper and head >= 64:
+        found = tiles(32 if kind == MASKED else 64, 128, 8, 2)
     elif head > 64:
-        found = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    if on == 90 and itemsize == 2 and 64 <= head <= 128:
-        found = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    descriptors = on == 90 and itemsize == 2 and kind != LISTED
-    return {**found, "SPECIALISE": 0, "DESCRIPTORS": int(descriptors)}
+        found = tiles(32, 64, 8, 1) if on else tiles(32, 32, 4, 1)
+    else:
+        found = tiles(32, 64, 4, 2)
+    if not on and kind == WINDOWED:
+        found["num_stages"] = 1  # its bounds are too many scalars beside those of pipelined loads
+    return {**found, "SPLIT": 0, "DESCRIPTORS": int(hopper and kind != LISTED)}
 
 
 def _queries_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     on = chip()
-    found = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    hopper = on == 90 and itemsize == 2
     if itemsize == 4:
-        found = {"BLOCK_M": 32 if head <= 64 else 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        found = tiles(32 if head <= 64 else 16, 16, 4, 1)
     elif head > 128:
-        found = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    if on == 90 and itemsize == 2 and 64 <= head <= 128:
-        found = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    descriptors = on == 90 and itemsize == 2 and kind != LISTED
-    return {**found, "SPECIALISE": 0, "DESCRIPTORS": int(descriptors)}
+        found = tiles(64, 32, 8, 1) if hopper else tiles(32, 32, 8 if on else 4, 1)
+    elif hopper and head >= 64:
+        found = tiles(128, 64, 8, 2)
+    else:
+        found = tiles(64, 32, 4, 2)
+    return {**found, "SPLIT": int(on >= 90 and on < 100), "DESCRIPTORS": int(hopper and kind != LISTED)}
 
 
 def _candidates(itemsize: int, head: int, own: tuple[int, ...], own_name: str) -> Iterator[dict[str, int]]:
@@ -85,17 +93,18 @@ def _candidates(itemsize: int, head: int, own: tuple[int, ...], own_name: str) -
                             "num_stages": stages,
                             "DESCRIPTORS": descriptors,
                         }
-                        yield {**base, "SPECIALISE": 0}
-                        if hopper and warps == 4 and descriptors and kept == 128 and stages == 2:
-                            yield {**base, "SPECIALISE": 1}
+                        yield base
 
 
 def _keys_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str, int]]:
-    return _candidates(itemsize, head, (64, 128), "BLOCK_N")
+    for options in _candidates(itemsize, head, (64, 128), "BLOCK_N"):
+        for split in (0, 1) if kind != MASKED else (0,):
+            yield {**options, "SPLIT": split}
 
 
 def _queries_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str, int]]:
-    return _candidates(itemsize, head, (64, 128), "BLOCK_M")
+    for options in _candidates(itemsize, head, (64, 128), "BLOCK_M"):
+        yield {**options, "SPLIT": 1}
 
 
 keys_options = Tuned("attention_backward_keys", ("head", "kind"), _keys_rule, _keys_candidates)
@@ -116,8 +125,8 @@ def run_backward(
     options: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, dk, dv, dsinks). ``parts``: whether dq, and whether dk and dv, are wanted (else uninitialised)."""
-    q, k, v, dout = (with_plain_rows(x) for x in (q, k, v, dout))
     dq, dk, dv = empty_heads(q, form.head), empty_heads(k, form.head), empty_heads(v, form.head_v)
+    q, k, v, dout = (with_plain_rows(x) for x in (q, k, v, dout))
     if out.numel() == 0 or k.numel() == 0 or form.q_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     block_d, block_v = max(16, power_of_two(form.head)), max(16, power_of_two(form.head_v))
@@ -174,9 +183,9 @@ def _launch_keys(
             *(*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(dout)),
             *(*strides_of(dk), *strides_of(dv), *mask_strides(form.mask), *stats_strides(stats)),
             *((0, 0, 0) if lists is None else (*lists.strides_by_key, lists.kept_by_key.shape[-1])),
-            *(how.window or 0, how.scale * LOG2E, how.softcap or 0.0),
+            *(window_of(form, how), how.scale * LOG2E, how.softcap or 0.0),
         ),
-        _constants(form, how, padded, (sparse_m, sparse_n, block_m, block_n), options, q, dout),
+        _constants(form, how, padded, (sparse_m, sparse_n, block_m, block_n), options, q, k, v, dout),
         options["num_warps"],
         options["num_stages"],
     )
@@ -214,9 +223,9 @@ def _launch_queries(
             *(*strides_of(q), *strides_of(k), *strides_of(v), *strides_of(dout)),
             *(*strides_of(dq), *mask_strides(form.mask), *stats_strides(stats)),
             *((0, 0, 0) if lists is None else (*lists.strides, lists.kept.shape[-1])),
-            *(how.window or 0, how.scale * LOG2E, how.softcap or 0.0),
+            *(window_of(form, how), how.scale * LOG2E, how.softcap or 0.0),
         ),
-        _constants(form, how, padded, (sparse_m, sparse_n, block_m, block_n), options, k, v),
+        _constants(form, how, padded, (sparse_m, sparse_n, block_m, block_n), options, q, k, v, dout),
         options["num_warps"],
         options["num_stages"],
     )
@@ -230,12 +239,13 @@ def _constants(
     options: Any,
     *read: torch.Tensor,
 ) -> tuple[Any, ...]:
-    """The compile-time constants of both kernels; ``read`` is what may be read through descriptors."""
+    """The compile-time constants of both kernels; ``read`` is what descriptors would be for."""
     return (
         *(form.head, form.head_v, *padded, form.heads // form.key_heads),
         *(how.causal or how.window is not None, how.window is not None, how.softcap is not None),
         *(form.mask is not None and form.mask.stride(2) != 0, *blocks),
-        *(bool(options["SPECIALISE"]), described(options, *read)),
+        bool(options["SPLIT"]),
+        described(options, *read),
     )
 
 

@@ -132,6 +132,11 @@ def mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if mask is None else tuple(mask.stride())  # type: ignore[return-value]
 
 
+def window_of(form: Form, how: How) -> int:
+    """The window in 32 bits: one as long as the queries hides nothing that causality does not."""
+    return min(how.window or 0, form.q_len)
+
+
 def section_of(heads_of_one: int, length: int, row_bytes: int, heads: int) -> int:
     """How many heads run side by side; ``heads_of_one`` of them read the same rows."""
     return max(1, min(heads, heads_of_one * max(1, _SECTION_BYTES // max(1, length * row_bytes))))
@@ -141,7 +146,7 @@ def section_of(heads_of_one: int, length: int, row_bytes: int, heads: int) -> in
 # Options
 
 #: Kinds of calls that are tuned apart, as sizes too far from each other to be mixed up.
-PLAIN, CAUSAL, MASKED, LISTED = 1, 8, 64, 512
+PLAIN, CAUSAL, MASKED, LISTED, WINDOWED = 1, 8, 64, 512, 4096
 
 
 def kind_of(form: Form, how: How) -> int:
@@ -149,7 +154,9 @@ def kind_of(form: Form, how: How) -> int:
         return LISTED
     if form.mask is not None:
         return MASKED
-    return CAUSAL if how.causal or how.window is not None else PLAIN
+    if how.window is not None:
+        return WINDOWED
+    return CAUSAL if how.causal else PLAIN
 
 
 def chip() -> int:
@@ -161,17 +168,24 @@ def chip() -> int:
 
 def forward_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     on = chip()
-    found = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    hopper = on == 90 and itemsize == 2
     if itemsize == 4:  # no matrix units for fp32: small tiles, so that registers suffice
-        found = {"BLOCK_M": 32, "BLOCK_N": 32 if head <= 128 else 16, "num_warps": 4, "num_stages": 1}
+        found = tiles(32, 32 if head <= 128 else 16, 4, 1)
+    elif hopper and head <= 128 and kind in (PLAIN, CAUSAL, WINDOWED):
+        found = tiles(128, 128, 8, 2)
     elif head > 128:
-        found = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    elif head <= 64:
-        found = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    descriptors = on == 90 and itemsize == 2 and kind != LISTED
-    if on == 90 and itemsize == 2 and head <= 128 and kind in (PLAIN, CAUSAL):
-        found = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    return {**found, "SPECIALISE": 0, "DESCRIPTORS": int(descriptors)}
+        found = tiles(64, 32, 8 if on else 4, 2)
+    elif kind == MASKED:
+        found = tiles(128 if head > 64 else 64, 64, 8 if head > 64 else 4, 2)
+    else:  # three loops, a window's, take more registers
+        found = tiles(128, 64, 8 if head > 64 or (on and kind == WINDOWED) else 4, 2)
+    if not on and kind == WINDOWED:
+        found["num_stages"] = 1  # its bounds are too many scalars beside those of pipelined loads
+    return {**found, "SPLIT": int(on > 0), "SPECIALISE": 0, "DESCRIPTORS": int(hopper and kind != LISTED)}
+
+
+def tiles(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str, int]]:
@@ -181,8 +195,8 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
     for rows in (64, 128, 256):
         for columns in (32, 64, 128):
             for warps in (4, 8):
-                if rows * head // (32 * warps) > 128 or rows // warps < 8:
-                    continue  # the accumulator alone would fill the registers, or a warp have too few rows
+                if rows // warps < 8:
+                    continue
                 for stages in (2, 3):
                     for descriptors in (0, 1) if hopper else (0,):
                         shared = (rows + 2 * stages * columns) * head * itemsize
@@ -195,9 +209,10 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
                             "num_stages": stages,
                             "DESCRIPTORS": descriptors,
                         }
-                        yield {**base, "SPECIALISE": 0}
-                        if hopper and warps == 4 and descriptors and columns == 128 and rows == 128:
-                            yield {**base, "SPECIALISE": 1}
+                        if rows * max(head, columns) // (32 * warps) <= 64:  # else registers would not do
+                            yield {**base, "SPLIT": 1, "SPECIALISE": 0}
+                        if warps == 4 and descriptors and rows == 128 and kind in (PLAIN, CAUSAL):
+                            yield {**base, "SPLIT": 0, "SPECIALISE": 1}
 
 
 forward_options = Tuned("attention_forward", ("head", "kind"), forward_rule, forward_candidates)
@@ -209,7 +224,8 @@ def described(options: Options, *tensors: torch.Tensor) -> bool:
         return False
     for x in tensors:
         size = x.element_size()
-        if x.shape[-1] * size < 16 or x.shape[-1] > 256 or x.data_ptr() & 15 or strides_of(x)[2] <= 0:
+        _, head_step, row_step = strides_of(x)
+        if x.shape[-1] * size < 16 or x.data_ptr() & 15 or row_step <= 0 or head_step <= 0:
             return False
         if any(stride * size & 15 for stride in strides_of(x)):
             return False
@@ -243,8 +259,8 @@ def run_forward(
     options: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, stats); ``stats`` as `empty_stats`, None unless asked for."""
+    out = empty_heads(q, form.head_v)  # laid out as the caller's q, which a compiler's fake knows
     q, k, v = with_plain_rows(q), with_plain_rows(k), with_plain_rows(v)
-    out = empty_heads(q, form.head_v)
     stats = empty_stats(q, form.additive) if want_stats else None
     if out.numel() == 0 or k.numel() == 0 or form.q_len == 0:
         if stats is not None:
@@ -254,7 +270,8 @@ def run_forward(
     if options is None:
         sizes = max(block_d, block_v), kind_of(form, how)
         options = forward_options(q.device.index, q.element_size(), *sizes)
-    descriptors = described(options, k, v)
+    descriptors = described(options, q, k, v)
+    specialise = bool(options["SPECIALISE"]) and descriptors
     lists = form.lists
     sparse_m, sparse_n = (0, 0) if lists is None else lists.size
     block_m, block_n = fitted(options["BLOCK_M"], sparse_m), fitted(options["BLOCK_N"], sparse_n)
@@ -273,15 +290,16 @@ def run_forward(
             *mask_strides(mask),
             *((0, 0, 0) if stats is None else stats_strides(stats)),
             *((0, 0, 0) if lists is None else (*lists.strides, lists.kept.shape[-1])),
-            *(how.window or 0, how.scale * LOG2E, how.softcap or 0.0),
+            *(window_of(form, how), how.scale * LOG2E, how.softcap or 0.0),
         ),
         (
             *(form.head, form.head_v, block_d, block_v, group),
             *(how.causal or how.window is not None, how.window is not None, how.softcap is not None),
             *(mask is not None and mask.stride(2) != 0, sparse_m, sparse_n, block_m, block_n),
-            *(bool(options["SPECIALISE"]), descriptors),
+            *(bool(options["SPLIT"]), specialise, descriptors),
         ),
-        options["num_warps"],
+        # warps without roles hold the whole tile themselves
+        8 if options["SPECIALISE"] and not specialise else options["num_warps"],
         options["num_stages"],
     )
     return out, stats

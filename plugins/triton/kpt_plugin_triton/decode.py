@@ -85,8 +85,8 @@ def run_decode(
     options: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `run_forward`, for calls that `takes`; ``lengths`` [B]: see `decode_attention`."""
-    q, k, v = with_plain_rows(q), with_plain_rows(k), with_plain_rows(v)
     out = empty_heads(q, form.head_v)
+    q, k, v = with_plain_rows(q), with_plain_rows(k), with_plain_rows(v)
     stats = empty_stats(q, form.additive) if want_stats else None
     if out.numel() == 0 or k.numel() == 0:
         if stats is not None:

@@ -84,12 +84,20 @@ def load_mask(mask, row, column, q_len, k_len, mask_r, mask_c, MASK_ROWS: tl.con
 
 @triton.jit
 def visible(row, column, k_len, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of rows x columns (broadcast by the caller) the position alone lets through."""
-    keep = column < k_len
+    """Which of rows x columns (broadcast by the caller) the position alone lets through.
+
+    One comparison for each score, because every condition of its own is a register (a pair of scalar ones
+    on AMD); WINDOW implies CAUSAL.
+    """
     if CAUSAL:
-        keep = keep & (column <= row)
-    if WINDOW:
-        keep = keep & (column > row - window)
+        last = tl.minimum(row, k_len - 1)
+        if WINDOW:  # a key behind the last one gives a negative difference, which is large without its sign
+            width = tl.maximum(window - (row - last), 0)
+            keep = (last - column).to(tl.uint32) < width.to(tl.uint32)
+        else:
+            keep = column <= last
+    else:
+        keep = column < k_len
     return keep
 
 
@@ -279,6 +287,7 @@ def attention_forward(
     SPARSE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
     SPECIALISE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
@@ -286,6 +295,10 @@ def attention_forward(
 
     ``stats`` receives log2 of each row's sum of exponentials (+inf for a row that sees nothing), or, with an
     additive mask, the row's maximum and, ``stats_size`` further on, the inverse of the sum.
+
+    Without SPLIT a single loop masks every block, which takes fewer registers and scalars. SPECIALISE (warps
+    with roles of their own) is for sm_90, four warps, DESCRIPTORS and no SPLIT: Triton 3.6 and 3.7 compile it
+    for one loop only.
     """
     block, both = place_in_section(tl.program_id(0), blocks, all_heads, section)
     if CAUSAL:  # the longest rows first, so that short ones fill the end
@@ -316,11 +329,15 @@ def attention_forward(
     v_at += head // GROUP * v_h
     start = block * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
-    queries = load_tile(q + q_at + head * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
     if DESCRIPTORS:
+        all_queries = tl.make_tensor_descriptor(
+            q + q_at + head * q_h, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
+        )
+        queries = all_queries.load([start, 0])
         keys = tl.make_tensor_descriptor(k + k_at, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
         values = tl.make_tensor_descriptor(v + v_at, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
     else:
+        queries = load_tile(q + q_at + head * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
         keys = k + k_at
         values = v + v_at
     if mask is not None:
@@ -341,17 +358,19 @@ def attention_forward(
         inner = 0
         whole = tl.load(counts + 2 * one) * EACH
         last = tl.load(counts + 2 * one + 1) * EACH
+        if not SPLIT:
+            whole = first
     else:
         first, inner, whole, last = key_spans(
-            start, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, mask is not None
+            start, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, mask is not None or not SPLIT
         )
-    if WINDOW and SPARSE_N == 0:
+    if WINDOW and SPARSE_N == 0 and SPLIT:
         acc, total, peak = forward_span(
             acc, total, peak, queries, keys, values, mask, listed, first, inner, row, q_len, k_len, k_r, v_r,
             mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,
             MASK_ROWS, SPARSE_N, BLOCK_N, True, GUARD, SPECIALISE, DESCRIPTORS,
         )  # fmt: skip
-    if mask is None:
+    if mask is None and SPLIT:
         acc, total, peak = forward_span(
             acc, total, peak, queries, keys, values, mask, listed, inner, whole, row, q_len, k_len, k_r, v_r,
             mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,

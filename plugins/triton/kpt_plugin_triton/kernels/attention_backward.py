@@ -69,17 +69,19 @@ def gradient_of_scores(
     dweights,
     level,
     inverse,
-    delta,
     given,
     keep,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
     ADDITIVE: tl.constexpr,
-    MASKED: tl.constexpr,
+    HIDES: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
-    """(probabilities, gradient of the scores before scaling but for the factor ``scale``)."""
+    """(probabilities, gradient of the scores before scaling but for the factor ``scale``).
+
+    ``raw`` are scores before scaling, ``dweights`` the gradient of the probabilities less delta.
+    """
     if SOFTCAP:
         capped = bounded(raw * (scale / LOG2E), softcap, ACCURATE)
         scores = capped * LOG2E
@@ -87,12 +89,12 @@ def gradient_of_scores(
         scores = raw * scale
     if ADDITIVE:
         scores += given
-    if MASKED:
+    if HIDES:
         scores = tl.where(keep, scores, float("-inf"))
     weights = tl.exp2(scores - level)
     if ADDITIVE:
         weights *= inverse
-    gradient = weights * (dweights - delta)
+    gradient = weights * dweights
     if SOFTCAP:
         slope = capped / softcap
         gradient *= 1.0 - slope * slope
@@ -121,6 +123,10 @@ def query_span(
     mask_r,
     mask_c,
     stats_size,
+    q_h,
+    dout_h,
+    stats_h,
+    mask_h,
     window,
     scale,
     softcap,
@@ -134,41 +140,78 @@ def query_span(
     MASK_ROWS: tl.constexpr,
     SPARSE_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MEMBERS: tl.constexpr,
     MASKED: tl.constexpr,
-    SPECIALISE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Add what query blocks ``first`` to ``last`` give to dk and dv of one block of keys."""
     ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
-    for number in tl.range(first, last, warp_specialize=SPECIALISE):
+    # What rows of the scores' transpose lose is put into the accumulators first: registers are scarce here.
+    FOLDED: tl.constexpr = not SOFTCAP and not ADDITIVE
+    HIDES: tl.constexpr = MASKED and (CAUSAL or (mask is not None and not ADDITIVE))
+    unscale = 1.0 / scale
+    count = last - first
+    for step in range(count * MEMBERS):
+        if MEMBERS > 1:
+            each = tl.maximum(count, 1)
+            number = first + step % each
+            member = step // each
+        else:
+            number = first + step
+            member = 0
         if SPARSE_M > 0:
             EACH: tl.constexpr = SPARSE_M // BLOCK_M
             start = tl.load(listed + number // EACH) * SPARSE_M + number % EACH * BLOCK_M
         else:
             start = number * BLOCK_M
         row = start + tl.arange(0, BLOCK_M)
+        wide = tl.cast(member, tl.int64)
         # rows beyond the last have +inf as statistic, hence probability 0: they need no mask
-        query = load_tile(queries, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, DESCRIPTORS)
-        level = tl.load(stats + row, mask=row < q_len, other=float("inf"))
-        raw = tl.dot(key, tl.trans(query), input_precision="ieee")
-        dout = load_tile(douts, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, DESCRIPTORS)
-        dweights = tl.dot(value, tl.trans(dout), input_precision="ieee")
-        delta = tl.load(deltas + row, mask=row < q_len, other=0.0)
+        level = tl.load(stats + wide * stats_h + row, mask=row < q_len, other=float("inf"))
+        delta = tl.load(deltas + wide * stats_h + row, mask=row < q_len, other=0.0)
+        if DESCRIPTORS:
+            query = queries.load([member, start, 0]).reshape(BLOCK_M, BLOCK_D)
+            dout = douts.load([member, start, 0]).reshape(BLOCK_M, BLOCK_V)
+        else:
+            query = load_tile(queries + wide * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
+            dout = load_tile(
+                douts + wide * dout_h, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, False
+            )
+        nothing = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if FOLDED:
+            raw = nothing - (level * unscale)[None, :]
+            raw = tl.dot(key, tl.trans(query), raw, input_precision="ieee")
+            lost = 0.0
+        else:
+            raw = tl.dot(key, tl.trans(query), input_precision="ieee")
+            lost = level[None, :]
+        dweights = nothing - delta[None, :]
+        dweights = tl.dot(value, tl.trans(dout), dweights, input_precision="ieee")
         given = 0.0
         keep = True
         inverse = level
         if MASKED:
-            keep = visible(row[None, :], column[:, None], k_len, window, CAUSAL, WINDOW)
+            # columns beyond the last key are never stored, whatever they come to
+            if WINDOW:
+                gap = row[None, :] - column[:, None]
+                keep = gap.to(tl.uint32) < tl.cast(window, tl.uint32)
+            elif CAUSAL:
+                keep = column[:, None] <= row[None, :]
             if mask is not None:
-                loaded = tl.trans(load_mask(mask, row, column, q_len, k_len, mask_r, mask_c, MASK_ROWS))
+                loaded = tl.trans(
+                    load_mask(mask + wide * mask_h, row, column, q_len, k_len, mask_r, mask_c, MASK_ROWS)
+                )
                 if ADDITIVE:
                     given = in_base_2(loaded)
-                    inverse = tl.load(stats + stats_size + row, mask=row < q_len, other=0.0)
-                else:
+                    inverse = tl.load(stats + stats_size + wide * stats_h + row, mask=row < q_len, other=0.0)
+                elif CAUSAL:
                     keep = keep & (loaded != 0)
+                else:
+                    keep = loaded != 0
         weights, gradient = gradient_of_scores(
-            raw, dweights, level[None, :], inverse[None, :], delta[None, :], given, keep, scale, softcap,
-            SOFTCAP, ADDITIVE, MASKED, key.dtype == tl.float32,
+            raw, dweights, lost, inverse[None, :], given, keep, scale, softcap,
+            SOFTCAP, ADDITIVE, HIDES, key.dtype == tl.float32,
         )  # fmt: skip
         dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision="ieee")
         dkey = tl.dot(gradient.to(query.dtype), query, dkey, input_precision="ieee")
@@ -254,12 +297,13 @@ def attention_backward_keys(
     SPARSE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPECIALISE: tl.constexpr,
+    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key head: sums over its GROUP query heads and their queries.
 
     ``heads`` and ``all_heads`` count key heads; the lists are those of query blocks by key block.
+    Without SPLIT one loop masks every block: fewer registers than three loops need.
     """
     block, both = place_in_section(tl.program_id(0), blocks, all_heads, section)
     batch = tl.cast(both // heads, tl.int64)
@@ -291,8 +335,18 @@ def attention_backward_keys(
         stats_at = q_start
     start = block * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
-    key = load_tile(k + k_at + key_head * k_h, start, k_len, k_r, BLOCK_N, HEAD, BLOCK_D, True, False)
-    value = load_tile(v + v_at + key_head * v_h, start, k_len, v_r, BLOCK_N, HEAD_V, BLOCK_V, True, False)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(
+            k + k_at + key_head * k_h, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D]
+        )
+        values = tl.make_tensor_descriptor(
+            v + v_at + key_head * v_h, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V]
+        )
+    else:
+        keys = k + k_at + key_head * k_h
+        values = v + v_at + key_head * v_h
+    key = load_tile(keys, start, k_len, k_r, BLOCK_N, HEAD, BLOCK_D, True, DESCRIPTORS)
+    value = load_tile(values, start, k_len, v_r, BLOCK_N, HEAD_V, BLOCK_V, True, DESCRIPTORS)
     dkey = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     # query blocks: masked [first, inner), whole [inner, whole), masked [whole, last)
@@ -310,53 +364,65 @@ def attention_backward_keys(
     last = tl.where(start < k_len, last, first)
     whole = tl.minimum(whole, last)
     inner = tl.minimum(inner, whole)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
+    # Lists differ from head to head; otherwise the group's heads are one longer loop.
+    MEMBERS: tl.constexpr = 1 if SPARSE_M > 0 else GROUP
+    for turn in range(GROUP // MEMBERS):
+        head = key_head * GROUP + turn
         queries = q + q_at + head * q_h
         douts = dout + dout_at + head * dout_h
         if DESCRIPTORS:
-            queries = tl.make_tensor_descriptor(queries, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D])
-            douts = tl.make_tensor_descriptor(douts, [q_len, HEAD_V], [dout_r, 1], [BLOCK_M, BLOCK_V])
+            query_tiles = tl.make_tensor_descriptor(
+                queries, [MEMBERS, q_len, HEAD], [q_h, q_r, 1], [1, BLOCK_M, BLOCK_D]
+            )
+            dout_tiles = tl.make_tensor_descriptor(
+                douts, [MEMBERS, q_len, HEAD_V], [dout_h, dout_r, 1], [1, BLOCK_M, BLOCK_V]
+            )
+        else:
+            query_tiles = queries
+            dout_tiles = douts
         level = stats + stats_at + head * stats_h
         deltas = delta + stats_at + head * stats_h
         masks = mask
         listed = lists
-        begin, middle, end = inner, whole, last
+        outset, begin, middle, end = first, inner, whole, last
         if mask is not None:
             masks = mask + batch * mask_b + head * mask_h
         if SPARSE_M > 0:
             one = batch * lists_b + head * lists_h + start // SPARSE_N
             listed = lists + one * lists_width
+            outset = 0
             begin = 0
             middle = tl.load(counts + 2 * one) * (SPARSE_M // BLOCK_M)
             end = tl.load(counts + 2 * one + 1) * (SPARSE_M // BLOCK_M)
-        if mask is not None:
+        if mask is not None or not SPLIT:
             dkey, dvalue = query_span(
-                dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, first, last, column,
-                q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap, HEAD, HEAD_V,
-                BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, True, SPECIALISE,
-                DESCRIPTORS,
+                dkey, dvalue, key, value, query_tiles, dout_tiles, level, deltas, masks, listed, outset,
+                end, column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, q_h, dout_h, stats_h,
+                mask_h, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,
+                MASK_ROWS, SPARSE_M, BLOCK_M, BLOCK_N, MEMBERS, True, DESCRIPTORS,
             )  # fmt: skip
         else:
             if CAUSAL and SPARSE_M == 0:
                 dkey, dvalue = query_span(
-                    dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, first, inner,
-                    column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap,
-                    HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M,
-                    True, SPECIALISE, DESCRIPTORS,
+                    dkey, dvalue, key, value, query_tiles, dout_tiles, level, deltas, masks, listed,
+                    outset, begin, column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, q_h,
+                    dout_h, stats_h, mask_h, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
+                    CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, BLOCK_N, MEMBERS, True,
+                    DESCRIPTORS,
                 )  # fmt: skip
             dkey, dvalue = query_span(
-                dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, begin, middle, column,
-                q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap, HEAD, HEAD_V,
-                BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, False, SPECIALISE,
-                DESCRIPTORS,
+                dkey, dvalue, key, value, query_tiles, dout_tiles, level, deltas, masks, listed, begin,
+                middle, column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, q_h, dout_h,
+                stats_h, mask_h, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW,
+                SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, BLOCK_N, MEMBERS, False, DESCRIPTORS,
             )  # fmt: skip
             if WINDOW or SPARSE_M > 0:
                 dkey, dvalue = query_span(
-                    dkey, dvalue, key, value, queries, douts, level, deltas, masks, listed, middle, end,
-                    column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, window, scale, softcap,
-                    HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M,
-                    True, SPECIALISE, DESCRIPTORS,
+                    dkey, dvalue, key, value, query_tiles, dout_tiles, level, deltas, masks, listed,
+                    middle, end, column, q_len, k_len, q_r, dout_r, mask_r, mask_c, stats_size, q_h,
+                    dout_h, stats_h, mask_h, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
+                    CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_M, BLOCK_M, BLOCK_N, MEMBERS, True,
+                    DESCRIPTORS,
                 )  # fmt: skip
     wide = tl.cast(column, tl.int64)[:, None]
     feature = tl.arange(0, BLOCK_D)[None, :]
@@ -403,12 +469,11 @@ def key_span(
     SPARSE_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
-    SPECIALISE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Add what key blocks ``first`` to ``last`` give to dq of one block of queries."""
     ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
-    for number in tl.range(first, last, warp_specialize=SPECIALISE):
+    for number in range(first, last):
         if SPARSE_N > 0:
             EACH: tl.constexpr = SPARSE_N // BLOCK_N
             start = tl.load(listed + number // EACH) * SPARSE_N + number % EACH * BLOCK_N
@@ -430,7 +495,7 @@ def key_span(
                 else:
                     keep = keep & (loaded != 0)
         _, gradient = gradient_of_scores(
-            raw, dweights, level[:, None], inverse[:, None], delta[:, None], given, keep, scale, softcap,
+            raw, dweights - delta[:, None], level[:, None], inverse[:, None], given, keep, scale, softcap,
             SOFTCAP, ADDITIVE, MASKED, key.dtype == tl.float32,
         )  # fmt: skip
         dquery = tl.dot(gradient.to(key.dtype), key, dquery, input_precision="ieee")
@@ -512,7 +577,7 @@ def attention_backward_queries(
     SPARSE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPECIALISE: tl.constexpr,
+    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """dq of BLOCK_M queries of one head; lists and the order of programs as in the forward kernel."""
@@ -548,16 +613,22 @@ def attention_backward_queries(
     v_at += head // GROUP * v_h
     start = block * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
-    query = load_tile(q + q_at + head * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
-    grad = load_tile(
-        dout + dout_at + head * dout_h, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, False
-    )
     if DESCRIPTORS:
+        queries = tl.make_tensor_descriptor(
+            q + q_at + head * q_h, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
+        )
+        douts = tl.make_tensor_descriptor(
+            dout + dout_at + head * dout_h, [q_len, HEAD_V], [dout_r, 1], [BLOCK_M, BLOCK_V]
+        )
         keys = tl.make_tensor_descriptor(k + k_at, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
         values = tl.make_tensor_descriptor(v + v_at, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
     else:
+        queries = q + q_at + head * q_h
+        douts = dout + dout_at + head * dout_h
         keys = k + k_at
         values = v + v_at
+    query = load_tile(queries, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, DESCRIPTORS)
+    grad = load_tile(douts, start, q_len, dout_r, BLOCK_M, HEAD_V, BLOCK_V, True, DESCRIPTORS)
     stats += stats_at + head * stats_h
     level = tl.load(stats + row, mask=row < q_len, other=float("inf"))
     inner_delta = tl.load(delta + stats_at + head * stats_h + row, mask=row < q_len, other=0.0)
@@ -575,26 +646,28 @@ def attention_backward_queries(
         inner = 0
         whole = tl.load(counts + 2 * one) * (SPARSE_N // BLOCK_N)
         last = tl.load(counts + 2 * one + 1) * (SPARSE_N // BLOCK_N)
+        if not SPLIT:
+            whole = first
     else:
         first, inner, whole, last = key_spans(
-            start, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, mask is not None
+            start, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW, mask is not None or not SPLIT
         )
-    if WINDOW and SPARSE_N == 0:
+    if WINDOW and SPARSE_N == 0 and SPLIT:
         dquery = key_span(
             dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, first, inner, row,
             q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
-            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, SPECIALISE, DESCRIPTORS,
+            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, DESCRIPTORS,
         )  # fmt: skip
-    if mask is None:
+    if mask is None and SPLIT:
         dquery = key_span(
             dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, inner, whole, row,
             q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
-            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, False, SPECIALISE, DESCRIPTORS,
+            CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, False, DESCRIPTORS,
         )  # fmt: skip
     dquery = key_span(
         dquery, query, grad, keys, values, level, inverse, inner_delta, mask, listed, whole, last, row,
         q_len, k_len, k_r, v_r, mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V,
-        CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, SPECIALISE, DESCRIPTORS,
+        CAUSAL, WINDOW, SOFTCAP, MASK_ROWS, SPARSE_N, BLOCK_N, True, DESCRIPTORS,
     )  # fmt: skip
     dquery *= scale / LOG2E
     feature = tl.arange(0, BLOCK_D)[None, :]
