@@ -60,6 +60,26 @@ def kpt_ops() -> Iterator[OpSpec]:
         f"{references}.group_norm:group_norm",
         summary="normalise groups of channels to mean 0 and variance 1; silu may follow",
     )
+    packed = "cu_seqlens_q, cu_seqlens_k, max_q, max_k"
+    how = "is_causal=False, scale=None, softcap=None, sinks=None, window=None"
+    yield OpSpec(
+        "attention_varlen",
+        f"(q, k, v, {packed}, {how}) -> y",
+        f"{references}.attention:attention_varlen",
+        summary="attention within each of the sequences that are packed one behind the other",
+    )
+    yield OpSpec(
+        "attention_block_sparse",
+        f"(q, k, v, block_mask, {how}) -> y",
+        f"{references}.attention:attention_block_sparse",
+        summary="attention over the blocks of queries x keys that a mask keeps",
+    )
+    yield OpSpec(
+        "decode_attention",
+        "(q, k, v, lengths=None, scale=None, softcap=None, sinks=None) -> y",
+        f"{references}.attention:decode_attention",
+        summary="attention of the last queries to a cache of keys and values that is filled in part",
+    )
     yield OpSpec(
         "linear_cross_entropy",
         "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
@@ -89,6 +109,21 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
+    yield _kernel("attention", "attention:attention", supports=f"{_HOME}.attention:supports")
+    yield _kernel("attention_varlen", "varlen:attention_varlen")
+    yield _kernel("attention_block_sparse", "block_sparse:attention_block_sparse")
+    yield _kernel("decode_attention", "decode:decode_attention", backward=False)
+    yield KernelSpec(
+        "attention",
+        "sdpa-cudnn",
+        f"{_HOME}.sdpa:attention",
+        hardware=("cuda",),
+        dtypes=("bfloat16", "float16"),
+        backward=True,
+        compile_safe=True,
+        supports=f"{_HOME}.sdpa:supports",
+        predicted_gain=1.1,  # 1.5 to 1.75 times PyTorch's default on an H200, of the attention alone
+    )
     half: dict[str, object] = {"dtypes": ("bfloat16", "float16"), "backward": False}
     yield _kernel("linear", "skinny:linear", **half | {"supports": f"{_HOME}.skinny:supports"})
     for width in ("int8", "fp8"):
