@@ -108,12 +108,12 @@ def plot(folder: Path) -> str:
         parts.append(f"<text x='{_LEFT - 8}' y='{y + 4}' text-anchor='end'>{escape(label)}</text>")
         parts.append(f"<line x1='{_x(0)}' x2='{_x(1)}' y1='{y}' y2='{y}' class='grid'/>")
         for name, row in record["contenders"].items():
-            colour = next((c for key, c in COLOURS.items() if key in name.lower()), None)
-            if colour is None or "rate" not in row:
+            chosen = next((c for key, c in COLOURS.items() if key in name.lower()), None)
+            if chosen is None or "rate" not in row:
                 continue
             size = 5 if name.startswith("kpt") else 3.5
             share = min(row["rate"] / ceiling[record["unit"]], 1.15)
-            parts.append(f"<circle cx='{_x(share):.1f}' cy='{y}' r='{size}' fill='{colour}'/>")
+            parts.append(f"<circle cx='{_x(share):.1f}' cy='{y}' r='{size}' fill='{chosen}'/>")
     return _svg(height, parts)
 
 

@@ -54,8 +54,8 @@ def look(observation: Observation, registry: Any, ops: frozenset[str]) -> GraphF
         return GraphFindings(reason=f"dynamo cannot capture the forward ({type(error).__name__}: {text})")
     if recognition is None:
         return GraphFindings()
-    left = "; ".join(f"{name}: {why}" for name, why in recognition.left_alone[:3])
-    reason = f"no region of the captured graph was proved ({left})" if left else ""
+    unproved = "; ".join(f"{name}: {why}" for name, why in recognition.left_alone[:3])
+    reason = f"no region of the captured graph was proved ({unproved})" if unproved else ""
     return GraphFindings(recognition.sites, reason, time.perf_counter() - started)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt import compiling, ops, plugins
+from kpt import compiling, plugins
 from kpt.judge.referee import Verdict, passed, rejected
 
 if TYPE_CHECKING:
