@@ -39,6 +39,8 @@ class Canonical:
         if not args or not self.by_name or len(args) > len(self.names):
             return args, kwargs
         named = dict(zip(self.names, args))
+        if not kwargs:
+            return (), named
         if not named.keys().isdisjoint(kwargs):
             return args, kwargs
         named.update(kwargs)

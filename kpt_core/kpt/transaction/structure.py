@@ -66,6 +66,7 @@ class Structure:
         containers = [m for m in self._modules if isinstance(m, _CONTAINERS)]
         self._children = [m._modules for m in containers if m._modules]
         self._lengths = list(map(len, self._children))
+        self.containers = len(self._children)
         self._known = [self._facts(module) for module in self._modules]
         self.unsure = False
 

@@ -10,6 +10,7 @@ class being assigned) through a replaced dictionary and an instance method; what
 from __future__ import annotations
 
 import itertools
+import operator
 import types
 import weakref
 from collections import OrderedDict
@@ -26,6 +27,8 @@ from kpt.transaction.structure import Structure
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
 _version = attrgetter("_version")
+#: ``operator.call`` is new in Python 3.11.
+_call: Callable[..., Any] = getattr(operator, "call", lambda function, *args: function(*args))
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -51,9 +54,12 @@ class Watch:
         self._versions = list(map(_version, self._tensors))
         self._parameters = list(model.parameters())
         self._trainable = list(map(_requires_grad, self._parameters))
-        self._attributes = [pair for module in modules if (pair := _attribute_getter(module)) is not None]
-        self._attributes += _config_getters(modules)
-        self._values = [_frozen(getter(state)) for state, getter in self._attributes]
+        attributes = [pair for module in modules if (pair := _attribute_getter(module)) is not None]
+        attributes += _config_getters(modules)
+        # Side by side, so that one call in C compares them all: a loop takes twice the time.
+        self._states = [state for state, _ in attributes]
+        self._getters = [getter for _, getter in attributes]
+        self._values = [_frozen(getter(state)) for state, getter in attributes]
         self._held = [held for module in modules for held in _held_tensors(module)]
         _registrations.add(self)
 
@@ -66,7 +72,8 @@ class Watch:
         """What changed since construction, or None. ``grad`` says that gradients are recorded."""
         if self.reason is not None:
             return self.reason
-        if self.structure.unsure or self.structure.resized():
+        structure = self.structure
+        if structure.unsure or (structure.containers and structure.resized()):
             changed = self.structure.changed()
             if changed is not None:
                 return changed
@@ -74,13 +81,11 @@ class Watch:
             return "a parameter was frozen or unfrozen (call kpt.refresh(model))"
         if self._tensors and list(map(_version, self._tensors)) != self._versions:
             return "a weight was written in place (call kpt.refresh(model) to use the new weights)"
-        for (state, getter), value in zip(self._attributes, self._values):
-            try:
-                now = getter(state)
-            except KeyError:
-                return "an attribute of a submodule was deleted"
-            if now != value:
+        try:
+            if list(map(_call, self._getters, self._states)) != self._values:
                 return "an attribute of a submodule or of its config changed"
+        except KeyError:
+            return "an attribute of a submodule was deleted"
         for held, name, tensor, version in self._held:
             if held.get(name) is not tensor or (version is not None and _version(tensor) != version):
                 return "a tensor that a submodule holds as a plain attribute changed"
