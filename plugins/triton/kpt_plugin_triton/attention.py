@@ -68,8 +68,9 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("attention is differentiable once; call backward without create_graph")
         q, k, v, sinks, out = ctx.saved_tensors
         stats, form, how = ctx.held
         wants = ctx.needs_input_grad

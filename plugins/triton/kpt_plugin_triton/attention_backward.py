@@ -14,7 +14,6 @@ from kpt_plugin_triton.attention_forward import (
     WINDOWED,
     Form,
     How,
-    chip,
     described,
     empty_heads,
     fitted,
@@ -28,7 +27,7 @@ from kpt_plugin_triton.attention_forward import (
     with_plain_rows,
 )
 from kpt_plugin_triton.kernels import attention_backward as device
-from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
+from kpt_plugin_triton.launch import Kernel, ceil_div, chip, power_of_two
 from kpt_plugin_triton.tuning import Tuned
 
 _delta = Kernel(device.attention_delta)
@@ -60,12 +59,13 @@ def _queries_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     if itemsize == 4:
         found = tiles(32 if head <= 64 else 16, 16, 4, 1)
     elif head > 128:
-        found = tiles(64, 32, 8, 1) if hopper else tiles(32, 32, 8 if on else 4, 1)
+        found = tiles(64, 32, 8, 1) if hopper and kind != LISTED else tiles(32, 32, 8 if on else 4, 1)
     elif hopper and head >= 64:
         found = tiles(128, 64, 8, 2)
     else:
         found = tiles(64, 32, 4, 2)
-    return {**found, "SPLIT": int(on >= 90 and on < 100), "DESCRIPTORS": int(hopper and kind != LISTED)}
+    split = 90 <= on < 100 and head <= 128
+    return {**found, "SPLIT": int(split), "DESCRIPTORS": int(hopper and kind != LISTED)}
 
 
 def _candidates(itemsize: int, head: int, own: tuple[int, ...], own_name: str) -> Iterator[dict[str, int]]:

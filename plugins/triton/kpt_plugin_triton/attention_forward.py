@@ -9,7 +9,7 @@ import torch
 import triton
 
 from kpt_plugin_triton.kernels import attention as device
-from kpt_plugin_triton.launch import Kernel, architecture, ceil_div, power_of_two
+from kpt_plugin_triton.launch import Kernel, ceil_div, chip, power_of_two
 from kpt_plugin_triton.tuning import Options, Tuned
 
 LOG2E = 1.4426950408889634
@@ -159,18 +159,11 @@ def kind_of(form: Form, how: How) -> int:
     return CAUSAL if how.causal else PLAIN
 
 
-def chip() -> int:
-    """90 for sm_90, 0 for what is not NVIDIA's."""
-    index = torch.cuda.current_device() if torch.cuda.is_available() else None
-    name = architecture(index)
-    return int(name[3:]) if name.startswith("sm_") else 0
-
-
 def forward_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     on = chip()
     hopper = on == 90 and itemsize == 2
     if itemsize == 4:  # no matrix units for fp32: small tiles, so that registers suffice
-        found = tiles(32, 32 if head <= 128 else 16, 4, 1)
+        found = tiles(32, 32 if head <= 128 else 16, 8 if on and head > 64 else 4, 1)
     elif hopper and head <= 128 and kind in (PLAIN, CAUSAL, WINDOWED):
         found = tiles(128, 128, 8, 2)
     elif head > 128:

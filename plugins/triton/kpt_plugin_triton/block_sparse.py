@@ -23,10 +23,10 @@ def attention_block_sparse(
 ) -> torch.Tensor:
     """`attention` that computes only the blocks that ``block_mask`` keeps.
 
-    ``block_mask`` is (B or 1, H or 1, ceil(S/bm), ceil(L/bn)); True keeps a block. bm and bn are powers of two
-    from 16 on, the smallest ones that give these numbers of blocks. Keys of a kept block may still be hidden
-    by ``is_causal`` or ``window``; a query without any key gives zeros. Dtypes, gradients and errors as for
-    `attention`.
+    ``block_mask`` is (B or 1, H or 1, ceil(S/bm), ceil(L/bn)); True keeps a block. bm and bn are powers of
+    two from 16 on, the smallest ones that give these numbers of blocks. Keys of a kept block may still be
+    hidden by ``is_causal`` or ``window``; a query without any key gives zeros. Dtypes, gradients and
+    errors as for `attention`.
 
     Raises:
         KernelInputError: an argument's device, dtype, shape or value is not supported.

@@ -37,7 +37,7 @@ def converts(arch: str, dtype: torch.dtype) -> bool:
 def encoding(value: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(``value``, 0) where kernels may convert a float8 tensor, else (its bits as uint8, the bias).
 
-    The bias is the exponent's. Kernels take it as BIAS; with 7 (e4m3fn) or 8 (e4m3fnuz) they work on the bits.
+    The bias is the exponent's, and kernels take it as BIAS: with 7 (e4m3fn) or 8 (e4m3fnuz) they use bits.
     """
     if converts(architecture(value.device.index), value.dtype):
         return value, 0

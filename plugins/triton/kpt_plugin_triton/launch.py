@@ -188,6 +188,13 @@ def _architecture(device: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def chip() -> int:
+    """90 for sm_90, 0 for what is not NVIDIA's."""
+    index = torch.cuda.current_device() if torch.cuda.is_available() else None
+    name = architecture(index)
+    return int(name[3:]) if name.startswith("sm_") else 0
+
+
 def processors(device: int | None) -> int:
     """The number of multiprocessors (compute units) of a device; 4 for the interpreter."""
     if _recording is not None:
