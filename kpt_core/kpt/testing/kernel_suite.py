@@ -25,11 +25,13 @@ class KernelSuite(Suite, standard=True):
 
     Override `arguments` for an op that is not in the core's catalogue or for other shapes, `site` for
     a kernel that prepares sites of another kind, and ``device`` for a kernel of an accelerator.
+    ``rows`` are the numbers of rows that are always tried, ``most_rows`` bounds those drawn at random.
     """
 
     kernel: ClassVar[KernelSpec]
     device: ClassVar[str] = "cpu"
     rows: ClassVar[Sequence[int]] = (1, 7, 33)
+    most_rows: ClassVar[int] = 70
 
     def arguments(self) -> Mapping[str, Any]:
         """Typical arguments of the op by name; tensors are drawn like these, in every dtype."""
@@ -188,8 +190,10 @@ class KernelSuite(Suite, standard=True):
         except ImportError:
             raise skip("hypothesis is not installed") from None
 
+        numbers = st.integers(1, self.most_rows)
+
         @settings(max_examples=6, deadline=None, database=None, derandomize=True)
-        @given(st.integers(1, 70), st.sampled_from((0.03, 1.0, 6.0)), st.sampled_from(tuple(LAYOUTS)))
+        @given(numbers, st.sampled_from((0.03, 1.0, 6.0)), st.sampled_from(tuple(LAYOUTS)))
         def holds(rows: int, scale: float, layout: str) -> None:
             self.verdict(rows=(rows,), scales=(scale,), layouts=(layout,))
 
