@@ -60,6 +60,13 @@ def kpt_ops() -> Iterator[OpSpec]:
         f"{references}.group_norm:group_norm",
         summary="normalise groups of channels to mean 0 and variance 1; silu may follow",
     )
+    yield OpSpec(
+        "embedding_sum_norm",
+        "(ids, words, position_ids=None, positions=None, type_ids=None, types=None, weight=None, bias=None, "
+        "eps=1e-12, padding_idx=None) -> y",
+        f"{references}.embedding:embedding_sum_norm",
+        summary="the layer norm of the sum of word, position and type embeddings",
+    )
     packed = "cu_seqlens_q, cu_seqlens_k, max_q, max_k"
     how = "is_causal=False, scale=None, softcap=None, sinks=None, window=None"
     yield OpSpec(
@@ -106,6 +113,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("glu", "glu:glu")
     yield _kernel("bias_activation", "activations:bias_activation")
     yield _kernel("group_norm", "group_norm:group_norm")
+    yield _kernel("embedding_sum_norm", "embedding:embedding_sum_norm")
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
