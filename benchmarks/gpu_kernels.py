@@ -2,24 +2,31 @@
 
 For each op and size every contender is prepared, compared with a reference in higher precision, and timed:
 the median of event times over several rounds in which the contenders alternate, with the L2 cache flushed
-before each call. A contender that cannot run is listed with its reason.
+before each call. A contender that cannot run is listed with its reason. The result file is written anew after
+every case; where time is short (--limit), the cases that matter most come first.
 
-    python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--seconds 0.3]
+    python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--limit SECONDS]
+
+--warm N first prepares all cases in N processes at once, whose compilers fill the caches on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
+import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, tensors, with_todays, write_result
+from common import RESULTS, at_most, tensors, with_todays, write_result
 
 FAMILIES = (
     "norms",
@@ -32,6 +39,8 @@ FAMILIES = (
     "attention",
 )
 ROUNDS = 3
+#: Seconds that one contender may take to be prepared.
+PATIENCE = 45.0
 
 
 def timed(call: Callable[[], Any], seconds: float, graph: bool) -> float:
@@ -60,7 +69,7 @@ def error(output: Any, reference: Any) -> float | None:
         if a.shape != b.shape:
             raise ValueError(f"returned a tensor of shape {tuple(a.shape)}, the reference {tuple(b.shape)}")
         difference = (a.float() - b.float()).norm().double() / b.float().norm().double().clamp_min(1e-30)
-        worst = max(worst, float(difference))
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst
 
 
@@ -84,25 +93,30 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
     record: dict[str, Any] = {"op": case.op, "size": case.size, "unit": case.unit, "goal": case.goal}
     if case.note:
         record["note"] = case.note
-    reference = case.reference() if case.reference is not None else None
+    torch._dynamo.reset()
+    reference = None
+    try:
+        reference = case.reference() if case.reference is not None else None
+    except Exception as failure:  # noqa: BLE001 - out of memory, say: times are still worth having
+        record["reference_failed"] = _reason(failure)
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, prepare in case.contenders.items():
         started = time.perf_counter()
-        torch._dynamo.reset()
         try:
-            call = prepare()
-            for _ in range(3):
-                result = call()
-            torch.cuda.synchronize()
-            rows[name] = {"error": error(result, reference), "setup_seconds": time.perf_counter() - started}
+            with at_most(PATIENCE):
+                call = prepare()
+                for _ in range(3):
+                    result = call()
+                torch.cuda.synchronize()
+            rows[name] = {"setup_seconds": time.perf_counter() - started}
+            rows[name]["error"] = error(result, reference)
             del result
             if case.memory:
                 rows[name]["peak_gib"] = peak_memory(call)
             calls[name] = call
         except Exception as failure:  # noqa: BLE001 - whatever a contender fails with is its result
-            lines = str(failure).strip().splitlines() or [""]
-            rows[name] = {"failed": f"{type(failure).__name__}: {lines[0][:200]}"}
+            rows[name] = {"failed": _reason(failure)}
     del reference
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
@@ -110,9 +124,7 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
             try:
                 times[name].append(timed(call, seconds / ROUNDS, case.graph))
             except Exception as failure:  # noqa: BLE001 - the same, for instance a capture that is refused
-                rows[name]["failed"] = (
-                    f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200]}"
-                )
+                rows[name]["failed"] = _reason(failure)
     for name, samples in times.items():
         if not samples or "failed" in rows[name]:
             continue
@@ -130,7 +142,18 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
         if case.goal is not None:
             reached = own["ms"] <= case.goal if case.unit == "ms" else own["rate"] >= case.goal
             record["goal_reached"] = reached
+        if case.ahead is not None:
+            peer, factor = case.ahead
+            record["ahead_goal"] = f"{factor:g} times as fast as {peer}"
+            if "ms" in rows.get(peer, {}):
+                record["times_as_fast"] = rows[peer]["ms"] / own["ms"]
+                record["ahead_goal_reached"] = record["times_as_fast"] >= factor
     return record
+
+
+def _reason(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0][:200]}"
 
 
 def ceilings(seconds: float) -> dict[str, float]:
@@ -210,34 +233,69 @@ def show(record: dict[str, Any]) -> None:
     elif own.get("error") is not None:
         cells.append(f"error {own['error']:.1e}")
     goal = "" if record["goal"] is None else f" goal {record['goal']}"
-    print(
-        f"{record['op']:26s} {record['size']:22s} {record['unit']:7s}{goal} | {' · '.join(cells)}", flush=True
-    )
+    if "times_as_fast" in record:
+        cells.append(f"{record['times_as_fast']:.2f} of {record['ahead_goal']}")
+    what = f"{record['op']:26s} {record['size']:22s} {record['unit']:7s}{goal}"
+    print(f"{what} | {' · '.join(cells)}", flush=True)
 
 
-def measured(
-    families: list[str], matching: re.Pattern[str], seconds: float, until: float
-) -> Iterator[dict[str, Any]]:
+def chosen(families: list[str], matching: re.Pattern[str]) -> list[Any]:
+    """The cases that are asked for, those of low rank first."""
+    found = [
+        case
+        for family in families
+        for case in importlib.import_module(f"gpu.{family}").cases()
+        if matching.search(f"{case.op} {case.size}")
+    ]
+    return sorted(found, key=lambda case: case.rank)
+
+
+def measured(cases: list[Any], seconds: float, until: float) -> Iterator[dict[str, Any]]:
     import torch
 
-    for family in families:
-        for case in importlib.import_module(f"gpu.{family}").cases():
-            if not matching.search(f"{case.op} {case.size}"):
-                continue
-            if time.perf_counter() > until:
-                yield {
-                    "op": case.op,
-                    "size": case.size,
-                    "unit": case.unit,
-                    "goal": case.goal,
-                    "failed": "no time left",
-                }
-                continue
-            record = measure(case, seconds)
-            show(record)
-            yield record
-            gc.collect()
-            torch.cuda.empty_cache()
+    while cases:
+        case = cases.pop(0)  # which lets go of its inputs
+        if time.perf_counter() > until:
+            facts = {"op": case.op, "size": case.size, "unit": case.unit, "goal": case.goal}
+            yield {**facts, "failed": "no time left"}
+            continue
+        record = measure(case, seconds)
+        show(record)
+        yield record
+        del case
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def prepare_only(cases: list[Any], until: float) -> None:
+    """Call every contender once, for what that leaves in the compilers' caches on disk."""
+    import torch
+
+    while cases and time.perf_counter() < until:
+        case = cases.pop(0)
+        torch._dynamo.reset()
+        for prepare in case.contenders.values():
+            with contextlib.suppress(Exception):  # the measurement will meet it again, and records it
+                prepare()()
+        del case, prepare
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def warm(processes: int, seconds: float) -> None:
+    """Run `prepare_only` in that many processes, each over its share of the cases, for so long at most."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--limit", str(seconds), "--share"]
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    started = time.perf_counter()
+    running = [
+        subprocess.Popen([*command, f"{number}/{processes}"], env=environment) for number in range(processes)
+    ]
+    for process in running:
+        try:
+            process.wait(max(1.0, seconds + 20.0 - (time.perf_counter() - started)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    print(f"warmed in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -250,32 +308,44 @@ def main() -> None:
     parser.add_argument("--matching", type=re.compile, default=re.compile(""), help="cases, as 'op size'")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender and case")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no case is begun")
+    parser.add_argument("--warm", type=int, default=0, help="processes that fill the compilers' caches first")
+    parser.add_argument("--warm-seconds", type=float, default=45.0, help="how long they may take")
+    parser.add_argument("--share", help="which of the cases to prepare only, as 0/8")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; these figures mean nothing on another device")
     until = time.perf_counter() + options.limit
-    limits = ceilings(options.seconds)
-    print({name: round(value) for name, value in limits.items()}, flush=True)
-    costs = launch_costs()
-    print({name: round(value, 1) for name, value in costs.items()}, flush=True)
-    settings = {"seconds": options.seconds, "rounds": ROUNDS}
-    records = {
-        f"{record['op']} {record['size']}": record
-        for record in measured(options.families, options.matching, options.seconds, until)
-    }
+    cases = chosen(options.families, options.matching)
+    if options.share:
+        number, count = map(int, options.share.split("/"))
+        prepare_only(cases[number::count], until)
+        return
+    if options.warm:
+        warm(options.warm, options.warm_seconds)
     import triton
 
-    device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    content = {
-        "device": device,
+    settings = {"seconds": options.seconds, "rounds": ROUNDS}
+    content: dict[str, Any] = {
+        "device": {
+            "name": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
         "triton": triton.__version__,
-        "ceilings": limits,
-        "launch_microseconds": costs,
+        "ceilings": ceilings(options.seconds),
+        "launch_microseconds": launch_costs(),
         "settings": settings,
-        "cases": with_todays("gpu_kernels", "cases", records, settings, options.results),
     }
-    print(write_result("gpu_kernels", content, options.results))
+    print({name: round(value) for name, value in content["ceilings"].items()}, flush=True)
+    print({name: round(value, 1) for name, value in content["launch_microseconds"].items()}, flush=True)
+    records: dict[str, dict[str, Any]] = {}
+    path: Path | None = None
+    for record in measured(cases, options.seconds, until):
+        records[f"{record['op']} {record['size']}"] = record
+        everything = with_todays("gpu_kernels", "cases", records, settings, options.results)
+        path = write_result("gpu_kernels", {**content, "cases": everything}, options.results)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+#: Prepares a contender (imports, compiles, allocates) and returns the call to time.
+Prepare = Callable[[], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -13,22 +16,23 @@ class Case:
 
     ``amount`` is the fewest bytes that a call must move (unit "GB/s") or its floating-point operations
     (unit "TFLOP/s"); for the unit "ms" it is not used. ``contenders`` maps a name to a function that
-    prepares that contender (imports, compiles, allocates) and returns the call to time; one that cannot
-    run here raises, and its reason goes into the result file. ``kpt`` has to be among them. All
-    contenders' calls compute the same thing from the same inputs, and return their outputs (gradients
-    included), which are compared with ``reference``, a call that computes them in fp32 or better.
-    ``graph`` times replays of a CUDA graph instead of eager calls. ``goal`` is in the unit; for "ms",
-    smaller is better.
+    prepares that contender; one that cannot run here raises, and its reason goes into the result file.
+    ``kpt`` has to be among them. All contenders' calls compute the same thing from the same inputs, and
+    return their outputs (gradients included), which are compared with ``reference``, a call that computes
+    them in fp32 or better. ``graph`` times replays of a CUDA graph instead of eager calls. ``goal`` is in
+    the unit; for "ms", smaller is better. ``ahead`` is a goal of another kind: a contender, and how many
+    times as fast as that kpt should be. ``rank`` orders cases where time is short, 0 first.
     """
 
     op: str
     size: str
     unit: str
     amount: float
-    contenders: Mapping[str, Callable[[], Callable[[], Any]]]
+    contenders: Mapping[str, Prepare]
     reference: Callable[[], Any] | None = None
     goal: float | None = None
+    ahead: tuple[str, float] | None = None
     graph: bool = False
     memory: bool = False
     note: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 5

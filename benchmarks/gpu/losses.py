@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu.case import Case
+from gpu.inputs import held, integers, random
 
 SOFTMAX = ((65536, 1024), (16384, 4096), (4096, 16384), (4096, 65536))
 LOSSES = ((65536, 1000), (16384, 32000), (8192, 50257), (8192, 50304), (8192, 128256), (4096, 256000))
@@ -34,40 +35,14 @@ def cases() -> Iterator[Case]:
         yield _linear(*size)
 
 
-def _held(make: Callable[[], tuple[Any, ...]]) -> Callable[[], tuple[Any, ...]]:
-    """Inputs that are drawn when the first contender asks for them."""
-    made: list[tuple[Any, ...]] = []
-
-    def inputs() -> tuple[Any, ...]:
-        if not made:
-            made.append(make())
-        return made[0]
-
-    return inputs
-
-
-def _random(*shape: int, factor: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(sum(shape))
-    drawn = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-    return drawn * factor if factor != 1.0 else drawn
-
-
-def _labels(rows: int, classes: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(rows)
-    return torch.randint(0, classes, (rows,), generator=generator, device="cuda")
-
-
 def _softmax(rows: int, columns: int, backward: bool) -> Case:
-    inputs = _held(
-        lambda: (_random(rows, columns).requires_grad_(backward), torch.randn(rows, columns, device="cuda"))
-    )
+    inputs = held(lambda: (random(rows, columns).requires_grad_(backward), random(rows, columns, factor=0.5)))
 
     def prepare(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         x, dy = inputs()
         if not backward:
             return lambda: function(x)
-        upstream = dy.bfloat16()
-        return lambda: torch.autograd.grad(function(x), x, upstream)
+        return lambda: torch.autograd.grad(function(x), x, dy)
 
     def liger() -> Callable[[], Any]:
         from liger_kernel.ops.softmax import LigerSoftmaxFunction
@@ -88,7 +63,7 @@ def _softmax(rows: int, columns: int, backward: bool) -> Case:
         x, dy = inputs()
         wide = x.detach().float().requires_grad_(backward)
         y = torch.softmax(wide, -1)
-        return torch.autograd.grad(y, wide, dy.bfloat16().float()) if backward else y
+        return torch.autograd.grad(y, wide, dy.float()) if backward else y
 
     return Case(
         op="softmax fwd+bwd" if backward else "softmax fwd",
@@ -103,11 +78,12 @@ def _softmax(rows: int, columns: int, backward: bool) -> Case:
             "kpt": kpt,
         },
         reference=reference,
+        rank=5 if (rows, columns) == SOFTMAX[1] else 8,
     )
 
 
 def _cross_entropy(rows: int, classes: int, backward: bool) -> Case:
-    inputs = _held(lambda: (_random(rows, classes).requires_grad_(backward), _labels(rows, classes)))
+    inputs = held(lambda: (random(rows, classes).requires_grad_(backward), integers(classes, rows)))
 
     def prepare(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         logits, target = inputs()
@@ -165,16 +141,17 @@ def _cross_entropy(rows: int, classes: int, backward: bool) -> Case:
         reference=reference,
         goal=GOALS.get(("cross_entropy", rows, classes)) if backward else None,
         memory=backward,
+        rank=(1 if backward else 3) if (rows, classes) in ((8192, 128256),) else 7,
         note="liger writes over its logits, so that its error is that of a later call" if backward else "",
     )
 
 
 def _linear(rows: int, hidden: int, classes: int) -> Case:
-    inputs = _held(
+    inputs = held(
         lambda: (
-            _random(rows, hidden).requires_grad_(),
-            _random(classes, hidden, factor=hidden**-0.5).detach().requires_grad_(),
-            _labels(rows, classes),
+            random(rows, hidden).requires_grad_(),
+            random(classes, hidden, factor=hidden**-0.5).detach().requires_grad_(),
+            integers(classes, rows),
         )
     )
 
@@ -221,6 +198,7 @@ def _linear(rows: int, hidden: int, classes: int) -> Case:
         reference=reference,
         goal=LINEAR_GOALS.get((rows, hidden, classes)),
         memory=True,
+        rank=0 if (rows, hidden, classes) in LINEAR_GOALS else 6,
         note=f"the gradients alone are {2 * hidden * (rows + classes) / 2**30:.2f} GiB of the memory",
     )
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gpu.case import Case
+from gpu.inputs import held, random, step, widened
 
 GOALS = {
     ("rms_norm", 16384, 4096): (4000, 3500),
@@ -29,28 +30,17 @@ def cases() -> Iterator[Case]:
 
 
 def _case(op: str, rows: int, columns: int, backward: bool, goal: float | None) -> Case:
-    held: dict[str, Any] = {}
+    weights = 1 if op == "rms_norm" else 2
 
-    def inputs() -> tuple[torch.Tensor, ...]:
-        if not held:
-            generator = torch.Generator("cuda").manual_seed(0)
-            made = [torch.randn(rows, columns, generator=generator, device="cuda", dtype=torch.bfloat16)]
-            weights = 1 if op == "rms_norm" else 2
-            for _ in range(weights):
-                made.append(torch.randn(columns, generator=generator, device="cuda", dtype=torch.bfloat16))
-            held["inputs"] = [value.requires_grad_(backward) for value in made]
-            held["dy"] = torch.randn_like(made[0])
-        return tuple(held["inputs"])
+    def make() -> tuple[Any, ...]:
+        drawn = random(rows, columns), *(x for x in random(2, columns)[:weights])
+        return tuple(x.clone().requires_grad_(backward) for x in drawn)
+
+    inputs = held(make)
+    upstream = held(lambda: (random(rows, columns, factor=0.5),))
 
     def with_backward(function: Callable[..., torch.Tensor]) -> Callable[[], Any]:
-        arguments = inputs()
-        if not backward:
-            return lambda: function(*arguments)
-
-        def call() -> Any:
-            return torch.autograd.grad(function(*arguments), arguments, held["dy"])
-
-        return call
+        return step(function, inputs(), upstream() if backward else None)
 
     def eager() -> Callable[[], Any]:
         return with_backward(_plain(op, columns))
@@ -79,9 +69,8 @@ def _case(op: str, rows: int, columns: int, backward: bool, goal: float | None) 
         return with_backward(lambda x, w: rmsnorm(x, w, eps=1e-6))
 
     def reference() -> Any:
-        arguments = [value.detach().float().requires_grad_(backward) for value in inputs()]
-        out = _plain(op, columns)(*arguments)
-        return torch.autograd.grad(out, arguments, held["dy"].float()) if backward else out
+        above = [x.float() for x in upstream()] if backward else None
+        return step(_plain(op, columns), widened(inputs()), above)()
 
     return Case(
         op=op + (" fwd+bwd" if backward else " fwd"),
@@ -91,6 +80,7 @@ def _case(op: str, rows: int, columns: int, backward: bool, goal: float | None) 
         contenders={"eager": eager, "torch.compile": compiled, "liger": liger, "quack": quack, "kpt": kpt},
         reference=reference,
         goal=goal,
+        rank=(2 if backward else 3) if goal is not None else 7,
     )
 
 
