@@ -1,0 +1,106 @@
+"""The key of a recipe: the same all through a process, whatever kpt and the user did meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import hostile_passes
+import kpt
+from kpt.transaction import recipe
+from slow_models import DirectScale, Net, net, plugin
+
+EXAMPLE = torch.randn(32, 16)
+PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The key of every run, in order."""
+    found: list[str] = []
+    original = recipe.key_of
+
+    def noted(*args: object) -> str:
+        found.append(original(*args))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(recipe, "key_of", noted)
+    yield found
+
+
+def optimized(model: Net, **options: object) -> Net:
+    return kpt.optimize(model, EXAMPLE, **{"plugins": PLUGINS, "budget": 6.0, "cache": False, **options})
+
+
+def nothing(model: Net) -> None:
+    """Another model of the same kind."""
+
+
+def calls(model: Net) -> None:
+    with torch.no_grad():
+        model(EXAMPLE)
+        model(EXAMPLE[:3])
+
+
+def a_training_step(model: Net) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(EXAMPLE).square().mean().backward()
+    optimizer.step()
+    model.eval()
+
+
+def a_copy(model: Net) -> None:
+    import copy
+
+    kpt.restore(copy.deepcopy(model))
+
+
+def a_compilation(model: Net) -> None:
+    torch.compile(kpt.restore(model), backend="aot_eager")(EXAMPLE)
+
+
+def all_plugins(model: Net) -> None:
+    """A search with what is installed here, compilers and thread counts included."""
+    kpt.optimize(net(), EXAMPLE, budget=20.0, cache=False)
+
+
+EVENTS: list[Callable[[Net], object]] = [
+    nothing, calls, a_training_step, a_copy, kpt.restore, kpt.refresh, a_compilation, all_plugins
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_the_key_of_a_model_stays_the_same(event, keys):
+    model = optimized(net())
+    event(model)
+    again = net()
+    optimized(model)
+    optimized(again)
+    mine = [keys[0], *keys[-2:]]
+    assert len(set(mine)) == 1, mine
+
+
+def test_the_key_stays_the_same_with_installed_plugins(keys):
+    """Measuring the hardware and loading compilers come between the first key and the second."""
+    for _ in range(2):
+        kpt.optimize(net(), EXAMPLE, budget=15.0, cache=False)
+    assert keys[0] == keys[1]
+
+
+def test_a_file_that_is_edited_gives_another_key(tmp_path, monkeypatch, keys):
+    """One way to a miss within one process: code is read from its file whenever a run starts."""
+    (tmp_path / "edited_model.py").write_text(
+        "from slow_models import Net as Base\n\nclass Net(Base):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import edited_model
+
+    optimized(edited_model.Net().eval())
+    (tmp_path / "edited_model.py").write_text(
+        "from slow_models import Net as Base\n\nclass Net(Base):\n    x = 1\n"
+    )
+    optimized(edited_model.Net().eval())
+    assert keys[0] != keys[1]
