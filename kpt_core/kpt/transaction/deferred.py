@@ -75,6 +75,7 @@ def _unobservable() -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch.transformed()
         or torch._C._current_graph_task_id() != -1
         # Checkpointing counts what a forward saves, so that it has to be the same forward the second time.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from kpt.transaction.copies import HANDLE, Handle, clean_copies
@@ -39,6 +40,7 @@ _deterministic = torch._C._get_deterministic_algorithms
 _inference_mode = torch.is_inference_mode_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 _missing = object()
 
@@ -58,6 +60,11 @@ def ambient_state() -> tuple[Any, ...]:
             for device in autocast_devices()
         )
     return (autocast, _deterministic(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation sees what calls compute."""
+    return _transform() is not None or forward_ad._current_level >= 0
 
 
 class Counter:
@@ -166,6 +173,8 @@ class Plan:
                 (_any_autocast(), _deterministic()) != self._flags
                 or _function_modes()
                 or _dispatch_modes()
+                or _transform() is not None
+                or forward_ad._current_level >= 0
                 or (self._flags[0] and ambient_state()[0] != self._ambient[0])
             ):
                 reason = self._ambient_reason()
@@ -201,8 +210,9 @@ class Plan:
     ) -> Any:
         if self.training or not grad:
             return self.run(*args, **kwargs)
-        given = (v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor) and v.requires_grad)
-        sources = tuple(p for p in self._parameters if p.requires_grad) + tuple(given)
+        given = [tensor for v in (*args, *kwargs.values()) for tensor in _tensors_in(v)]
+        sources = tuple(p for p in self._parameters if p.requires_grad)
+        sources += tuple({id(t): t for t in given if t.requires_grad}.values())
         if not sources:
             return self.run(*args, **kwargs)
         original = self.original(model)
@@ -210,7 +220,7 @@ class Plan:
             lambda: self.run(*args, **kwargs),
             lambda: original(*args, **kwargs),
             sources,
-            [v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor)],
+            given,
         )
 
     def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -227,16 +237,19 @@ class Plan:
     def _miss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
         """The call's key, and why its inputs are outside of what was proven, or None."""
         key: list[Any] = [_inference_mode()]
-        for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
-            if type(value) is _Tensor:
-                key.append(
-                    (name, value.shape, value.dtype, value.device, value.is_contiguous(), value.requires_grad)
-                )
-            else:
-                part = _key(value)
-                if part is _missing:
-                    return None, f"argument {name!r} has an unsupported type {type(value).__name__}"
-                key.append((name, part))
+        name: Any = None
+        try:
+            for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
+                if type(value) is _Tensor:
+                    facts = value.dtype, value.device, value.is_contiguous(), value.requires_grad
+                    key.append((name, value.shape, *facts))
+                else:
+                    part = _key(value)
+                    if part is _missing:
+                        return None, f"argument {name!r} has an unsupported type {type(value).__name__}"
+                    key.append((name, part))
+        except RuntimeError:  # sparse rows and nested tensors know no contiguity or no shape
+            return None, f"argument {name!r} is a tensor of an unsupported layout"
         hashed = tuple(key)
         found = self._known.get(hashed, _missing)
         if found is not _missing:
@@ -250,6 +263,8 @@ class Plan:
     def _ambient_reason(self) -> str:
         if _function_modes() or _dispatch_modes():
             return "a torch function or dispatch mode is active"
+        if transformed():
+            return "a function transform (torch.func) or forward-mode differentiation is active"
         now, then = ambient_state(), self._ambient
         if now[0] != then[0]:
             return "autocast differs from when the model was optimised"
@@ -260,6 +275,17 @@ def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
     if model.training is not flag:
         return f"the model is in {'training' if model.training else 'evaluation'} mode"
     return f"gradients are {'on' if grad else 'off'} in training mode"
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in an argument of a form that `_key` knows."""
+    if isinstance(value, _Tensor):
+        return [value]
+    if type(value) in (list, tuple):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    if type(value) is dict:
+        return [tensor for item in value.values() for tensor in _tensors_in(item)]
+    return []
 
 
 def _key(value: Any) -> Any:

@@ -39,9 +39,14 @@ def scalar_loss(output: Any, seed: int) -> torch.Tensor | None:
     loss = getattr(output, "loss", None)
     if loss is None and isinstance(output, dict):
         loss = output.get("loss")
-    if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
+    if (
+        isinstance(loss, torch.Tensor)
+        and loss.requires_grad
+        and loss.numel() == 1
+        and loss.is_floating_point()
+    ):
         return loss
-    leaves = [t for _, t in tree.walk(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    leaves = [_plain(t) for _, t in tree.walk(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     if not leaves:
         return None
     if len(leaves) == 1 and leaves[0].numel() == 1:
@@ -53,6 +58,15 @@ def scalar_loss(output: Any, seed: int) -> torch.Tensor | None:
         term = (leaf * direction).sum() / max(1, leaf.numel()) ** 0.5
         total = term if total is None else total + term
     return total
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as real numbers of a dtype and layout that can be multiplied and added up."""
+    if tensor.is_nested:
+        tensor = torch.nested.to_padded_tensor(tensor, 0.0)
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 class Runner:

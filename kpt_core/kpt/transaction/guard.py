@@ -50,7 +50,7 @@ class InputGuard:
         sizes: dict[str, int] = {}
         for (name, got), (_, want) in zip(leaves, known_leaves):
             if not isinstance(got, _TensorForm) or not isinstance(want, _TensorForm):
-                if got != want:
+                if type(got) is not type(want) or got != want:  # 1, 1.0 and True are equal
                     return 2, f"argument {name!r} is {got!r}; proven for {want!r}"
                 continue
             for field in ("dtype", "device", "contiguous", "kind"):
@@ -88,6 +88,9 @@ class _TensorForm:
         self.device = tensor.device
         self.shape = tuple(tensor.shape)
         self.contiguous = tensor.is_contiguous()
+
+    def __repr__(self) -> str:
+        return f"a {str(self.dtype).removeprefix('torch.')} tensor of shape {list(self.shape)}"
 
 
 def _describe(leaf: Any) -> Any:

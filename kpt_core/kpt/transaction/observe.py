@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.judge import outputs
+from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.transaction import workspace
@@ -84,11 +84,27 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
 
     Raises:
         TypeError, ValueError: the examples are of no known form, or on another device than the model.
+        Unsuitable: a tensor is of a kind that no input like it can be drawn of.
     """
     calls = as_calls(example_inputs)
+    for call in calls:
+        for path, leaf in call.leaves():
+            if isinstance(leaf, torch.Tensor) and (kind := _foreign(leaf)):
+                raise Unsuitable(f"the input {tree.spell(path)} is a {kind} tensor; plain ones are expected")
     check_devices(calls, model)
     canonical = Canonical(original_forward(model))
     return [Call(*canonical(call.args, call.kwargs)).clone() for call in calls]
+
+
+def _foreign(tensor: torch.Tensor) -> str:
+    """What makes ``tensor`` other than a plain one, or an empty string."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return type(tensor).__name__
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantised"
+    return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")
 
 
 def mode_of(model: torch.nn.Module) -> Mode:
@@ -147,7 +163,7 @@ def observe(
     mode = mode_of(model)
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
-    seconds = _warm_up(runner, plain, calls)
+    seconds = _warm_up(model, runner, plain, calls)
     _refuse_state(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
@@ -183,14 +199,49 @@ def observe(
     )
 
 
-def _warm_up(runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> float:
+def _warm_up(model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> float:
     """Run every example once (an example that eager cannot run is the user's error); time the first."""
     with runner.buffers_kept():
         for call in calls:
-            runner.step(plain.forward, call.clone())
+            try:
+                output = runner.step(plain.forward, call.clone())
+            except Exception as error:
+                _explain(model, runner, plain, call, error)
+                raise
+            for path, leaf in tree.walk(output):
+                if isinstance(leaf, torch.Tensor) and leaf.is_nested:
+                    raise Unsuitable(f"{tree.spell(path)} is a nested tensor, which cannot be compared")
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start
+
+
+def _explain(
+    model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, call: Call, error: Exception
+) -> None:
+    """Return if ``error`` is the user's, the example being one that the model cannot run.
+
+    Raises:
+        Unsuitable: the model may well run it, and only what a run does beside the forward cannot.
+    """
+    told = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    if model._forward_pre_hooks:
+        raise Unsuitable(
+            f"the forward does not take the example itself ({told}), and the model has a forward pre-hook, "
+            "which may change what it is called with; optimise without examples, so that a call of the "
+            "forward is observed, or optimise the modules inside"
+        ) from error
+    if not runner.training or isinstance(error, torch.OutOfMemoryError):
+        return
+    try:
+        with torch.enable_grad():
+            plain.forward(*call.clone().args, **call.clone().kwargs)
+    except Exception:  # noqa: BLE001 - the forward itself fails, which the first error says
+        return
+    raise Unsuitable(
+        f"the model is in training mode, and no gradient can be taken through its outputs ({told}); "
+        "call model.eval() to optimise it for inference"
+    ) from error
 
 
 def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:

@@ -94,7 +94,12 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
 def _execute(
     model: torch.nn.Module, example_inputs: Any, request: Request, ranks: distributed.Ranks | None
 ) -> Receipt:
-    calls = prepare_calls(model, example_inputs)
+    try:
+        calls = prepare_calls(model, example_inputs)
+    except Unsuitable as error:
+        receipt = Run(model, request).receipt
+        receipt.reason = str(error)
+        return receipt
     spec = InputSpec.from_calls(calls, request.dynamic_shapes, original_forward(model))
     request.examples = calls
     run = Run(model, request)

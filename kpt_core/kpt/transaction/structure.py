@@ -1,10 +1,12 @@
-"""Notices that a submodule computes something else: another forward, another class, other children.
+"""Notices that a submodule computes something else: another forward, class, children or tensors.
 
 An instance attribute leaves no trace that could be compared within a microsecond for hundreds of modules.
 But ``module.forward = other`` passes through ``nn.Module.__setattr__``, which asks the module's parameters,
 children and buffers for the name first. Nearly every module has one of these dictionaries empty. In its
 place stands an equal one, an `Ear`, that notes when it is asked for a name that matters; the next call then
-compares everything once. Calls without such a write pay nothing.
+compares everything once. Calls without such a write pay nothing. A dictionary that holds parameters or
+buffers is replaced by a `Store`, which hears a tensor being exchanged past the module's interface, as
+`torch.func.functional_call` and loaders of weights do it.
 
 Unnoticed are writes that do not pass there: into a module's ``__dict__`` or ``_modules``, or to an
 attribute of a class. They are found when everything is compared for another reason: a switch of the mode,
@@ -24,6 +26,7 @@ _NAMES = frozenset({"forward", "__class__", "_modules", "training"})
 #: In this order: a leaf's parameters are found without its children being asked, and a container's
 #: children are asked for last.
 _STORES = ("_modules", "_buffers", "_parameters")
+_FACTS = ("the class", "the forward", "the forward", "a child", "a parameter or buffer")
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
 
@@ -49,8 +52,28 @@ class Ear(dict):  # type: ignore[type-arg]
         return dict(self)
 
 
+class Store(dict):  # type: ignore[type-arg]
+    """A module's parameters or buffers, which hears one being exchanged or removed. Copies are plain."""
+
+    listener: Structure | None = None
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        if self.listener is not None:
+            self.listener.unsure = True
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: Any) -> None:
+        if self.listener is not None:
+            self.listener.unsure = True
+        super().__delitem__(name)
+
+    __reduce__ = Ear.__reduce__
+    __deepcopy__ = Ear.__deepcopy__
+    copy = Ear.copy
+
+
 class Structure:
-    """The forwards, classes and children below ``model`` as they were at construction.
+    """The forwards, classes, children and tensors below ``model`` as they were at construction.
 
     ``unsure`` says that they may have changed; `changed` compares. ``names`` maps the id of a module to
     its path.
@@ -63,11 +86,14 @@ class Structure:
         self._undo: list[Callable[[], None]] = []
         for module in self._modules:
             self._listen(module)
+            self._listen_to_tensors(module)
         containers = [m for m in self._modules if isinstance(m, _CONTAINERS)]
         self._children = [m._modules for m in containers if m._modules]
         self._lengths = list(map(len, self._children))
         self.containers = len(self._children)
         self._known = [self._facts(module) for module in self._modules]
+        # What is compared by its id has to stay alive, lest another object gets that id.
+        self._alive = [(*module._parameters.values(), *module._buffers.values()) for module in self._modules]
         self.unsure = False
 
     def resized(self) -> bool:
@@ -80,7 +106,7 @@ class Structure:
         self.unsure = False
         for module, known in zip(self._modules, self._known):
             now = self._facts(module)
-            for what, old, new in zip(("the class", "the forward", "the forward", "a child"), known, now):
+            for what, old, new in zip(_FACTS, known, now):
                 if old is not new and old != new:
                     self.unsure = True  # it may be put back
                     return f"{what} of {self._names[id(module)] or 'the model'} was replaced"
@@ -95,7 +121,8 @@ class Structure:
         # The root's own forward is the dispatcher; who replaces that does not call the plan.
         own = None if module is self._root else module.__dict__.get("forward")
         children = tuple(map(id, module._modules.values()))
-        return type(module), own, type(module).forward, children
+        tensors = (*map(id, module._parameters.values()), *map(id, module._buffers.values()))
+        return type(module), own, type(module).forward, children, tensors
 
     def _listen(self, module: torch.nn.Module) -> None:
         for store in _STORES:
@@ -107,12 +134,22 @@ class Structure:
                 self._undo.append(_put_back(module, store, ear, original))
                 return
 
+    def _listen_to_tensors(self, module: torch.nn.Module) -> None:
+        for name in ("_parameters", "_buffers"):
+            original = module.__dict__.get(name)
+            if type(original) is dict and original:
+                store = Store(original)
+                store.listener = self
+                module.__dict__[name] = store
+                self._undo.append(_put_back(module, name, store, original))
 
-def _put_back(module: torch.nn.Module, store: str, ear: Ear, original: Any) -> Callable[[], None]:
+
+def _put_back(module: torch.nn.Module, store: str, ear: Ear | Store, original: Any) -> Callable[[], None]:
     def undo() -> None:
         ear.listener = None
         if module.__dict__.get(store) is ear:
             module.__dict__[store] = original
+            original.clear()
             original.update(ear)
 
     return undo

@@ -17,7 +17,7 @@ import torch
 
 from kpt.transaction.copies import HANDLE, REDUCE
 from kpt.transaction.dispatch import is_dispatcher
-from kpt.transaction.structure import Ear
+from kpt.transaction.structure import Ear, Store
 
 _HOOK_DICTS = tuple(
     name
@@ -63,7 +63,7 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
             if name in _HOOK_DICTS:
                 state[name] = OrderedDict()
             elif name in _STRUCTURE:
-                kind: Any = dict if type(value) is Ear else type(value)
+                kind: Any = dict if type(value) in (Ear, Store) else type(value)
                 state[name] = kind((key, copier(item)) for key, item in value.items())
             elif name in OURS and (name != "forward" or is_dispatcher(value)):
                 continue
