@@ -26,12 +26,15 @@ class KernelSuite(Suite, standard=True):
     Override `arguments` for an op that is not in the core's catalogue or for other shapes, `site` for
     a kernel that prepares sites of another kind, and ``device`` for a kernel of an accelerator.
     ``rows`` are the numbers of rows that are always tried, ``most_rows`` bounds those drawn at random.
+    ``compute_dtype`` is what the kernel's arithmetic drops to, for one that quantises and is judged by the
+    rule of its level; None where dtypes stay.
     """
 
     kernel: ClassVar[KernelSpec]
     device: ClassVar[str] = "cpu"
     rows: ClassVar[Sequence[int]] = (1, 7, 33)
     most_rows: ClassVar[int] = 70
+    compute_dtype: ClassVar[torch.dtype | None] = None
 
     def arguments(self) -> Mapping[str, Any]:
         """Typical arguments of the op by name; tensors are drawn like these, in every dtype."""
@@ -88,7 +91,8 @@ class KernelSuite(Suite, standard=True):
             arguments = site.arguments(*call.args, **call.kwargs)
             fixed = frozenset(tensors)
             make = inputs_like({name: _detached(value) for name, value in arguments.items()}, fixed=fixed)
-        found = judge_kernel(run, self.reference(), make, level=self.kernel.level, fixed=fixed, **probes)
+        rest = {"compute_dtype": self.compute_dtype, **probes}
+        found = judge_kernel(run, self.reference(), make, level=self.kernel.level, fixed=fixed, **rest)
         assert found.passed, f"{self.kernel.op}/{self.kernel.name} in {dtype}: {found.rule}: {found.detail}"
 
     def test_spec_is_valid(self) -> None:

@@ -67,6 +67,20 @@ def kpt_ops() -> Iterator[OpSpec]:
         f"{references}.embedding:embedding_sum_norm",
         summary="the layer norm of the sum of word, position and type embeddings",
     )
+    fp8 = "mode='row', scale=None, dtype=None) -> (fp8, scale"
+    for name, arguments, summary in (
+        ("quantise_fp8", "x", "with a scale for each row, block of 128 columns or tensor"),
+        ("silu_mul_fp8", "gate, up", "of silu(gate) * up"),
+        ("rms_norm_fp8", "x, weight=None, eps=1e-6, offset=0.0, residual=None", "of rms_norm"),
+        (
+            "layer_norm_fp8",
+            "x, weight=None, bias=None, eps=1e-5, residual=None",
+            "of layer_norm",
+        ),
+    ):
+        total = "[, x + residual])" if "residual" in arguments else ")"
+        signature = f"({arguments}, {fp8}{total}"
+        yield OpSpec(name, signature, f"{references}.quantise:{name}", summary=f"fp8 {summary}")
     packed = "cu_seqlens_q, cu_seqlens_k, max_q, max_k"
     how = "is_causal=False, scale=None, softcap=None, sinks=None, window=None"
     yield OpSpec(
@@ -114,6 +128,11 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("bias_activation", "activations:bias_activation")
     yield _kernel("group_norm", "group_norm:group_norm")
     yield _kernel("embedding_sum_norm", "embedding:embedding_sum_norm")
+    coded: dict[str, object] = {"backward": False, "level": "aggressive"}
+    for op in ("quantise_fp8", "silu_mul_fp8"):
+        yield _kernel(op, f"quantise:{op}", **coded)
+    for op in ("rms_norm_fp8", "layer_norm_fp8"):
+        yield _kernel(op, f"norms_fp8:{op}", **coded)
     yield _kernel("softmax", "softmax:softmax")
     yield _kernel("cross_entropy", "losses:cross_entropy")
     yield _kernel("linear_cross_entropy", "linear_losses:linear_cross_entropy")
