@@ -23,7 +23,20 @@ from kpt_plugin_triton.launch import INTERPRETED, Launch, architecture, is_recor
 from kpt_plugin_triton.tuning import KERNELS, SCHEMA, Options, Tuned
 
 #: The modules that have a ``WORKLOADS`` list.
-FAMILIES = ("norms", "losses", "softmax", "rope", "qk_norm_rope")
+FAMILIES = (
+    "norms",
+    "losses",
+    "softmax",
+    "rope",
+    "qk_norm_rope",
+    "quantise",
+    "group_norm",
+    "embedding",
+    "attention",
+    "glu",
+    "activations",
+    "skinny",
+)
 
 
 @dataclass(frozen=True)
