@@ -7,7 +7,8 @@ every case; where time is short (--limit), the cases that matter most come first
 
     python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--limit SECONDS]
 
---warm N first prepares all cases in N processes at once, whose compilers fill the caches on disk.
+With --share 0/4 a process only prepares its share of the cases: four of them fill the compilers' caches on
+disk faster than one, before the run that measures.
 """
 
 from __future__ import annotations
@@ -16,11 +17,8 @@ import argparse
 import contextlib
 import gc
 import importlib
-import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,22 +280,6 @@ def prepare_only(cases: list[Any], until: float) -> None:
         torch.cuda.empty_cache()
 
 
-def warm(processes: int, seconds: float) -> None:
-    """Run `prepare_only` in that many processes, each over its share of the cases, for so long at most."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--limit", str(seconds), "--share"]
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    started = time.perf_counter()
-    running = [
-        subprocess.Popen([*command, f"{number}/{processes}"], env=environment) for number in range(processes)
-    ]
-    for process in running:
-        try:
-            process.wait(max(1.0, seconds + 20.0 - (time.perf_counter() - started)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-    print(f"warmed in {time.perf_counter() - started:.0f} s", flush=True)
-
-
 def main() -> None:
     import torch
 
@@ -308,8 +290,6 @@ def main() -> None:
     parser.add_argument("--matching", type=re.compile, default=re.compile(""), help="cases, as 'op size'")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender and case")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no case is begun")
-    parser.add_argument("--warm", type=int, default=0, help="processes that fill the compilers' caches first")
-    parser.add_argument("--warm-seconds", type=float, default=45.0, help="how long they may take")
     parser.add_argument("--share", help="which of the cases to prepare only, as 0/8")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
@@ -321,8 +301,6 @@ def main() -> None:
         number, count = map(int, options.share.split("/"))
         prepare_only(cases[number::count], until)
         return
-    if options.warm:
-        warm(options.warm, options.warm_seconds)
     import triton
 
     settings = {"seconds": options.seconds, "rounds": ROUNDS}
@@ -339,12 +317,13 @@ def main() -> None:
     }
     print({name: round(value) for name, value in content["ceilings"].items()}, flush=True)
     print({name: round(value, 1) for name, value in content["launch_microseconds"].items()}, flush=True)
-    records: dict[str, dict[str, Any]] = {}
+    done: dict[str, dict[str, Any]] = {}
+    missed: dict[str, dict[str, Any]] = {}
     path: Path | None = None
     for record in measured(cases, options.seconds, until):
-        records[f"{record['op']} {record['size']}"] = record
-        everything = with_todays("gpu_kernels", "cases", records, settings, options.results)
-        path = write_result("gpu_kernels", {**content, "cases": everything}, options.results)
+        (missed if "failed" in record else done)[f"{record['op']} {record['size']}"] = record
+        records = with_todays("gpu_kernels", "cases", done, settings, options.results)
+        path = write_result("gpu_kernels", {**content, "cases": {**missed, **records}}, options.results)
     print(path)
 
 
