@@ -50,9 +50,7 @@ def clone(
     kept: list[Any] = []  # keeps ids in ``memo`` valid
     modules = list(root.modules())
     for module in modules:
-        cls: Any = type(module)
-        twin = cls.__new__(cls)
-        memo[id(module)] = twin
+        memo[id(module)] = blank(type(module))
     for module in modules:
         for is_parameter, table in ((True, module._parameters), (False, module._buffers)):
             for value in table.values():
@@ -61,26 +59,52 @@ def clone(
     for module in modules:
         twin = memo[id(module)]
         state = twin.__dict__
-        for name, value in module.__dict__.items():
+        for name, value in (*module.__dict__.items(), *slots(module)):
             if name in _STATE:
                 continue
             if value is None or isinstance(value, _ATOMS):
-                state[name] = attribute(value) if attribute else value
+                copied = attribute(value) if attribute else value
             elif isinstance(value, tuple) and all(isinstance(item, _ATOMS) for item in value):
-                state[name] = attribute(value) if attribute else value
+                copied = attribute(value) if attribute else value
             else:
                 try:
-                    state[name] = copy.deepcopy(value, memo)
+                    copied = copy.deepcopy(value, memo)
                 except Exception as error:  # noqa: BLE001 - locks, generators, process groups: shared, as they must be
                     kept.append(error)
-                    state[name] = value
+                    copied = value
+            if name in module.__dict__:
+                state[name] = copied
+            else:
+                object.__setattr__(twin, name, copied)
         state["_parameters"] = {k: None if v is None else memo[id(v)] for k, v in module._parameters.items()}
         state["_buffers"] = {k: None if v is None else memo[id(v)] for k, v in module._buffers.items()}
         state["_modules"] = {k: None if v is None else memo[id(v)] for k, v in module._modules.items()}
         for name in _HOOKS:
             state[name] = OrderedDict()
-    copied: torch.nn.Module = memo[id(root)]
-    return copied
+    result: torch.nn.Module = memo[id(root)]
+    return result
+
+
+def blank(cls: Any) -> Any:
+    """An instance of ``cls`` itself: a ``__new__`` of its own may make another class (torch.fx does) or ask
+    for arguments."""
+    try:
+        return object.__new__(cls)
+    except TypeError:  # laid out by a base that is not Python's
+        return cls.__new__(cls)
+
+
+def slots(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of ``module`` that its classes keep in slots."""
+    found: list[tuple[str, Any]] = []
+    for cls in type(module).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    found.append((name, member.__get__(module)))
+                except AttributeError:  # not set
+                    continue
+    return found
 
 
 def _share(value: torch.Tensor, is_parameter: bool) -> torch.Tensor:

@@ -277,9 +277,28 @@ def _request(model: Any, **options: Any) -> Request:
 def _defer(model: torch.nn.Module, request: Request) -> None:
     from kpt.transaction.deferred import Deferred
 
+    def original(reason: str) -> Receipt:
+        return Receipt(
+            model=type(model).__name__,
+            mode="deferred",
+            level=request.level,
+            objective=request.objective,
+            reason=reason,
+        )
+
+    def start(target: torch.nn.Module, call: Call) -> None:
+        try:
+            run(target, call, request)
+        except Exception as error:
+            _receipts[target] = original(f"the run failed: {type(error).__name__}: {error}")
+            raise
+
     _receipts.pop(model, None)
     _requests[model] = request
-    Deferred(model, lambda target, call: run(target, call, request))
+    if isinstance(model, torch.jit.ScriptModule):
+        _receipts[model] = original("the model is a scripted module, which has no Python forward to change")
+        return
+    Deferred(model, start)
 
 
 def _take_back(model: torch.nn.Module) -> None:

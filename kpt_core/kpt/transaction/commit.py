@@ -111,13 +111,13 @@ def commit(
     except BaseException:
         committed.take_back()
         raise
-    used = committed.plan.optimized_calls
+    used, fallbacks = committed.plan.optimized_calls, committed.plan.fallbacks.to_dict()
     committed.plan.reset_counters()
     faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)
     if used == 0 or not faster:
         committed.take_back()
         reason = (
-            "the guard let no call reach the plan: " + ", ".join(committed.plan.fallbacks.to_dict())
+            "the guard let no call reach the plan: " + ", ".join(fallbacks)
             if used == 0
             else f"end to end not faster beyond doubt ({timing.ratio:.2f}x, from {timing.low:.2f}x)"
         )

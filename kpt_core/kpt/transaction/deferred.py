@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,7 @@ class Deferred:
         self._uninstall = dispatch.install(model, self)
 
     def original(self, model: torch.nn.Module) -> Callable[..., Any]:
-        return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
+        return self.previous if self.previous is not None else dispatch.forward_of_class(model)
 
     def take_back(self) -> list[str]:
         if self._uninstall is not None:

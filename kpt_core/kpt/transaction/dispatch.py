@@ -161,7 +161,7 @@ class Plan:
 
     def original(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The user's own forward."""
-        return self.previous if self.previous is not None else types.MethodType(type(model).forward, model)
+        return self.previous if self.previous is not None else forward_of_class(model)
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = self.watch.reason or self.switched_off
@@ -339,12 +339,22 @@ def _own_forward(model: torch.nn.Module) -> Any:
     return None if current is None or is_dispatcher(current) else current
 
 
+def forward_of_class(model: torch.nn.Module) -> Callable[..., Any]:
+    """The forward that ``model`` has from its class: bound, unless it is a static method."""
+    cls = type(model)
+    for base in cls.__mro__:
+        found = base.__dict__.get("forward")
+        if found is not None:
+            return found.__get__(model, cls) if hasattr(found, "__get__") else found  # type: ignore[no-any-return]
+    raise AttributeError(f"{cls.__name__} has no forward")
+
+
 def original_forward(model: torch.nn.Module) -> Callable[..., Any]:
     """The user's forward, whether or not a plan is installed."""
     plan = plan_of(model)
     if plan is not None:
         return plan.original(model)  # type: ignore[no-any-return]
-    return _own_forward(model) or types.MethodType(type(model).forward, model)
+    return _own_forward(model) or forward_of_class(model)
 
 
 def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
@@ -397,7 +407,7 @@ def _content(cell: types.CellType) -> Any:
 
 def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any) -> None:
     """Take the dispatcher out from under a wrapper that was put around it after the commit."""
-    replacement = previous if previous is not None else types.MethodType(type(model).forward, model)
+    replacement = previous if previous is not None else forward_of_class(model)
     for name, value in vars(model).items():
         if value is installed and name != "forward":  # accelerate keeps the wrapped forward here
             model.__dict__[name] = replacement

@@ -20,7 +20,15 @@ from kpt.transaction.budget import Budget, BudgetSpent
 from kpt.transaction.commit import Committed, commit
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
-from kpt.transaction.observe import Observation, Unsuitable, device_of, mode_of, observe, prepare_calls
+from kpt.transaction.observe import (
+    Observation,
+    Unsuitable,
+    device_of,
+    mode_of,
+    observe,
+    prepare_calls,
+    refuse_unsuitable,
+)
 from kpt.transaction.plan import Proposals
 from kpt.transaction.propose import propose, rebuild
 from kpt.transaction.receipt import Entry, Receipt
@@ -95,6 +103,7 @@ def _execute(
     model: torch.nn.Module, example_inputs: Any, request: Request, ranks: distributed.Ranks | None
 ) -> Receipt:
     try:
+        refuse_unsuitable(model)
         calls = prepare_calls(model, example_inputs)
     except Unsuitable as error:
         receipt = Run(model, request).receipt

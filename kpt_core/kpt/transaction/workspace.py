@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kpt.ops.clone import blank, slots
 from kpt.transaction.copies import HANDLE, REDUCE
 from kpt.transaction.dispatch import is_dispatcher
 from kpt.transaction.structure import Ear, Store
@@ -53,8 +54,7 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
             raise WorkspaceError(
                 f"{type(module).__name__} is a scripted module, which has no Python forward to change"
             )
-        cls: Any = type(module)
-        memo[id(module)] = cls.__new__(cls)
+        memo[id(module)] = blank(type(module))
     copier = _Copier(memo, replaced, kept_alive)
     for module in modules:
         target = memo[id(module)]
@@ -69,6 +69,8 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
                 continue
             else:
                 state[name] = copier(value)
+        for name, value in slots(module):
+            object.__setattr__(target, name, copier(value))
     return memo[id(model)]
 
 
