@@ -107,8 +107,10 @@ def _queries_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[st
         yield {**options, "SPLIT": 1}
 
 
-keys_options = Tuned("attention_backward_keys", ("head", "kind"), _keys_rule, _keys_candidates)
-queries_options = Tuned("attention_backward_queries", ("head", "kind"), _queries_rule, _queries_candidates)
+keys_options = Tuned("attention_backward_keys", ("head", "kind"), _keys_rule, _keys_candidates, reach=1.0)
+queries_options = Tuned(
+    "attention_backward_queries", ("head", "kind"), _queries_rule, _queries_candidates, reach=1.0
+)
 
 
 def run_backward(

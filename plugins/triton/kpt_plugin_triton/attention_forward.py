@@ -208,7 +208,7 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
                             yield {**base, "SPLIT": 0, "SPECIALISE": 1}
 
 
-forward_options = Tuned("attention_forward", ("head", "kind"), forward_rule, forward_candidates)
+forward_options = Tuned("attention_forward", ("head", "kind"), forward_rule, forward_candidates, reach=1.0)
 
 
 def described(options: Options, *tensors: torch.Tensor) -> bool:

@@ -57,7 +57,7 @@ def _candidates(itemsize: int, head: int, rows: int) -> Iterator[dict[str, int]]
                         }
 
 
-split_options = Tuned("decode_split", ("head", "rows"), _rule, _candidates)
+split_options = Tuned("decode_split", ("head", "rows"), _rule, _candidates, reach=1.0)
 
 
 def takes(form: Form, how: How) -> bool:

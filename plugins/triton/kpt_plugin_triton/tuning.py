@@ -2,7 +2,8 @@
 
 The tables are ``tuned/<architecture>.json``, written by ``kpt bench --tune``; a user's own, from the
 user data folder or ``KPT_TRITON_TUNED`` (a folder), comes before the packaged one. A shape that was not
-measured takes the options of the nearest one of the same dtype, within a factor of two in each size;
+measured takes the options of the nearest one of the same dtype, within a factor of two in each size
+(attention: of exactly that head size and kind);
 beyond that, and on architectures without a table, the kernel's rule decides.
 """
 
@@ -37,6 +38,8 @@ class Tuned:
         sizes: the names of the integers that options depend on.
         rule: gives options for sizes (and the width of the dtype in bytes) that were never measured.
         candidates: the options worth timing for such sizes.
+        reach: how far, as a factor in each size, a measured shape may be from the one that is asked for; 1
+            where options that fit one size do not fit its double.
     """
 
     def __init__(
@@ -45,11 +48,13 @@ class Tuned:
         sizes: tuple[str, ...],
         rule: Callable[..., dict[str, int]],
         candidates: Callable[..., Iterator[dict[str, int]]],
+        reach: float = REACH,
     ) -> None:
         self.name = name
         self.sizes = sizes
         self.rule = rule
         self.candidates = candidates
+        self.reach = reach
         self._chosen: dict[Any, Options] = {}
         KERNELS[name] = self
 
@@ -66,7 +71,7 @@ class Tuned:
 
     def choose(self, arch: str, itemsize: int, *sizes: int) -> Options:
         """The options for an architecture by name, on this machine or not."""
-        return _nearest(self.entries(arch), itemsize, sizes) or self.rule(itemsize, *sizes)
+        return _nearest(self.entries(arch), itemsize, sizes, self.reach) or self.rule(itemsize, *sizes)
 
     def entries(self, arch: str) -> list[dict[str, Any]]:
         """The measured rows of this kernel: ``itemsize``, ``sizes`` and ``options`` each."""
@@ -81,13 +86,15 @@ class Tuned:
 KERNELS: dict[str, Tuned] = {}
 
 
-def _nearest(entries: list[dict[str, Any]], itemsize: int, sizes: tuple[int, ...]) -> Options | None:
+def _nearest(
+    entries: list[dict[str, Any]], itemsize: int, sizes: tuple[int, ...], reach: float
+) -> Options | None:
     best, best_distance = None, math.inf
     for entry in entries:
         if entry["itemsize"] != itemsize:
             continue
         steps = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(sizes, entry["sizes"])]
-        if max(steps, default=0.0) <= math.log2(REACH) and sum(steps) < best_distance:
+        if max(steps, default=0.0) <= math.log2(reach) and sum(steps) < best_distance:
             best, best_distance = entry["options"], sum(steps)
     return best
 
