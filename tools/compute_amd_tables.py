@@ -1,8 +1,8 @@
 """Write the tables of plugins/rocm: options for AMD's architectures that no one has measured yet.
 
-For every size that `kpt bench --tune` would measure: of the options worth timing, the one that is nearest to
-the rule's with half its warps (a wavefront has 64 lanes), and that compiles without spills and within the
-LDS. Compiling takes about ten minutes for all architectures on two cores.
+For every size that `kpt bench --tune` would measure: the rule's options, or of those worth timing the nearest
+to them, that compile without spills and within the LDS. Compiling takes about ten minutes for all
+architectures on two cores.
 
     python tools/compute_amd_tables.py [--architectures gfx942] [--kernels norm_forward]
 """
@@ -48,9 +48,8 @@ def fits(work: tuner.Workload, dtype: torch.dtype, size: tuple[int, ...], option
 
 def choice(work: tuner.Workload, dtype: torch.dtype, size: tuple[int, ...], target: str) -> Any:
     """The nearest options that fit, or None."""
-    rule = dict(work.kernel.rule(dtype.itemsize, *size))
-    wanted = {**rule, "num_warps": max(1, rule.get("num_warps", 4) // 2)}
-    options = [wanted, rule, *work.kernel.candidates(dtype.itemsize, *size)]
+    wanted = dict(work.kernel.rule(dtype.itemsize, *size))
+    options = [wanted, *work.kernel.candidates(dtype.itemsize, *size)]
     for candidate in sorted(options, key=lambda item: distance(item, wanted)):
         if candidate.get("num_warps", 4) <= 16 and fits(work, dtype, size, candidate, target):
             return candidate

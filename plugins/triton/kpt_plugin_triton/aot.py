@@ -141,7 +141,11 @@ def _cuda_usage(compiled: Any) -> tuple[int, int]:
 
 
 def _hip_usage(text: str) -> tuple[int, int]:
-    """(vector registers a lane, registers spilled) from the metadata at the end of the assembly."""
+    """(vector registers a lane, spilled) from the metadata at the end of the assembly.
+
+    What counts is memory: vector registers that were spilled, and bytes of scratch. Scalar registers spill
+    into lanes of a vector register, which costs no memory and shows in the number of vector registers.
+    """
 
     def number(name: str) -> int:
         match = re.search(rf"\.{name}:\s+(\d+)", text)
@@ -149,7 +153,7 @@ def _hip_usage(text: str) -> tuple[int, int]:
             raise RuntimeError(f"the assembly has no {name}")
         return int(match[1])
 
-    return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count")
+    return number("vgpr_count"), number("vgpr_spill_count") + number("private_segment_fixed_size")
 
 
 def describe(launch: Launch) -> tuple[Any, ...]:

@@ -147,7 +147,12 @@ def _run_backward(
     else:
         if options is None:
             options = backward_options(x.device.index, x.element_size(), columns)
-        programs = min(ceil_div(rows, options["ROWS"]), options["PROGRAMS"] * processors(x.device.index))
+        each = options["ROWS"]
+        warps = options["num_warps"]
+        if centred and warps >= 16 and each * block >= 32 * 32 * warps:
+            # Tuned without a mean; with one, 128 registers a thread hold half as many elements.
+            each = max(1, each // 2)
+        programs = min(ceil_div(rows, each), options["PROGRAMS"] * processors(x.device.index))
     sums = [
         None if out is None else torch.empty((programs, columns), dtype=wide, device=x.device)
         for out in (dweight, dbias)
@@ -173,8 +178,8 @@ def _run_backward(
                 *(flat, grad, more, weight, mean, rstd, dx, *sums),
                 *(rows, stride, grad_stride, more_stride, offset),
             ),
-            (columns, block, options["ROWS"], centred, accumulate),
-            options["num_warps"],
+            (columns, block, each, centred, accumulate),
+            warps,
         )
     if dweight is not None or dbias is not None:
         _column_sums(

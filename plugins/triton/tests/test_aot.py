@@ -90,21 +90,21 @@ def test_options_follow_the_architecture(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setenv("KPT_TRITON_TUNED", str(tmp_path))
     row = {"kernel": "norm_forward", "itemsize": 2, "sizes": [4096], "ms": 0.1}
-    tuner.write(tmp_path / "gfx942.json", "gfx942", [{**row, "options": {"ROWS": 3, "num_warps": 2}}])
+    tuner.write(tmp_path / "sm_89.json", "sm_89", [{**row, "options": {"ROWS": 3, "num_warps": 2}}])
     tuning.forget()
     try:
         chosen = {
-            size: norms.forward_options.choose("gfx942", 2, size)["num_warps"] for size in (4096, 6000, 16384)
+            size: norms.forward_options.choose("sm_89", 2, size)["num_warps"] for size in (4096, 6000, 16384)
         }
         assert chosen[4096] == chosen[6000] == 2
         assert chosen[16384] == norms._forward_rule(2, 16384)["num_warps"]
         assert norms.forward_options.choose("sm_80", 2, 4096) == norms._forward_rule(2, 4096)
         tuner.write(
-            tmp_path / "gfx942.json",
-            "gfx942",
+            tmp_path / "sm_89.json",
+            "sm_89",
             [{**row, "sizes": [64], "options": {"ROWS": 1, "num_warps": 1}}],
         )
-        assert len(norms.forward_options.entries("gfx942")) == 2, "rows that were not measured again stay"
+        assert len(norms.forward_options.entries("sm_89")) == 2, "rows that were not measured again stay"
     finally:
         monkeypatch.undo()
         tuning.forget()
