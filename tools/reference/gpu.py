@@ -18,7 +18,18 @@ COLOURS = {
     "flash": "#8c6bb1",
     "cudnn": "#1b9e77",
     "flex": "#c51b7d",
+    "torchao": "#a6761d",
     "kpt": "#3f51b5",
+}
+#: Errors of a result file (by date, case and contender) that say nothing, and why. The file stays as it was
+#: written; the page leaves these figures out.
+SPOILED: dict[tuple[str, str, str], str] = {
+    ("2026-11-25", "swiglu fwd+bwd 16384x14336", name): (
+        "Liger writes its gradients over its inputs, which the contenders of this run shared: its error and "
+        "that of kpt, which came after it, were taken on overwritten inputs and are left out. The benchmark "
+        "gives each contender inputs of its own since; this case was not measured again."
+    )
+    for name in ("liger", "kpt")
 }
 _LEFT, _RIGHT, _ROW, _TOP = 330, 560, 17, 46
 
@@ -26,54 +37,119 @@ _LEFT, _RIGHT, _ROW, _TOP = 330, 560, 17, 46
 def page(folder: Path) -> str:
     """Every case with every contender."""
     found = latest(folder, "gpu_kernels")
-    parts = ["# GPU kernels"]
+    parts = ["# GPU kernels: figures"]
     if found is None:
         return "\n\n".join([*parts, "No result file has been committed yet."]) + "\n"
     path, content = found
     limits = content["ceilings"]
+    products = ", ".join(
+        f"of {name.split('_')[2]}³ at {value:.0f}" for name, value in limits.items() if "matmul" in name
+    )
     parts += [
         "Each kernel of the triton plugin beside everyone else who computes the same thing, in one run. "
         "GB/s count the fewest bytes that have to move; times are medians of several rounds in which the "
-        "contenders alternate, with the L2 cache flushed before each call; errors are relative to a "
-        "reference in fp32 or better. A contender that did not run is listed with its reason.",
+        "contenders alternate, with the L2 cache flushed before each call; the spread is the largest less "
+        "the smallest round, over the median: where it is large, the figure says little. Errors are relative "
+        "to a reference in fp32 or better. A contender that did not run is listed with its reason.",
         f"Device: {content['device']['name']}; Triton {content['triton']}, torch "
-        f"{content['versions']['torch']}; {content['date']}; file `benchmarks/results/{path.name}`. Ceilings "
-        f"measured in the same run: a copy moves {limits['copy_GB/s']:.0f} GB/s (read and written), a bf16 "
-        f"product of 8192³ runs at {limits['bf16_matmul_8192_TFLOP/s']:.0f} TFLOP/s.",
+        f"{content['versions']['torch']}, torchao {content['versions']['torchao']}; {content['date']}; file "
+        f"`benchmarks/results/{path.name}`. Ceilings measured in the same run: a copy moves "
+        f"{limits['copy_GB/s']:.0f} GB/s (read and written), bf16 products {products} TFLOP/s.",
         f"![Achieved rates against the measured ceilings](assets/{PLOT})",
     ]
+    records = list(content["cases"].values())
+    measured = [record for record in records if "contenders" in record]
+    parts += _goals(measured)
     if "launch_microseconds" in content:
         rows = [[name, f"{value:.1f}"] for name, value in content["launch_microseconds"].items()]
         parts += ["## What a launch costs the host", table(["launch of a small rms_norm", "µs"], rows)]
     ops: dict[str, list[dict[str, Any]]] = {}
-    for record in content["cases"].values():
+    for record in measured:
         ops.setdefault(record["op"], []).append(record)
-    for op, records in ops.items():
+    for op, of_op in ops.items():
         parts.append(f"## {op}")
-        for record in records:
-            parts += _section(record)
+        for record in of_op:
+            parts += _section(record, content["date"])
+    absent = [[r["op"], r["size"], r.get("failed", "")] for r in records if "contenders" not in r]
+    if absent:
+        parts += ["## Not measured in this run", table(["case", "size", "why"], sorted(absent))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _section(record: dict[str, Any]) -> list[str]:
-    unit = record["unit"]
-    goal = "" if record.get("goal") is None else f", goal {record['goal']:g} {unit}"
-    if "failed" in record:
-        return [f"**{record['size']}**{goal}: not measured, {record['failed']}"]
+def _goals(records: list[dict[str, Any]]) -> list[str]:
+    """Every goal, reached or missed."""
+    rows = [[record["op"], record["size"], *judged] for record in records for judged in _judged_goals(record)]
+    if not rows:
+        return []
+    reached = sum(row[-1] == "reached" for row in rows)
+    return [
+        "## Goals",
+        f"{reached} of {len(rows)} are reached.",
+        table(["case", "size", "goal", "kpt", ""], rows),
+    ]
+
+
+def _judged_goals(record: dict[str, Any]) -> list[list[str]]:
+    """(goal, what was measured, "reached" or by how much it is missed) of one case."""
+    own, unit = record["contenders"].get("kpt", {}), record["unit"]
+    found = []
+    if record.get("goal") is not None:
+        goal = float(record["goal"])
+        if "ms" not in own:
+            found.append([f"{goal:g} {unit}", "", "not measured"])
+        else:
+            value = own["ms"] if unit == "ms" else own["rate"]
+            share = goal / value if unit == "ms" else value / goal
+            found.append([f"{goal:g} {unit}", f"{value:.4g} {unit}", _verdict(share)])
+    if "ahead_goal" in record:
+        factor, _, rest = record["ahead_goal"].partition(" times ")
+        goal_said = rest if float(factor) == 1 else record["ahead_goal"]
+        if "times_as_fast" not in record:
+            found.append([goal_said, "", "not measured"])
+        else:
+            times = record["times_as_fast"]
+            found.append([goal_said, f"{times:.4g} times", _verdict(times / float(factor))])
+    return found
+
+
+def _verdict(share: float) -> str:
+    """Of the share of a goal that was reached."""
+    if share >= 1:
+        return "reached"
+    behind = 1 - share
+    return f"behind by {behind:.0%}" if behind >= 0.01 else f"behind by {behind:.2%}"
+
+
+def _section(record: dict[str, Any], date: str) -> list[str]:
+    unit, case = record["unit"], f"{record['op']} {record['size']}"
+    said = [f"**{record['size']}**."]
+    for goal, value, verdict in _judged_goals(record):
+        said.append(f"Goal {goal}: {value + ', ' if value else ''}{verdict}.")
+    others = {n: r["ms"] for n, r in record["contenders"].items() if "ms" in r and not n.startswith("kpt")}
+    if record.get("ahead_of_best_peer") is not None and others:
+        best = min(others, key=lambda name: others[name])
+        said.append(f"kpt is {record['ahead_of_best_peer']:.2f} times as fast as {best}, the best other.")
+    if record.get("note"):
+        said.append(record["note"][0].upper() + record["note"][1:] + ".")
+    if "reference_failed" in record:
+        said.append(f"No errors, because the reference failed: {record['reference_failed']}.")
+    said += sorted({why for (day, of, _), why in SPOILED.items() if (day, of) == (date, case)})
     rows = []
     for name, row in sorted(record["contenders"].items(), key=lambda item: item[1].get("ms", 1e9)):
         shown = f"**{name}**" if name.startswith("kpt") else name
         if "ms" not in row:
-            rows.append([shown, "", "", "", row.get("failed", "not timed")])
+            rows.append([shown, "", "", "", "", row.get("failed", "not timed")])
             continue
         rate = "" if unit == "ms" else f"{row['rate']:.0f}"
         error = "" if row.get("error") is None else f"{row['error']:.1e}"
+        if (date, case, name) in SPOILED:
+            error = "left out"
+        spread = f"{row['spread']:.1%}" if "spread" in row else ""
         memory = f"{row['peak_gib']:.2f} GiB at the peak" if "peak_gib" in row else ""
-        rows.append([shown, f"{row['ms']:.4g}", rate, error, memory])
-    note = f" {record['note']}" if record.get("note") else ""
+        rows.append([shown, f"{row['ms']:.4g}", rate, spread, error, memory])
     return [
-        f"**{record['size']}**{goal}.{note}",
-        table(["contender", "ms", "" if unit == "ms" else unit, "error", ""], rows),
+        " ".join(said),
+        table(["contender", "ms", "" if unit == "ms" else unit, "spread", "error", ""], rows),
     ]
 
 
