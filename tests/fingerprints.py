@@ -35,6 +35,8 @@ def of_model(model: torch.nn.Module) -> dict[str, Any]:
         found[f"{name}|bits"] = bits(tensor)
         found[f"{name}|memory"] = tensor.data_ptr()
         found[f"{name}|requires_grad"] = tensor.requires_grad
+        hooks = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+        found[f"{name}|hooks"] = [list(table or ()) for table in hooks]
         found[f"{name}|grad"] = None if tensor.grad is None else (id(tensor.grad), bits(tensor.grad))
     return found
 

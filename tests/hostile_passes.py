@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-from kpt.specs import Variant
+from kpt.specs import Skip, Variant
 from slow_models import DirectScale, SlowScale, fast_forward
 
 
@@ -183,6 +183,16 @@ class ReplacesGradient(DirectScale):
         return forward
 
 
+class HooksGradients(DirectScale):
+    """Right here, and from then on no gradient of the user's own steps arrives."""
+
+    def apply(self, model, variant):
+        for parameter in model.parameters():
+            parameter.register_hook(torch.zeros_like)
+            parameter.register_post_accumulate_grad_hook(lambda p: p.grad.zero_())
+        return super().apply(model, variant)
+
+
 class EditsUsersModel(DirectScale):
     """Reaches past its workspace, to the user's own modules."""
 
@@ -326,6 +336,62 @@ class ProposeExits(DirectScale):
 class ProposesText(DirectScale):
     def propose(self, observation, hardware):
         return ["direct"]
+
+
+class ProposesNone(DirectScale):
+    def propose(self, observation, hardware):
+        return None
+
+
+class ProposesOne(DirectScale):
+    def propose(self, observation, hardware):
+        return self.variant
+
+
+class ProposesEndlessly(DirectScale):
+    def propose(self, observation, hardware):
+        while True:
+            yield self.variant
+
+
+class ProposesNothingMuch(DirectScale):
+    def propose(self, observation, hardware):
+        return [Skip(None)]
+
+
+class _WrongField(DirectScale):
+    fields: dict[str, Any] = {}
+
+    def propose(self, observation, hardware):
+        return [Variant(**{"name": "direct", "predicted_gain": 5.0, **self.fields})]
+
+
+class GainIsText(_WrongField):
+    fields = {"predicted_gain": "large"}
+
+
+class GainIsNoNumber(_WrongField):
+    fields = {"predicted_gain": float("nan")}
+
+
+class SetupIsNone(_WrongField):
+    fields = {"setup_seconds": None}
+
+
+class LevelIsUnknown(_WrongField):
+    fields = {"level": "fast"}
+
+
+class NameIsNumber(_WrongField):
+    fields = {"name": 5}
+
+
+class SitesAreText(_WrongField):
+    fields = {"sites": "slow"}
+
+
+class DtypeIsNickname(_WrongField):
+    fields = {"compute_dtype": "bf16"}
 
 
 class ProposesTensor(DirectScale):

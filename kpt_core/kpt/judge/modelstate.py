@@ -14,6 +14,7 @@ from kpt.judge.outputs import CHUNK, bits, bitwise_equal
 
 _CONTAINERS = (list, dict, set, OrderedDict)
 _SLOTS = ("_parameters", "_buffers", "_modules")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @dataclass
@@ -30,6 +31,8 @@ class _TensorState:
     grad: torch.Tensor | None
     grad_copy: torch.Tensor | None
     grad_checksum: int
+    #: The tensor's dictionaries of hooks with what was in them.
+    hooks: dict[str, tuple[Any, dict[Any, Any]]]
 
 
 @dataclass
@@ -157,7 +160,13 @@ def _tensor_state(name: str, tensor: torch.Tensor, copied: bool) -> _TensorState
         grad=grad,
         grad_copy=clone_tensor(grad.detach()) if grad is not None and copied else None,
         grad_checksum=checksum(grad) if grad is not None and not copied else 0,
+        hooks={name: _hooks(tensor, name) for name in _TENSOR_HOOKS} if present else {},
     )
+
+
+def _hooks(tensor: torch.Tensor, name: str) -> tuple[Any, dict[Any, Any]]:
+    table = getattr(tensor, name, None)
+    return table, dict(table or {})
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -248,6 +257,8 @@ def _tensor_differences(state: _TensorState) -> Iterator[str]:
         yield "values"
     if tensor.requires_grad != state.requires_grad:
         yield "requires_grad"
+    if any(_hooks(tensor, name)[1] != before for name, (_, before) in state.hooks.items()):
+        yield "hooks"
     if not (state.is_leaf and tensor.is_leaf):
         return
     if tensor.grad is not state.grad:
@@ -302,6 +313,15 @@ def _restore_tensor(state: _TensorState) -> None:
         _copy_bits(tensor.data, state.copy)
     if tensor.is_leaf and tensor.requires_grad != state.requires_grad:
         tensor.requires_grad_(state.requires_grad)
+    for name, (table, before) in state.hooks.items():
+        if _hooks(tensor, name)[1] != before:
+            added = getattr(tensor, name, None)
+            if added is not None:
+                added.clear()  # torch may go on reading it after it was taken away
+            if table is not None:
+                table.clear()
+                table.update(before)
+            setattr(tensor, name, table)
     if state.is_leaf and tensor.is_leaf:
         if tensor.grad is not state.grad:
             tensor.grad = state.grad

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kpt import graph_kernels, kernels, plugins
+from kpt.interruption import deadline
+from kpt.plugins.validation import field_fault
 from kpt.specs import LEVELS, PassSpec, Phase, PolicySpec, Skip, Variant
 from kpt.transaction import forward_graph
 from kpt.transaction.plan import Candidate, Plan, Proposals, plain
 
 if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
+
+#: More variants than any pass has; what an endless ``propose`` runs into.
+_VARIANTS = 1000
 
 
 def propose(observation: Observation, registry: Any) -> Proposals:
@@ -51,7 +58,9 @@ def _propose_one(registered: Any, observation: Observation, proposals: Proposals
         return
     try:
         behaviour = plugins.instantiate(spec.entry)
-        offered = list(_checked(behaviour.propose(observation, observation.hardware)))
+        # One that hangs must not take the time of all others.
+        with deadline(max(5.0, 0.3 * observation.budget_left)):
+            offered = list(_checked(behaviour.propose(observation, observation.hardware)))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it loses its own proposal only
@@ -98,12 +107,43 @@ def unfit(spec: Any, observation: Observation) -> str | None:
 
 
 def _checked(offered: Any) -> Iterable[Variant | Skip]:
-    for offer in offered or ():
+    if isinstance(offered, (Variant, Skip)):
+        raise TypeError(f"propose returned one {type(offered).__name__}; expected an iterable of them")
+    for number, offer in enumerate(offered or ()):
         if not isinstance(offer, (Variant, Skip)):
             raise TypeError(f"propose returned {type(offer).__name__}; expected Variant or Skip")
+        fault = _fault(offer)
+        if fault:
+            name = getattr(offer, "name", "")
+            raise ValueError(f"{type(offer).__name__} {name!r}: {fault}" if name else f"Skip: {fault}")
         if isinstance(offer, Variant):
             plain(offer.params)
+        if number >= _VARIANTS:
+            raise ValueError(f"more than {_VARIANTS} variants; is it endless?")
         yield offer
+
+
+def _fault(offer: Variant | Skip) -> str:
+    """What is wrong with a field of ``offer``, or an empty string."""
+    for field in fields(offer):
+        value = getattr(offer, field.name)
+        if field.name == "params":
+            fault = (
+                ""
+                if isinstance(value, Mapping)
+                else f"params={value!r} is a {type(value).__name__}; write a dict"
+            )
+        elif field.name == "name":
+            fault = "" if isinstance(value, str) and value else f"name={value!r} is not a name"
+        elif field.name == "setup_seconds":
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            right = number and math.isfinite(value) and value >= 0
+            fault = "" if right else f"setup_seconds={value!r} is not a number of seconds"
+        else:
+            fault = field_fault(field.name, str(field.type), value)
+        if fault:
+            return fault
+    return ""
 
 
 def rebuild(
