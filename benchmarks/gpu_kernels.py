@@ -1,9 +1,10 @@
 """Every kernel of the triton plugin beside everyone else who computes the same thing, on one GPU, in one run.
 
-For each op and size every contender is prepared, compared with a reference in higher precision, and timed:
-the median of event times over several rounds in which the contenders alternate, with the L2 cache flushed
-before each call. A contender that cannot run is listed with its reason. The result file is written anew after
-every case; where time is short (--limit), the cases that matter most come first.
+For each op and size every contender is prepared with inputs of its own, its first result is compared with a
+reference in higher precision, and it is timed: the median of event times over several rounds in which the
+contenders alternate, with the L2 cache flushed before each call. A contender that cannot run is listed with
+its reason. The result file is written anew after every case; where time is short (--limit), the cases that
+matter most come first.
 
     python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--limit SECONDS]
 
@@ -88,6 +89,8 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
     """The record of one case: for every contender its time, rate, error, and memory where that matters."""
     import torch
 
+    from gpu.inputs import fresh
+
     record: dict[str, Any] = {"op": case.op, "size": case.size, "unit": case.unit, "goal": case.goal}
     if case.note:
         record["note"] = case.note
@@ -103,13 +106,13 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             with at_most(PATIENCE):
+                fresh()
                 call = prepare()
-                for _ in range(3):
-                    result = call()
+                worst = error(call(), reference)  # of the first call: it may write over its inputs
+                for _ in range(2):
+                    call()
                 torch.cuda.synchronize()
-            rows[name] = {"setup_seconds": time.perf_counter() - started}
-            rows[name]["error"] = error(result, reference)
-            del result
+            rows[name] = {"setup_seconds": time.perf_counter() - started, "error": worst}
             if case.memory:
                 rows[name]["peak_gib"] = peak_memory(call)
             calls[name] = call

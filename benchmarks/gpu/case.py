@@ -17,11 +17,11 @@ class Case:
     ``amount`` is the fewest bytes that a call must move (unit "GB/s") or its floating-point operations
     (unit "TFLOP/s"); for the unit "ms" it is not used. ``contenders`` maps a name to a function that
     prepares that contender; one that cannot run here raises, and its reason goes into the result file.
-    ``kpt`` has to be among them. All contenders' calls compute the same thing from the same inputs, and
-    return their outputs (gradients included), which are compared with ``reference``, a call that computes
-    them in fp32 or better. ``graph`` times replays of a CUDA graph instead of eager calls. ``goal`` is in
-    the unit; for "ms", smaller is better. ``ahead`` is a goal of another kind: a contender, and how many
-    times as fast as that kpt should be. ``rank`` orders cases where time is short, 0 first.
+    ``kpt`` has to be among them. All contenders' calls compute the same thing from equal inputs, drawn for
+    each, and return their outputs (gradients included); the first call's are compared with ``reference``, a
+    call that computes them in fp32 or better. ``graph`` times replays of a CUDA graph instead of eager calls.
+    ``goal`` is in the unit; for "ms", smaller is better. ``ahead`` is a goal of another kind: a contender,
+    and how many times as fast as that kpt should be. ``rank`` orders cases where time is short, 0 first.
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""Random inputs of the cases, drawn when the first contender asks for them."""
+"""Random inputs of the cases, drawn when a contender asks for them; the same numbers for each."""
 
 from __future__ import annotations
 
@@ -18,15 +18,25 @@ def device() -> str:
     return "meta" if is_recording() else DEVICE
 
 
+_contender = 0
+
+
+def fresh() -> None:
+    """What is asked for from now on is drawn anew: a contender may write over its inputs."""
+    global _contender
+    _contender += 1
+
+
 def held(make: Callable[[], tuple[Any, ...]]) -> Callable[[], tuple[Any, ...]]:
-    """``make``, called once for each device."""
-    made: dict[str, tuple[Any, ...]] = {}
+    """``make``, called once for each device and contender (see `fresh`)."""
+    made: dict[tuple[str, int], tuple[Any, ...]] = {}
 
     def inputs() -> tuple[Any, ...]:
-        where = device()
-        if where not in made:
-            made[where] = make()
-        return made[where]
+        key = device(), _contender
+        if key not in made:
+            made.clear()
+            made[key] = make()
+        return made[key]
 
     return inputs
 
