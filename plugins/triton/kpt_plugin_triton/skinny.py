@@ -6,7 +6,7 @@ functions are right for every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from kpt.ops.references.mlp import ACTIVATIONS as NAMED
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
 from kpt_plugin_triton.fp8 import FP8, encoding, fp8_dtype, largest
 from kpt_plugin_triton.kernels import skinny as device
-from kpt_plugin_triton.launch import Kernel, ceil_div, processors
+from kpt_plugin_triton.launch import Kernel, architecture, ceil_div, processors
 from kpt_plugin_triton.references.skinny import dequantised
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import rows_of
@@ -312,15 +312,29 @@ def quantise_fp8(weight: torch.Tensor, dtype: torch.dtype | None = None) -> tupl
 # Sites
 
 
+#: Weights [N, K] in bf16, by architecture, of which cuBLAS made the product with 1, 4 and 16 rows as fast or
+#: faster in benchmarks/results/gpu_kernels-*.json; they stand for sizes within a factor of two.
+CUBLAS_FIRST: dict[str, tuple[tuple[int, int], ...]] = {"sm_90": ((28672, 4096),)}
+
+
 def supports(site: Site) -> str | None:
-    """The reason why a site gains nothing here: it is not on a GPU, or never sees few rows."""
+    """The reason why a site gains nothing here: not on a GPU, never few rows, or cuBLAS is as fast."""
     refusal = on_gpu(site) or _too_many_rows(site)
     if refusal is not None:
         return refusal
     weight = site.weights().get("weight")
-    if isinstance(weight, torch.Tensor) and (weight.dim() != 2 or weight.stride(1) != 1):
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if weight.dim() != 2 or weight.stride(1) != 1:
         return f"its weight is stored with strides {weight.stride()}; the kernel reads rows of [N, K]"
+    arch = architecture(weight.device.index)
+    if any(_near(weight.shape, size) for size in CUBLAS_FIRST.get(arch, ())):
+        return f"cuBLAS was measured as fast or faster on {arch} with a weight like its {tuple(weight.shape)}"
     return None
+
+
+def _near(shape: Sequence[int], measured: Sequence[int]) -> bool:
+    return all(one <= 2 * other and other <= 2 * one for one, other in zip(shape, measured))
 
 
 def _too_many_rows(site: Site) -> str | None:

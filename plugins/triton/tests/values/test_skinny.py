@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,6 +310,32 @@ def test_sites(rows: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         refusal = supports(site)
         assert (refusal is None) == taken, refusal
         assert taken or f"{rows} rows" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    "shape, taken", [((28672, 4096), False), ((14336, 8192), False), ((4096, 4096), True)]
+)
+def test_sites_where_cublas_was_faster(
+    shape: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    site = SimpleNamespace(devices=(), examples=(), weights=lambda: {"weight": weight})
+    monkeypatch.setattr(skinny, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(skinny, "_too_many_rows", lambda site: None)
+    refusal = skinny.supports(site)
+    assert (refusal is None) == taken
+    assert (
+        taken or f"cuBLAS was measured as fast or faster on sm_90 with a weight like its {shape}" == refusal
+    )
+    monkeypatch.setattr(skinny, "architecture", lambda device: "gfx942")
+    assert skinny.supports(site) is None
+
+
+def test_order_of_attempts() -> None:
+    """Measured on an H200: cuDNN's attention before ours, cuBLAS (which is what runs already) before ours."""
+    gains = {key: spec.predicted_gain for key, spec in KERNELS.items()}
+    assert gains["attention", "sdpa-cudnn"] > gains["attention", "triton"]
+    assert gains["linear", "triton"] < gains["linear_int8", "triton"]
 
 
 def test_flavours() -> None:
