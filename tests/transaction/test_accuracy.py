@@ -107,6 +107,7 @@ def test_a_metric_that_changes_modes_gradients_and_random_states():
         ({"metric": 3}, TypeError, "got int"),
         ({"metric": print, "max_drop": -1.0}, ValueError, "max_drop"),
         ({"metric": print, "max_drop": float("nan")}, ValueError, "max_drop"),
+        ({"metric": print, "max_drop": "little"}, TypeError, "max_drop='little'"),
     ],
 )
 def test_a_bad_accuracy_is_refused(arguments, error, text):

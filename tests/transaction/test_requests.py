@@ -33,6 +33,10 @@ PLUGINS = [plugin(DirectScale)]
         ({"dynamic_shapes": {"y": {0: "batch"}}}, ValueError, "y"),
         ({"plugins": "cpu"}, TypeError, r"plugins=\['cpu'\]"),
         ({"plugins": ["nonexistent"]}, PluginError, "nonexistent"),
+        ({"plugins": 3}, TypeError, "plugins got int"),
+        ({"trackers": "mlflow"}, TypeError, "trackers='mlflow'; expected a list"),
+        ({"trackers": None}, TypeError, "trackers=None; expected a list"),
+        ({"cache": "no"}, TypeError, "cache='no'; expected True or False"),
     ],
 )
 def test_bad_requests_are_refused_and_nothing_changes(options, error, text):
@@ -145,6 +149,13 @@ def test_the_receipt_before_and_after_calls():
     assert "<" in receipt._repr_html_()
 
 
+@pytest.mark.parametrize("function", [kpt.report, kpt.restore, kpt.refresh, lambda m: kpt.save(m, "nowhere")])
+@pytest.mark.parametrize("value", [None, 5, {"a": 1}])
+def test_what_is_no_model_is_named(function, value):
+    with pytest.raises(TypeError, match=f"got {type(value).__name__}; expected a torch.nn.Module"):
+        function(value)
+
+
 def test_trackers_get_the_receipt_and_cannot_harm():
     class Tracker:
         seen: list = []
@@ -156,11 +167,15 @@ def test_trackers_get_the_receipt_and_cannot_harm():
         def record(self, receipt):
             raise ConnectionError("no network")
 
-    model = net()
-    optimized(model, torch.randn(32, 16), plugins=PLUGINS, trackers=[Broken(), Tracker(), "absent"])
+    class Exiting:
+        def record(self, receipt):
+            sys.exit("no account")
+
+    model, trackers = net(), [Broken(), Exiting(), Tracker(), "absent"]
+    optimized(model, torch.randn(32, 16), plugins=PLUGINS, trackers=trackers)
     assert Tracker.seen[0]["optimized"] is True
     notes = " ".join(kpt.report(model).notes)
-    assert "no network" in notes and "no tracker 'absent'" in notes
+    assert "no network" in notes and "no account" in notes and "no tracker 'absent'" in notes
 
 
 def test_unsuitable_models_come_back_with_a_reason():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ class Accuracy:
     ``max_drop`` is absolute and in the metric's own unit.
 
     Raises:
-        TypeError: ``metric`` is not callable.
+        TypeError: ``metric`` is not callable, or ``max_drop`` is no number.
         ValueError: ``max_drop`` is negative or not finite.
     """
 
@@ -32,7 +32,10 @@ class Accuracy:
                 f"Accuracy(metric=...) got {type(self.metric).__name__}; pass a function that takes the "
                 "model and returns a number"
             )
-        if not 0.0 <= float(self.max_drop) < float("inf"):
+        drop = self.max_drop
+        if isinstance(drop, (str, bool)) or not isinstance(drop, SupportsFloat):
+            raise TypeError(f"Accuracy(max_drop={drop!r}) got {type(drop).__name__}; pass a number >= 0")
+        if not 0.0 <= float(drop) < float("inf"):
             raise ValueError(f"Accuracy(max_drop={self.max_drop}) must be a finite number >= 0")
 
     def measure(self, model: torch.nn.Module) -> float:

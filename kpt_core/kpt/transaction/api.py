@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -125,9 +125,10 @@ def report(model: torch.nn.Module) -> Receipt:
     """The receipt of the last run on ``model``, with the calls counted since.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``model`` was never optimised in this process.
     """
-    target = distributed.unwrap(model)
+    target = _module(model, "kpt.report")
     receipt = _receipts.get(target)
     plan = dispatch.plan_of(target)
     if receipt is None:
@@ -151,10 +152,11 @@ def restore(model: Model) -> Model:
     A model that carries no plan is returned as it is.
 
     Raises:
+        TypeError: ``model`` is no module.
         RuntimeError: another library wrapped the forward since and cannot be unwound; it is named.
     """
+    target = _module(model, "kpt.restore")
     with _lock:
-        target = distributed.unwrap(model)
         _take_back(target)
         receipt = _receipts.get(target)
         if receipt is not None and receipt.status == "optimized":
@@ -173,9 +175,10 @@ def refresh(model: Model) -> Model:
     the model to its device, and to its floating-point dtype if it was cast since (``.half()``).
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``model`` was never optimised in this process.
     """
-    target = distributed.unwrap(model)
+    target = _module(model, "kpt.refresh")
     request = _requests.get(target)
     if request is None:
         raise ValueError(f"this {type(target).__name__} was not optimised; call kpt.optimize(model) first")
@@ -183,6 +186,13 @@ def refresh(model: Model) -> Model:
         return model  # deferred and not called yet: the first call will see the current weights
     run(target, _moved(request.examples, target), request.again(_receipts.get(target)))
     return model
+
+
+def _module(model: Any, function: str) -> torch.nn.Module:
+    """The module that carries the plan of ``model``."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{function} got {type(model).__name__}; expected a torch.nn.Module")
+    return distributed.unwrap(model)
 
 
 def _kinds(model: torch.nn.Module) -> tuple[set[torch.device], set[torch.dtype]]:
@@ -270,8 +280,16 @@ def _request(model: Any, **options: Any) -> Request:
     selection = options.pop("plugins")
     if isinstance(selection, str):
         raise TypeError(f"plugins={selection!r}; expected a list of names, as plugins=[{selection!r}]")
-    registry = plugins.registry(selection)
-    return Request(registry=registry, selection=selection, **options)
+    if selection is not None and not isinstance(selection, (Sequence, Set)):
+        raise TypeError(f"plugins got {type(selection).__name__}; expected a list of names or objects")
+    trackers = options["trackers"]
+    if isinstance(trackers, str) or not isinstance(trackers, (Sequence, Set)):
+        raise TypeError(f"trackers={trackers!r}; expected a list of names or objects with record(receipt)")
+    if not isinstance(options["cache"], bool):
+        raise TypeError(f"cache={options['cache']!r}; expected True or False")
+    chosen = None if selection is None else list(selection)
+    registry = plugins.registry(chosen)
+    return Request(registry=registry, selection=chosen, **options)
 
 
 def _defer(model: torch.nn.Module, request: Request) -> None:

@@ -449,5 +449,5 @@ def _track(run: Run) -> None:
                     raise LookupError(f"no tracker {tracker!r}; known: {', '.join(specs) or 'none'}")
                 tracker = plugins.instantiate(specs[tracker].entry)
             tracker.record(run.receipt.to_dict())
-        except Exception as error:  # noqa: BLE001 - tracking must never end a run
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
             run.receipt.notes.append(f"tracker {tracker!r} failed: {type(error).__name__}: {error}")
