@@ -12,7 +12,7 @@ PROJECTS := pyproject.toml kpt_core/pyproject.toml $(wildcard $(PLUGINS:%=%/pypr
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo demo-lm test lint format types docs docs-serve bench wheels reference pin clean
+.PHONY: help setup demo demo-lm test sanitize lint format types docs docs-serve bench wheels reference pin clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -48,6 +48,13 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 test: setup  ## every test that needs no accelerator
 	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q plugins/triton/tests/values
+
+# Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
+sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (takes long)
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q -m gpu -k "test_values or test_odd_sizes" plugins/triton/tests/values || exit 1; \
+	done
 
 lint: setup  ## ruff: rules and format; mypy: types
 	$(BIN)/ruff check .
