@@ -351,7 +351,9 @@ def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
             assert len(seen) == 3 and max(seen) < 5, seen
             forward = CompiledForward(model.forward)
             torch.testing.assert_close(forward(x), model(x))
-            assert forward.graphs == 1 and not interruption.descendants()
+            assert forward.graphs == 1
+            interruption.stop_workers()  # those of the compilation that succeeded
+            assert not interruption.descendants(), "of what was ended, zombies included, nothing is left"
         """
     )
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(p for p in sys.path if p)}

@@ -16,11 +16,12 @@ import _thread
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,6 +165,7 @@ def stop_workers(patience: float = 0.5) -> int:
     """
     module = sys.modules.get("torch._inductor.async_compile")
     workers: set[int] = set()
+    pools: list[subprocess.Popen[bytes]] = []
     if module is not None:
         compiler = module.AsyncCompile
         if compiler.pool.cache_info().currsize:
@@ -173,6 +175,7 @@ def stop_workers(patience: float = 0.5) -> int:
             process = getattr(pool, "process", None)
             if process is not None:
                 workers.add(process.pid)
+                pools.append(process)
             workers.update(getattr(pool, "_processes", None) or ())
     ended = 0
     if module is not None and workers:
@@ -181,6 +184,9 @@ def stop_workers(patience: float = 0.5) -> int:
             ended += sum(_signal(pid, signal.SIGKILL) for pid, _, _ in descendants(worker))
             ended += _signal(worker, signal.SIGKILL)
         module.after_fork()
+        for process in pools:  # nobody else asks for them any more: each would stay as a zombie
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2.0)
     outputs: set[Path] = set()
     waited_until = time.monotonic() + patience
     while running := _compilers():
