@@ -45,9 +45,16 @@ demo: setup  ## a trained sentence encoder, before and after, with its receipt
 demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and after
 	$(OFFLINE) $(BIN)/python examples/demo_smollm2.py
 
+# The kernels' values, interpreted, take as long as all other tests: they run beside them, at the lowest priority.
 test: setup  ## every test that needs no accelerator
-	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
-	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q plugins/triton/tests/values
+	@log=$$(mktemp); \
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 nice -n 19 \
+	  $(BIN)/python -m pytest -q plugins/triton/tests/values >$$log 2>&1 & values=$$!; \
+	trap 'kill $$values 2>/dev/null; rm -f $$log' EXIT; \
+	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS); others=$$?; \
+	wait $$values; values=$$?; \
+	echo "Kernels by the interpreter:"; cat $$log; \
+	exit $$((others | values))
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
 sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (takes long)

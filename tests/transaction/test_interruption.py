@@ -69,7 +69,7 @@ def test_the_budget_holds(offered):
 
 def test_a_trial_that_overruns_does_not_take_the_others_down():
     model, example = model_in_mid_life(), torch.randn(32, 16)
-    optimized(model, example, plugins=[plugin(stopping.Loops, DirectScale)], budget=8.0)
+    optimized(model, example, plugins=[plugin(stopping.Loops, DirectScale)], budget=15.0)
     receipt = kpt.report(model)
     assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
     assert [entry.name for entry in receipt.rejected] == ["Loops:direct"]
