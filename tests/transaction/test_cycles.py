@@ -33,7 +33,8 @@ def cycles(model: torch.nn.Module, example: torch.Tensor, number: int, compiled:
     offered = mixed_models.plugins(compiled)
     for _ in range(number):
         optimized(model, example, plugins=offered, cache=True, budget=20.0)
-        assert {entry.phase for entry in kpt.report(model).accepted} == EVERY_PHASE
+        receipt = kpt.report(model)
+        assert {entry.phase for entry in receipt.accepted} == EVERY_PHASE, (receipt.rejected, receipt.notes)
         with torch.no_grad():
             torch.testing.assert_close(model(example), expected, rtol=0.05, atol=0.05)
         assert fast_calls(model) == 1
