@@ -1,7 +1,11 @@
-"""Softmax and losses, with everything that adds to a kernel, at the sizes of common vocabularies."""
+"""Softmax and losses, with everything that adds to a kernel, at the sizes of common vocabularies.
+
+In fp32 at some of the sizes only, unless ``KPT_AOT_ALL=1``.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,16 +13,23 @@ import torch
 
 from kpt_plugin_triton import linear_losses, losses, softmax
 
+HALF, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+IN_BOTH = (1024, 65536, 1000, 50257)
+
+
+def _dtypes(size: int) -> tuple[torch.dtype, ...]:
+    return BOTH if size in IN_BOTH or os.environ.get("KPT_AOT_ALL") == "1" else HALF
+
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for columns in (64, 1024, 4096, 8192, 16384, 32768, 65536):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in _dtypes(columns):
             yield f"softmax {columns} {dtype}", lambda c=columns, d=dtype: _softmax(c, d)
     for classes in (10, 1000, 4096, 16384, 32000, 50257, 128256, 256000):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in _dtypes(classes):
             yield f"cross_entropy {classes} {dtype}", lambda c=classes, d=dtype: _loss(c, d)
     for classes in (1000, 16384, 50257, 128256):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in _dtypes(classes):
             for weighed in (False, True):
                 yield (
                     f"cross_entropy smoothed {classes} {dtype} {weighed}",
