@@ -7,6 +7,7 @@ alternatives for what was chosen, while their predicted gain is worth their tria
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _WORTH = 1.02
 #: Share of the budget kept for the commit's own judgement and timing.
 _RESERVE = 0.1
+#: Steps of this level may be wrong, or slow to compile, where those of the other levels are not.
+_BOLD = "aggressive"
+#: Share of the budget up to which a set-up is no risk.
+_QUICK = 0.02
 #: A trial may take this many times the set-up that its variants announced,
 _OVERRUN = 3.0
 #: and at least this share of what is left: more would leave nothing for the others, less would stop a
@@ -103,11 +108,42 @@ class Search:
                     self._reject(candidate, verdict.rule, verdict.detail, figures=verdict.figures)
 
     def _stack(self) -> Outcome | None:
-        """The first stack that holds, dropping whatever is at fault until one does."""
+        """The best stack: of all steps, or of the cautious ones where the bold ones do not hold.
+
+        A stack that quantises and takes long to set up may use up the budget and then be wrong, or
+        never end. The one without such steps is bought first, and the bold one has to beat it.
+        """
+        bold = self._assembled(self._candidates())
+        cautious = [candidate for candidate in self._candidates() if candidate.level != _BOLD]
+        if (
+            self.deterministic
+            or bold.level != _BOLD
+            or sum(step.variant.setup_seconds for step in bold.steps) < _QUICK * self.budget.seconds
+        ):
+            return self._holding(self._candidates)
+        best = self._holding(lambda: [c for c in cautious if c not in self._gone])
+        if best is None:
+            return self._holding(self._candidates)
+        bold = self._assembled(self._candidates())
+        if bold.level != _BOLD or bold.key in self._wrong_plans or not self._time_for(self._cost(bold, best)):
+            return best
+        outcome = self._try(bold, against=best)
+        if outcome.accepted:
+            best.close()
+            return outcome
+        outcome.close()
+        for step in bold.steps:
+            if step.level == _BOLD:
+                self._reject_outcome(step, outcome)
+        return best
+
+    def _assembled(self, candidates: Iterable[Candidate]) -> Plan:
+        return assemble(candidates, budget=self.budget.seconds, limit=self.fuel, fixed=self.deterministic)
+
+    def _holding(self, candidates: Callable[[], list[Candidate]]) -> Outcome | None:
+        """The first stack of ``candidates()`` that holds, dropping whatever is at fault until one does."""
         while True:
-            plan = assemble(
-                self._candidates(), budget=self.budget.seconds, limit=self.fuel, fixed=self.deterministic
-            )
+            plan = self._assembled(candidates())
             if not plan.steps or plan.key in self._wrong_plans:
                 return None
             outcome = self._try(plan)
