@@ -52,9 +52,9 @@ test: setup  ## every test that needs no accelerator
 	  $(BIN)/python -m pytest -q plugins/triton/tests/values >$$log 2>&1 & values=$$!; \
 	trap 'kill $$values 2>/dev/null; rm -f $$log' EXIT; \
 	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS); others=$$?; \
-	wait $$values; values=$$?; \
-	echo "Kernels by the interpreter:"; cat $$log; \
-	exit $$((others | values))
+	wait $$values; interpreted=$$?; \
+	trap - EXIT; echo "Kernels by the interpreter:"; cat $$log; rm -f $$log; \
+	exit $$((others | interpreted))
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
 sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (takes long)
