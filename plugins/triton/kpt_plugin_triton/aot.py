@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -106,9 +107,27 @@ def compile_for(launch: Launch, gpu: GPUTarget) -> Any:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(launch.function, signature, constants, attributes)
+    source = _Source(launch.function, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=gpu, options=options)
+
+
+class _Source(ASTSource):
+    """A kernel's source, read by one thread at a time.
+
+    `ast.parse` of CPython before 3.12 counts its depth for all threads together, and raises SystemError
+    where two take turns inside it. What Triton does without the interpreter's lock still runs side by side.
+    """
+
+    _reading = threading.RLock()
+
+    def hash(self) -> str:
+        with self._reading:
+            return str(super().hash())
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        with self._reading:
+            return super().make_ir(*args, **kwargs)
 
 
 def _resources(compiled: Any, target: str) -> Resources:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,3 +128,23 @@ def test_a_table_of_another_schema_says_how_to_mend_it(tmp_path, monkeypatch) ->
         norms.forward_options.choose("sm_70", 2, 4096)
     monkeypatch.undo()
     tuning.forget()
+
+
+def test_one_thread_at_a_time_reads_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython before 3.12 raises SystemError where two threads take turns inside `ast.parse`."""
+    inside, most = 0, 0
+
+    def reading(*args: Any, **kwargs: Any) -> str:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+        return ""
+
+    monkeypatch.setattr(aot.ASTSource, "hash", reading)
+    monkeypatch.setattr(aot.ASTSource, "make_ir", reading)
+    sources = [aot._Source.__new__(aot._Source) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda source: (source.hash(), source.make_ir()), sources))
+    assert most == 1
