@@ -110,12 +110,9 @@ class KernelBehaviour:
         self.tables = []
         self.traced = 0
         undos: list[Undo] = []
-        setup = plugins.load(self.spec.setup) if self.spec.setup else None
-        entry: Any = plugins.load(self.spec.entry)
         for site in self.sites:
             here = site.at(model)
-            kernel = setup(here) if setup is not None else entry
-            undos.append(ops.install(model, here, self._dispatched(here, kernel)))
+            undos.append(ops.install(model, here, self._dispatched(here, callable_for(self.spec, here))))
 
         def undo() -> None:
             for step in reversed(undos):
@@ -153,6 +150,38 @@ class KernelBehaviour:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return any(table.calls for table in self.tables) or self.traced > 0
+
+
+def callable_for(spec: KernelSpec, site: Site) -> Callable[..., Any]:
+    """What serves ``site``: the kernel's entry, or what its ``setup`` makes for the site.
+
+    Raises:
+        PluginError: it cannot be loaded, or is nothing that can be called; the message names it.
+    """
+    if spec.setup is None:
+        kernel: Callable[..., Any] = plugins.load(spec.entry)
+        origin = f"The kernel's entry {spec.entry!r} is"
+    else:
+        kernel = plugins.load(spec.setup)(site)
+        origin = f"The kernel's setup {spec.setup!r} returned"
+    if not callable(kernel):
+        raise plugins.PluginError(f"{origin} {kernel!r}; expected a function with the op's signature.")
+    return kernel
+
+
+def refusal_of(spec: KernelSpec, site: Site) -> str | None:
+    """Why the kernel refuses ``site``; None where it takes it.
+
+    Raises:
+        PluginError: ``supports`` cannot be loaded, or returned something else than None or a reason.
+    """
+    found: str | None = plugins.load(spec.supports)(site) if spec.supports else None
+    if found is not None and not isinstance(found, str):
+        raise plugins.PluginError(
+            f"The kernel's supports {spec.supports!r} returned {found!r}; expected None to accept the site, "
+            "or the reason to refuse it."
+        )
+    return found
 
 
 def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
@@ -205,7 +234,6 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
     reason: str | None = None
     sites: list[Site] = []
     try:
-        supports = plugins.load(spec.supports) if spec.supports else None
         for site in candidates:
             if site.op != spec.op:
                 continue
@@ -217,13 +245,15 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
                     f"{site.name} computes in {', '.join(site.dtypes)}; supported: {', '.join(spec.dtypes)}"
                 )
                 continue
-            refusal = supports(site) if supports is not None else None
+            refusal = refusal_of(spec, site)
             if refusal is not None:
                 reason = f"{site.name}: {refusal}"
                 continue
             sites.append(site)
     except KeyboardInterrupt:
         raise
+    except plugins.PluginError as error:
+        return [], error.message
     except BaseException as error:  # noqa: BLE001 - a stranger's `supports` may raise anything; it loses this kernel only
         return [], f"supports raised {type(error).__name__}: {error}"
     return sites, reason

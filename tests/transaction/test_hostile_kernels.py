@@ -133,3 +133,25 @@ def test_a_loss_that_takes_numbers_beside_its_tensors_is_judged(monkeypatch):
     (entry,) = [*receipt.accepted, *receipt.rejected]
     assert entry.rule in ("kept", "slower"), f"{entry.rule}: {entry.reason}"
     assert len(seen - {-100}) > 8
+
+
+@pytest.mark.parametrize("answer", [True, 5, ("too", "wide")])
+def test_a_supports_that_does_not_answer_with_a_reason_is_named(answer, monkeypatch):
+    import own_op
+
+    monkeypatch.setattr(own_op, "supports", lambda site: answer, raising=False)
+    model = norm_net(False)
+    kpt.optimize(model, torch.randn(64, 16), plugins=[offered("right", supports="own_op:supports")])
+    (skip,) = kpt.report(model).skipped
+    assert f"supports 'own_op:supports' returned {answer!r}; expected None" in skip["reason"]
+
+
+def test_a_setup_that_returns_nothing_to_call_is_named(monkeypatch):
+    import own_op
+
+    monkeypatch.setattr(own_op, "setup", lambda site: None, raising=False)
+    model = norm_net(False)
+    kpt.optimize(model, torch.randn(64, 16), plugins=[offered("right", setup="own_op:setup")], budget=20.0)
+    (entry,) = kpt.report(model).rejected
+    assert entry.rule == "error"
+    assert "setup 'own_op:setup' returned None; expected a function" in entry.reason

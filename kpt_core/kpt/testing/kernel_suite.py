@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from kpt.judge.kernels import inputs_like, judge_kernel
+from kpt.kernels import callable_for, refusal_of
 from kpt.ops import reference
 from kpt.plugins import load
 from kpt.plugins.validation import spec_faults
@@ -76,7 +77,7 @@ class KernelSuite(Suite, standard=True):
             raise skip(f"the kernel refuses the typical site: {refusal}; override site()")
 
     def _refusal(self, site: Site) -> str | None:
-        return None if self.kernel.supports is None else load(self.kernel.supports)(site)
+        return refusal_of(self.kernel, site)
 
     def _judge(self, dtype: torch.dtype, place: tuple[Site, Call] | None, probes: dict[str, Any]) -> None:
         if self.kernel.setup is None:
@@ -86,7 +87,7 @@ class KernelSuite(Suite, standard=True):
             raise skip(f"there is no typical site of the op {self.kernel.op!r}; override site()")
         else:
             site, call = place
-            run = load(self.kernel.setup)(site)
+            run = callable_for(self.kernel, site)
             # What was packed stays as it is; only the activations are drawn.
             tensors = {name for name, value in site.weights().items() if isinstance(value, torch.Tensor)}
             arguments = site.arguments(*call.args, **call.kwargs)

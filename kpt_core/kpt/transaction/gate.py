@@ -3,13 +3,13 @@ odd sizes, strided and misaligned tensors, poisoned outputs, two calls in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt import compiling, plugins
+from kpt import compiling
 from kpt.judge.referee import Verdict, passed, rejected
+from kpt.kernels import callable_for
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
@@ -50,12 +50,11 @@ def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
 
     spec = behaviour.spec
     known = site.weights()
+    kernel = callable_for(spec, site)
     if spec.setup is not None:
-        kernel: Callable[..., Any] = plugins.load(spec.setup)(site)
         # Packed weights are fixed: the kernel cannot follow others.
         fixed = frozenset(name for name, value in known.items() if isinstance(value, torch.Tensor))
     else:
-        kernel = plugins.load(spec.entry)
         # Large weights stay as they are: to draw them anew for every probe takes longer than the probes. The
         # trial judges their gradients, with the whole model's.
         fixed = frozenset(
