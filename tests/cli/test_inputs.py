@@ -84,6 +84,8 @@ def test_a_file_of_inputs_never_runs_code(tmp_path):
         with pytest.raises(CommandError) as caught:
             example_inputs([str(tmp_path / name)])
         assert caught.value.code == "bad-inputs" and not trace.exists()
+        assert "more than tensors; globals: " in caught.value.message
+        assert "weights_only" not in caught.value.message
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"x": {"data": [1]}}', '{"x": "text"}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -237,9 +238,9 @@ def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told
     assert torch.equal(model.weight, weights)
 
 
-def test_a_model_that_does_not_run_itself_is_an_error():
-    found = [eager()]
-    with pytest.raises(CommandError, match="does not run: RuntimeError"):
+def test_a_model_that_does_not_run_itself_is_an_error_before_anybody_is_prepared():
+    found = [eager(), Entrant("other", lambda model, example: pytest.fail("it was prepared"))]
+    with pytest.raises(CommandError, match="does not run on these inputs: RuntimeError"):
         contest(
             torch.nn.Linear(4, 4),
             found,
@@ -294,3 +295,52 @@ def test_contenders_of_plugins_take_part_or_say_what_they_lack():
 
     found = {entrant.name: entrant for entrant in installed(registry([Plugin()]))}
     assert found["lacking"].absent == "needs not_there_42" and not found["present"].absent
+
+
+@pytest.mark.parametrize("command", ["optimize", "explain", "bench"])
+@pytest.mark.parametrize(
+    ("inputs", "found", "said"),
+    [
+        ("x=float32[4,9]", (1, "model-fails"), "does not run on these inputs: RuntimeError"),
+        ("y=float32[4,8]", (2, "usage"), "do not fit Net.forward(x: "),
+        ("float32[4,8] float32[4]", (2, "usage"), "too many positional arguments"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_named(
+    command, inputs, found, said, kpt_cli, model_file, tmp_path
+):
+    path, arch = model_file
+    out = ("--out", tmp_path / "out") if command == "optimize" else ()
+    answer = kpt_cli(command, "--model", path, "--arch", arch, "--inputs", inputs, *out, "--json")
+    assert (answer.code, answer.json["code"]) == found
+    assert said in answer.json["message"] and "--inputs" in answer.json["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["optimize", "bench"])
+def test_dynamic_dimensions_that_no_input_has_are_a_usage_error(command, kpt_cli, model_file):
+    path, arch = model_file
+    options = ("--model", path, "--arch", arch, "--inputs", INPUTS, "--json")
+    for dynamic in ("z:0=batch", "x:7=batch"):
+        answer = kpt_cli(command, *options, "--dynamic", dynamic)
+        assert (answer.code, answer.json["code"]) == (2, "usage"), answer.json
+        assert answer.json["message"].startswith("--dynamic: ")
+
+
+def test_a_pickled_model_finds_its_classes_in_the_folder_where_it_is_trusted(
+    kpt_cli, optimized, tmp_path, monkeypatch
+):
+    """As a program would that lies there; without trust nothing of the folder is imported."""
+    (tmp_path / "kpt_test_beside.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Linear):\n    pass\n", encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    torch.save(importlib.import_module("kpt_test_beside").Net(2, 2), tmp_path / "net.pt")
+    monkeypatch.delitem(sys.modules, "kpt_test_beside")
+    sys.path.remove(str(tmp_path))
+    call = ("optimize", "--model", "net.pt", "--inputs", "float32[1,2]", "--json")
+    assert kpt_cli(*call).json["code"] == "untrusted" and "kpt_test_beside" not in sys.modules
+    answer = kpt_cli(*call, "--trust-model")
+    assert answer.code == 0, answer.json
+    assert type(optimized["model"]).__name__ == "Net"

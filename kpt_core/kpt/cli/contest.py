@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from kpt.cli.output import CommandError
+from kpt.cli.output import usage
+from kpt.cli.sources import model_fails
 from kpt.plugins import instantiate
 from kpt.plugins.isolation import attempt
 from kpt.plugins.status import one_line
@@ -122,7 +123,10 @@ def by_name(model: torch.nn.Module, call: Call) -> dict[str, Any]:
         if kind is inspect.Parameter.VAR_KEYWORD:
             bound.update(value)
         elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise ValueError(f"the argument {name!r} has no name that contenders could use; name the inputs")
+            raise usage(
+                f"The argument {name!r} of the forward has no name that contenders could use.",
+                "Give the model a forward with named parameters.",
+            )
         else:
             bound[name] = value
     return bound
@@ -150,14 +154,14 @@ def contest(
     reference = entrants[0]
     with torch.no_grad():
         first = by_name(model, draw())
-        for entrant in entrants:
+        _prepare(reference, model, first, wait)
+        if reference.run is None:
+            raise model_fails(reference.failed)
+        for entrant in entrants[1:]:
             if not entrant.absent:
                 tell(f"preparing {entrant.name}")
                 _prepare(entrant, model, first, wait)
-        if reference.run is not None:
-            _compare([entrant for entrant in entrants if entrant.run], by_name(model, draw().clone()))
-        if reference.run is None:
-            raise CommandError("model-fails", f"The model itself does not run: {reference.failed}.")
+        _compare([entrant for entrant in entrants if entrant.run], by_name(model, draw().clone()))
         running = [entrant for entrant in entrants if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
         repeats = _repeats(reference.run, first, wait)

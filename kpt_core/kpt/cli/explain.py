@@ -40,7 +40,7 @@ def command(
         receipt = read_receipt(path)
         output.result(receipt.to_dict(), receipt)
         return
-    from kpt.cli.sources import open_source
+    from kpt.cli.sources import check_runs, open_source
 
     source = open_source(
         model,
@@ -50,6 +50,7 @@ def command(
         trust=trust_model,
         plugins=options.selection(plugins, no_plugins),
     )
+    check_runs(source)
     data = sites_of(source)
     output.result(data, _table(data))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpt.cli.output import CommandError, note, usage
+from kpt.modelfiles import pickles
+from kpt.plugins.status import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -133,10 +136,14 @@ def _from_file(path: Path) -> Any:
     except CommandError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        if isinstance(error, pickle.UnpicklingError):  # torch's message asks to run whatever is in it
+            named = ", ".join(pickles.inspect(path).globals) or "none"
+            reason = f"it is a pickle that is more than tensors; globals: {named}"
+        else:
+            reason = one_line(error)
         raise CommandError(
             "bad-inputs",
-            f"--inputs {path} cannot be read: {type(error).__name__}: {first}",
+            f"--inputs {path} cannot be read: {reason}.",
             "Save a tensor, a tuple, a dict of tensors, or a list of these with torch.save.",
         ) from error
 
@@ -163,7 +170,6 @@ def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
 
     from kpt.modelfiles.adapters import adapters_for
     from kpt.plugins.isolation import attempt
-    from kpt.plugins.status import one_line
 
     def ask(adapter: Adapter) -> dict[str, Any]:
         return dict(adapter.example_inputs(model) or {})

@@ -49,16 +49,24 @@ def command(
     if not 0 < budget < float("inf"):
         raise usage(f"--budget {budget} is not a number of seconds above 0.")
     from kpt.cli.inputs import dynamic_shapes
-    from kpt.cli.sources import open_source
+    from kpt.cli.sources import blaming_the_inputs, open_source
 
     shapes = dynamic_shapes(dynamic)
     folder = out if out != Path() else Path.cwd() / f"{model.resolve().stem or 'model'}-kpt"
     _check_folder(folder, overwrite)
     selected = options.selection(plugins, no_plugins)
-    source = open_source(model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected)
+    source = open_source(
+        model,
+        arch=arch,
+        inputs=inputs,
+        device=device,
+        trust=trust_model,
+        plugins=selected,
+        dynamic=shapes,
+    )
     import kpt
 
-    with progress(budget):
+    with progress(budget), blaming_the_inputs(source):
         optimized = kpt.optimize(
             source.model,
             source.inputs,

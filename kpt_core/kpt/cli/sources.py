@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ def open_source(
     device: str,
     trust: bool,
     plugins: list[str] | None,
+    dynamic: Any = None,
 ) -> Source:
     """Load ``model`` and make or load its inputs; errors say which option mends them."""
     require_torch()
@@ -48,9 +50,10 @@ def open_source(
     from kpt.modelfiles import load_model
     from kpt.plugins import registry
 
-    # A factory usually lives in the folder that the user is in, which a program does not search. It
-    # comes last, so that a file called like a module of some library cannot stand in for it.
-    if arch and os.getcwd() not in sys.path:
+    # A factory, or the classes in a pickle, usually live in the folder that the user is in, which a program
+    # does not search. It comes last, so that a file called like a module of some library cannot stand in
+    # for it, and only where the user allows code to run.
+    if (arch or trust) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     found = registry(plugins)
     loaded = load_model(model, arch=arch or None, trust=trust, registry=found, notice=note)
@@ -65,7 +68,68 @@ def open_source(
             raise usage(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
     where = str(tensors[0].device) if tensors else (device or "cpu")
-    return Source(loaded, _moved(examples, where), found, where)
+    source = Source(loaded, _moved(examples, where), found, where)
+    _check_inputs(source, dynamic)
+    return source
+
+
+def _check_inputs(source: Source, dynamic: Any) -> None:
+    """Raise a usage error where the inputs or dynamic dimensions are not what the forward takes."""
+    import inspect
+
+    from kpt.judge.calls import as_calls
+    from kpt.judge.draws import InputSpec
+
+    try:
+        calls = as_calls(source.inputs)
+    except (TypeError, ValueError) as error:
+        raise usage(f"--inputs: {error}.") from error
+    signature = inspect.signature(source.model.forward)
+    try:
+        for call in calls:
+            signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise usage(
+            f"--inputs do not fit {type(source.model).__name__}.forward{signature}: {error}.",
+            "Name them as its parameters are: --inputs 'NAME=DTYPE[SHAPE]:VALUES …'.",
+        ) from error
+    try:
+        InputSpec.from_calls(calls, dynamic, source.model.forward)
+    except (TypeError, ValueError) as error:
+        raise usage(f"--dynamic: {error}.", "Write NAME:AXIS=SYMBOL,… for inputs of the model.") from error
+
+
+@contextmanager
+def blaming_the_inputs(source: Source) -> Iterator[None]:
+    """Where the block fails and the model alone fails on its inputs too, say that instead."""
+    try:
+        yield
+    except Exception:
+        check_runs(source)
+        raise
+
+
+def check_runs(source: Source) -> None:
+    """Raise `CommandError` where the untouched model does not run on its inputs."""
+    import torch
+
+    from kpt.judge.calls import as_calls
+    from kpt.plugins.isolation import attempt
+    from kpt.plugins.status import one_line
+
+    with torch.no_grad():
+        alone = attempt(as_calls(source.inputs)[0].clone().on, source.model)
+    if alone.error is not None:
+        raise model_fails(one_line(alone.error)) from alone.error
+
+
+def model_fails(reason: str) -> CommandError:
+    """The error for inputs that the untouched model itself does not run on."""
+    return CommandError(
+        "model-fails",
+        f"The model itself does not run on these inputs: {reason}.",
+        "Check the shapes, dtypes and ranges of --inputs.",
+    )
 
 
 def require_torch() -> None:

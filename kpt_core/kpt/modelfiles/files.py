@@ -63,7 +63,8 @@ def from_torch_file(path: Path, arch: str | None, trust: bool, tell: Notice) -> 
             raise ModelFileError(
                 "pickle-failed",
                 f"{path} raised {one_line(outcome.error)} while it was unpickled.",
-                "Install the package that defines its classes, or save the state dict instead.",
+                "It needs the modules that define its classes: run this in their folder, or install them. "
+                "Classes of a script (__main__) are found nowhere: save the state dict and pass --arch.",
             ) from outcome.error
     elif outcome.error is not None:
         raise unreadable(path, outcome.error) from outcome.error
