@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +15,7 @@ import numpy
 import torch
 
 import kpt
+import slow_models
 
 _KPT = os.path.dirname(kpt.__file__)
 
@@ -67,9 +71,25 @@ def of_process() -> dict[str, Any]:
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "warnings": list(warnings.filters),
+        "logging": (logging.root.manager.disable, logging.root.level),
+        "recursion": sys.getrecursionlimit(),
+        "garbage collector": (gc.isenabled(), gc.get_threshold()),
+        "hooks of all modules": [dict(table) for table in _global_hooks()],
+        "shared code": {
+            (owner.__name__, name): id(value)
+            for owner in (torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.functional, slow_models.SlowScale)
+            for name, value in vars(owner).items()
+            if callable(value)
+        },
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
     }
+
+
+def _global_hooks() -> Iterator[dict[Any, Any]]:
+    for name, table in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and name.endswith("_hooks"):
+            yield table
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import random
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 
+import slow_models
 from kpt.specs import Skip, Variant
 from slow_models import DirectScale, SlowScale, fast_forward
 
@@ -244,6 +247,51 @@ class ChangesGlobals(DirectScale):
             return result
 
         return forward
+
+
+class ChangesLessKnownGlobals(DirectScale):
+    """As `ChangesGlobals`, where few would look."""
+
+    def replacement(self):
+        def forward(self, x):
+            result = fast_forward(self, x)
+            torch.set_flush_denormal(True)
+            logging.disable(logging.CRITICAL)
+            sys.setrecursionlimit(5000)
+            gc.set_threshold(10**6)
+            torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+            return result
+
+        return forward
+
+
+class PatchesClass(DirectScale):
+    """Right and fast, for every model of the process."""
+
+    def apply(self, model, variant):
+        SlowScale.forward = fast_forward
+        self.applied = 1
+        return lambda: None
+
+
+class PatchesBase(DirectScale):
+    """As `PatchesClass`, on a class that inherits the method."""
+
+    def apply(self, model, variant):
+        torch.nn.BatchNorm1d.forward = lambda self, x: torch.nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        return super().apply(model, variant)
+
+
+class PatchesLibrary(DirectScale):
+    """Exchanges a function of torch's, as some libraries of kernels do."""
+
+    def apply(self, model, variant):
+        batch_norm = torch.nn.functional.batch_norm
+        torch.nn.functional.batch_norm = lambda *args, **kwargs: batch_norm(*args, **kwargs)
+        slow_models.fast_forward = lambda self, x: fast_forward(self, x)
+        return super().apply(model, variant)
 
 
 class ReseedsRandom(DirectScale):

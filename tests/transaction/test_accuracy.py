@@ -115,6 +115,12 @@ def test_a_bad_accuracy_is_refused(arguments, error, text):
         kpt.Accuracy(**arguments)
 
 
+def test_metrics_that_cannot_be_compared_are_a_drop():
+    accuracy, nan, infinite = kpt.Accuracy(float, max_drop=1.0), float("nan"), float("inf")
+    assert accuracy.drop(0.5, nan) == accuracy.drop(nan, 0.5) == accuracy.drop(nan, nan) == infinite
+    assert accuracy.drop(infinite, infinite) == 0.0
+
+
 def test_a_metric_that_returns_no_number():
     model = net()
     with pytest.raises(TypeError, match="returned str"):

@@ -40,6 +40,10 @@ CASES = [
     (hostile.ForgetsBuffers, "value", True, {}),
     (hostile.MovesBuffersTwice, "value", True, {}),
     (hostile.ChangesGlobals, "global-state", False, {}),
+    (hostile.ChangesLessKnownGlobals, "global-state", False, {}),
+    (hostile.PatchesClass, "global-state", False, {}),
+    (hostile.PatchesBase, "global-state", False, {}),
+    (hostile.PatchesLibrary, "global-state", False, {}),
     (hostile.ReseedsRandom, "global-state", False, {}),
     (hostile.ChangesGlobalsOnApply, "failed", False, {}),
     (hostile.WrongAndUndoRaises, "value", False, {}),
@@ -134,6 +138,9 @@ UNABLE_TO_RUN = {
     hostile.HostMemory,
     hostile.Slower,
     hostile.EditsUsersModel,
+    hostile.PatchesClass,
+    hostile.PatchesBase,
+    hostile.PatchesLibrary,
 }
 
 

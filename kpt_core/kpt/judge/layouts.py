@@ -52,6 +52,23 @@ def laid_out(values: torch.Tensor, strides: Sequence[int], offset: int = 0, gap:
     return result
 
 
+def layout_of(sizes: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, str | int], ...]:
+    """What strides are like, whatever the sizes: the axes from the innermost outwards, each "dense",
+    "gapped" or "expanded" (the innermost by its stride). Axes of size 1 have no layout."""
+    found: list[tuple[int, str | int]] = []
+    dense = 1
+    for axis in sorted(range(len(sizes)), key=lambda axis: (strides[axis], -axis)):
+        if sizes[axis] == 1:
+            continue
+        if strides[axis] == 0:
+            found.append((axis, "expanded"))
+            continue
+        innermost = all(kind == "expanded" for _, kind in found)
+        found.append((axis, strides[axis] if innermost else "dense" if strides[axis] == dense else "gapped"))
+        dense = strides[axis] * sizes[axis]
+    return tuple(found)
+
+
 #: Layouts that a kernel has to be right on, by name; see `with_layout`.
 LAYOUTS = ("transposed", "sliced", "stepped", "misaligned", "expanded")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 import os
 import random
 import sys
@@ -15,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.modules import module as torch_module
 
 from kpt.judge.modelstate import ModelState
 
@@ -34,7 +37,8 @@ class Snapshot:
 
     Random states (Python, NumPy if imported, every device in use), default dtype and device, gradient
     mode, autocast, deterministic and precision flags, backend flags, thread counts, compiler
-    configuration, modes, warning filters, environment and working directory.
+    configuration, modes, hooks of all modules, warning filters, logging's threshold, the garbage collector's,
+    environment and working directory.
     """
 
     def __init__(self) -> None:
@@ -157,6 +161,7 @@ def _modes() -> list[_Item]:
             torch._C._is_multithreading_enabled,
             torch._C._set_multithreading_enabled,
         ),
+        _Item("hooks of all modules", _hook_tables, _put_hook_tables),
         _Item("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     ]
     for kind in {"cpu", *_device_types()}:
@@ -191,6 +196,7 @@ def _numerics() -> list[_Item]:
         ),
         _attribute("fill of uninitialised memory", torch.utils.deterministic, "fill_uninitialized_memory"),
         _Item("threads", torch.get_num_threads, torch.set_num_threads),
+        _Item("flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal),
     ]
 
 
@@ -224,6 +230,14 @@ def _precision() -> list[_Item]:
 def _backends() -> list[str]:
     return sorted(name for name, module in vars(torch.backends.m).items() if isinstance(module, ModuleType))
 
+
+_SMALLEST = torch.tensor(torch.finfo(torch.float32).tiny)
+_HOOK_TABLES = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 #: What the functions in torch._C are about that switch numerics or choose a library.
 _SWITCHES = ("_allow_", "_enabled", "_deterministic", "_benchmark", "_preferred_", "_qengine", "_immediate")
@@ -283,6 +297,12 @@ def _put_config(config: Any, saved: dict[str, Any]) -> None:
 def _process() -> list[_Item]:
     return [
         _Item("warning filters", lambda: list(warnings.filters), _put_filters),
+        _Item("threshold of logging", lambda: logging.root.manager.disable, logging.disable),
+        _Item("level of the root logger", lambda: logging.root.level, logging.root.setLevel),
+        _Item("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        _Item(
+            "thresholds of the garbage collector", gc.get_threshold, lambda value: gc.set_threshold(*value)
+        ),
         _Item("environment", lambda: dict(os.environ), _put_environment),
         _Item("working directory", os.getcwd, os.chdir),
     ]
@@ -308,6 +328,23 @@ def _random_states() -> list[_Item]:
 def _device_types() -> list[str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return [] if accelerator is None else [accelerator.type]
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread computes with zero for the smallest numbers; torch has a way to set it only."""
+    return float(_SMALLEST * 0.5) == 0.0
+
+
+def _hook_tables() -> dict[str, Any]:
+    """Hooks that are called for all modules, by the name of their table."""
+    return {name: dict(getattr(torch_module, name)) for name in _HOOK_TABLES}
+
+
+def _put_hook_tables(saved: dict[str, Any]) -> None:
+    for name, hooks in saved.items():
+        table = getattr(torch_module, name)
+        table.clear()
+        table.update(hooks)
 
 
 def _attribute(name: str, owner: Any, attribute: str) -> _Item:

@@ -49,7 +49,8 @@ class Accuracy:
             ) from error
 
     def drop(self, before: float, after: float) -> float:
-        """How much worse ``after`` is; infinite when ``after`` is not a number."""
-        if after != after:
-            return float("inf")
-        return before - after if self.higher_is_better else after - before
+        """How much worse ``after`` is; infinite where the two cannot be compared, one being no number."""
+        if before == after:  # both infinite, too
+            return 0.0
+        drop = before - after if self.higher_is_better else after - before
+        return float("inf") if drop != drop else drop

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 
 from kpt.transaction.copies import HANDLE, Handle, clean_copies
+from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
 from kpt.transaction.signature import Canonical
 
@@ -130,6 +130,7 @@ class Plan:
         self._ambient = ambient or ambient_state()
         self._flags = (bool(self._ambient[0]), self._ambient[1])
         self._parameters = tuple(model.parameters())
+        self._modes = tuple((module, module.training) for module in model.modules())
         self.switched_off: str | None = None
         self.committed: Any = None
 
@@ -178,7 +179,7 @@ class Plan:
                 or (self._flags[0] and ambient_state()[0] != self._ambient[0])
             ):
                 reason = self._ambient_reason()
-            elif torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            elif global_hooks():
                 reason = "a global module hook is registered"
             else:
                 if args:
@@ -215,13 +216,29 @@ class Plan:
         sources += tuple({id(t): t for t in given if t.requires_grad}.values())
         if not sources:
             return self.run(*args, **kwargs)
-        original = self.original(model)
         return with_backward(
             lambda: self.run(*args, **kwargs),
-            lambda: original(*args, **kwargs),
+            lambda: self._again(model, args, kwargs),
             sources,
             given,
         )
+
+    def _again(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original forward as it was when the call was made, in the modes that were set then."""
+        now = tuple(model.parameters())
+        if len(now) != len(self._parameters) or any(p is not q for p, q in zip(now, self._parameters)):
+            raise RuntimeError(
+                "a parameter of the model was replaced since the forward whose gradient is asked for; "
+                "call backward before weights are replaced"
+            )
+        changed = [(module, module.training) for module, flag in self._modes if module.training is not flag]
+        for module, flag in changed:
+            module.__dict__["training"] = not flag
+        try:
+            return self.original(model)(*args, **kwargs)
+        finally:
+            for module, flag in changed:
+                module.__dict__["training"] = flag
 
     def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the compiled code for calls of this key, so that the next one asks no second table."""
@@ -241,8 +258,10 @@ class Plan:
         try:
             for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
                 if type(value) is _Tensor:
-                    facts = value.dtype, value.device, value.is_contiguous(), value.requires_grad
-                    key.append((name, value.shape, *facts))
+                    dtype = value.dtype
+                    plain = value.is_contiguous() and not dtype.is_complex
+                    layout = plain or _layout(value)
+                    key.append((name, value.shape, dtype, value.device, layout, value.requires_grad))
                 else:
                     part = _key(value)
                     if part is _missing:
@@ -288,22 +307,22 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
+def _layout(tensor: torch.Tensor) -> Any:
+    """What a guard asks of a tensor's memory."""
+    return tensor.is_contiguous() or tensor.stride(), tensor.is_neg(), tensor.is_conj()
+
+
 def _key(value: Any) -> Any:
-    """A hashable stand-in for an argument that is no plain tensor, or ``_missing``."""
+    """A hashable stand-in for an argument, or ``_missing``."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return (type(value), value)
-    if isinstance(value, torch.nn.Parameter):
-        return (value.shape, value.dtype, value.device, value.is_contiguous())
+    if isinstance(value, torch.nn.Parameter) or type(value) is _Tensor:
+        return (value.shape, value.dtype, value.device, _layout(value), value.requires_grad)
     if type(value) in (list, tuple):
-        parts = tuple(
-            (item.shape, item.dtype, item.device, item.is_contiguous())
-            if type(item) is _Tensor
-            else _key(item)
-            for item in value
-        )
+        parts = tuple(map(_key, value))
         return _missing if _missing in parts else (type(value), parts)
     if type(value) is dict:
-        parts = tuple((k, _key([v])) for k, v in value.items())
+        parts = tuple((k, _key(v)) for k, v in value.items())
         return _missing if any(part[1] is _missing for part in parts) else (dict, parts)
     return _missing
 

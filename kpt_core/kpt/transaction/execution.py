@@ -9,25 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kpt.judge import tree
-
-if TYPE_CHECKING:
-    from kpt.judge.calls import Call
+from kpt.judge import outputs, tree
+from kpt.judge.calls import Call
 
 Forward = Callable[..., Any]
 
 
 @dataclass
 class Execution:
-    """What one call produced; ``gradients`` and ``buffers`` are empty in inference."""
+    """What one call produced.
+
+    ``gradients`` are those of the parameters and of the inputs that require one, ``differentiable`` the
+    names of the outputs that have a history; both are empty in inference.
+    """
 
     output: Any
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    differentiable: frozenset[str] = frozenset()
 
 
 def scalar_loss(output: Any, seed: int) -> torch.Tensor | None:
@@ -91,10 +94,11 @@ class Runner:
             with torch.no_grad():
                 return forward(*args, **kwargs)
         with torch.enable_grad():
+            sources = [*self.parameters.values(), *_sources(Call(args, kwargs)).values()]
             output = forward(*args, **kwargs)
             loss = scalar_loss(output, 0)
-            if loss is not None and self.parameters:
-                torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            if loss is not None and sources:
+                torch.autograd.grad(loss, sources, allow_unused=True)
         return output
 
     def collect(self, forward: Forward, call: Call, *, seed: int = 0) -> Execution:
@@ -105,16 +109,17 @@ class Runner:
                     output = forward(*call.args, **call.kwargs)
                 return Execution(detached(output), {}, self._moved(before))
             with torch.enable_grad():
+                sources = {**self.parameters, **_sources(call)}
                 output = forward(*call.args, **call.kwargs)
                 loss = scalar_loss(output, seed)
-                gradients: dict[str, torch.Tensor | None] = dict.fromkeys(self.parameters)
-                if loss is not None and self.parameters:
-                    found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                gradients: dict[str, torch.Tensor | None] = dict.fromkeys(sources)
+                if loss is not None and sources:
+                    found = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
                     gradients = {
-                        name: None if g is None else g.detach().clone()
-                        for name, g in zip(self.parameters, found)
+                        name: None if g is None else g.detach().clone() for name, g in zip(sources, found)
                     }
-            return Execution(detached(output), gradients, self._moved(before))
+            kept = frozenset(name for name, t in outputs.tensors(output).items() if t.requires_grad)
+            return Execution(detached(output), gradients, self._moved(before), kept)
 
     @contextmanager
     def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -134,6 +139,11 @@ class Runner:
             for name, buffer in self.buffers.items()
             if not same_bits(buffer, before[name])
         }
+
+
+def _sources(call: Call) -> dict[str, torch.Tensor]:
+    """The inputs of a call that require a gradient."""
+    return {f"the input {name}": t for name, t in call.tensors().items() if t.requires_grad}
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.judge import tree
+from kpt.judge.layouts import layout_of
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 class InputGuard:
     """Compares a call with the example calls.
 
-    Two calls agree if their structure, constants, dtypes, devices, ranks, contiguity and static
-    sizes agree; dimensions of one name have one size within the declared range.
+    Two calls agree if their structure, constants, dtypes, devices, ranks, memory layouts and static
+    sizes agree; dimensions of one name have one size within the declared range. In training, an input
+    that requires a gradient does not agree with one whose gradient was not judged.
     """
 
-    def __init__(self, calls: list[Call], spec: InputSpec) -> None:
+    def __init__(self, calls: list[Call], spec: InputSpec, *, training: bool = False) -> None:
         self.spec = spec
+        self.training = training
         self.dims = {leaf.name: dict(leaf.dims) for leaf in spec.leaves}
         self.ranges = {
             name: (dim.low, dim.high if dim.declared else None) for name, dim in spec.dimensions.items()
@@ -53,7 +56,7 @@ class InputGuard:
                 if type(got) is not type(want) or got != want:  # 1, 1.0 and True are equal
                     return 2, f"argument {name!r} is {got!r}; proven for {want!r}"
                 continue
-            for field in ("dtype", "device", "contiguous", "kind"):
+            for field in ("dtype", "device", "contiguous", "kind", "conjugate"):
                 if getattr(got, field) != getattr(want, field):
                     return (
                         2,
@@ -76,11 +79,15 @@ class InputGuard:
                     return 1, f"{dim} = {size} is outside of the declared range {low} to {high}"
                 if sizes.setdefault(dim, size) != size:
                     return 1, f"{dim} is {size} in {name!r} and {sizes[dim]} elsewhere"
+            if not got.contiguous and got.layout(bool(dims)) != want.layout(bool(dims)):
+                return 2, f"{name!r} has the strides {list(got.strides)}; proven for {list(want.strides)}"
+            if self.training and got.requires_grad and not want.requires_grad:
+                return 2, f"{name!r} requires a gradient; proven without"
         return None
 
 
 class _TensorForm:
-    __slots__ = ("contiguous", "device", "dtype", "kind", "shape")
+    __slots__ = ("contiguous", "device", "dtype", "kind", "conjugate", "requires_grad", "shape", "strides")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.kind = type(tensor) if type(tensor) is not torch.nn.Parameter else torch.Tensor
@@ -88,6 +95,14 @@ class _TensorForm:
         self.device = tensor.device
         self.shape = tuple(tensor.shape)
         self.contiguous = tensor.is_contiguous()
+        self.strides = tensor.stride()
+        self.requires_grad = tensor.requires_grad
+        #: Memory holds the conjugate, or the negative, of the values.
+        self.conjugate = tensor.is_conj() or tensor.is_neg()
+
+    def layout(self, dynamic: bool) -> Any:
+        """The strides; what they are like where sizes, and strides with them, vary from call to call."""
+        return layout_of(self.shape, self.strides) if dynamic else self.strides
 
     def __repr__(self) -> str:
         return f"a {str(self.dtype).removeprefix('torch.')} tensor of shape {list(self.shape)}"

@@ -20,7 +20,7 @@ def plan_for(model: torch.nn.Module, applied: Applied, observation: Observation)
     return Plan(
         model,
         applied.forward,
-        InputGuard(list(observation.calls), observation.spec),
+        InputGuard(list(observation.calls), observation.spec, training=observation.training),
         Watch(model, weights=applied.plan.derives),
         training=observation.training,
         executions=applied.executions,

@@ -169,6 +169,10 @@ class Judgement:
         )
         if not verdict.passed:
             return verdict, mine.output
+        lost = sorted(expected.eager.differentiable - mine.differentiable)
+        if lost:
+            detail = f"the output {lost[0]} has no gradient, unlike in eager mode"
+            return Verdict(False, "gradient", detail, verdict.figures), mine.output
         for rule, own, eager, reference in (
             ("gradient", mine.gradients, expected.eager.gradients, expected.reference.gradients),
             ("buffer", mine.buffers, expected.eager.buffers, expected.reference.buffers),

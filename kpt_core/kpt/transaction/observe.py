@@ -17,6 +17,7 @@ from kpt.judge.draws import InputSpec
 from kpt.transaction import workspace
 from kpt.transaction.dispatch import ambient_state, original_forward
 from kpt.transaction.execution import Runner, seeded
+from kpt.transaction.hooks import global_hooks
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     Raises:
         Unsuitable: with the reason.
     """
+    if global_hooks():
+        raise Unsuitable(
+            "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
+            "optimised forward would bypass; remove it first"
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsuitable(

@@ -14,7 +14,7 @@ from kpt import compiling, interruption, profiles
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
-from kpt.transaction import distributed, memory, recipe
+from kpt.transaction import distributed, hooks, memory, recipe
 from kpt.transaction.baseline import Baseline, free_memory
 from kpt.transaction.budget import Budget, BudgetSpent
 from kpt.transaction.commit import Committed, commit
@@ -95,7 +95,7 @@ def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Re
         Exception: what the model itself raises on an example, or the user's metric raises. The model is
             then as it was.
     """
-    with distributed.ranks(float(request.budget)) as ranks:
+    with distributed.ranks(float(request.budget)) as ranks, hooks.silent(model):
         return _execute(model, example_inputs, request, ranks)
 
 
@@ -186,10 +186,9 @@ def _transact(
     finally:
         baseline.close()
         receipt.notes.extend(trials.undo_errors)
-        if trials.damage:
-            receipt.notes.append(
-                "put back after a trial had changed it: " + ", ".join(sorted(set(trials.damage))[:8])
-            )
+        changed = sorted({*trials.damage, *trials.patched})
+        if changed:
+            receipt.notes.append("put back after a trial had changed it: " + ", ".join(changed[:8]))
 
 
 def _alone(run: Run, trials: Trials) -> None:
@@ -345,7 +344,10 @@ def _why_nothing(receipt: Receipt, proposals: Proposals) -> str:
     wrong = sum(entry.rule not in ("slower", "budget", "deadline") for entry in receipt.rejected)
     slow = sum(entry.rule == "slower" for entry in receipt.rejected)
     total = len(receipt.rejected)
-    return f"of {total} variants none paid for itself: {slow} not faster, {wrong} not right or not applicable"
+    late = total - slow - wrong
+    counts = [f"{slow} not faster", f"{wrong} not right or not applicable"]
+    counts += [f"{late} not tried to the end for lack of budget"] if late else []
+    return f"of {total} variants none paid for itself: {', '.join(counts)}"
 
 
 def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:

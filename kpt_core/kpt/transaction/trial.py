@@ -13,6 +13,7 @@ import torch
 
 from kpt import compiling
 from kpt.judge import clock
+from kpt.judge.codestate import CodeState
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import dispatch, memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
@@ -114,6 +115,8 @@ class Trials:
         self.state = state
         self.log: list[Outcome] = []
         self.damage: list[str] = []
+        self.code = CodeState(observation.model)
+        self.patched: list[str] = []
         self.undo_errors: list[str] = []
 
     def run(
@@ -134,7 +137,7 @@ class Trials:
         started = time.perf_counter()
         outcome = Outcome(plan)
         applied: list[Applied] = []
-        harmed = len(self.damage)
+        harmed, patched = len(self.damage), len(self.patched)
         try:
             with self.untouched(), self.budget.limit(seconds):
                 self._run(outcome, applied, against, thorough, timed)
@@ -158,8 +161,11 @@ class Trials:
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
             outcome.rule = "memory" if _out_of_memory(error) else "failed"
             outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
-        if len(self.damage) > harmed and (outcome.right or outcome.judged_wrong):
-            outcome.rule, outcome.reason = "parameter-modified", self.damage_since(harmed)
+        if outcome.right or outcome.judged_wrong:
+            if len(self.damage) > harmed:
+                outcome.rule, outcome.reason = "parameter-modified", self.damage_since(harmed)
+            if len(self.patched) > patched:
+                outcome.rule, outcome.reason = "global-state", self.patches_since(patched)
         if keep and outcome.right and applied:
             outcome.applied = applied[0]
             outcome.quiet = applied[1] if len(applied) > 1 else None
@@ -337,6 +343,10 @@ class Trials:
         """What trials changed of the user's model, from the ``index``-th finding on."""
         return "it changed the user's model: " + ", ".join(sorted(set(self.damage[index:]))[:4])
 
+    def patches_since(self, index: int) -> str:
+        """What code trials exchanged for the whole process, from the ``index``-th finding on."""
+        return "it changed code that all models share: " + ", ".join(sorted(set(self.patched[index:]))[:4])
+
     @contextmanager
     def state_kept(self) -> Iterator[None]:
         """Global state is put back when the block ends; the model is being changed on purpose."""
@@ -345,11 +355,15 @@ class Trials:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Global state and the user's model are put back when the block ends, however it ends."""
+        """Global state, shared code and the user's model are put back, however the block ends."""
         try:
             with untouched():
                 yield
         finally:
+            exchanged = self.code.differences()
+            if exchanged:
+                self.patched.extend(exchanged)
+                self.code.restore()
             differences = self.state.differences()
             if differences:
                 self.damage.extend(differences)

@@ -163,7 +163,8 @@ def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 def cast_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A workspace whose floating-point tensors are copies in ``dtype``, the plain eager cast of the model.
+    """A workspace whose floating-point tensors are copies in ``dtype``, the plain eager cast of the model;
+    see `cast_dtype` for complex ones.
 
     Tied tensors stay tied. Buffers are copied whatever their dtype, so that running the copy leaves
     the user's untouched.
@@ -174,15 +175,22 @@ def cast_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             for tensor in store.values():
                 if tensor is None or id(tensor) in replaced:
                     continue
-                floating = tensor.is_floating_point()
-                new = tensor.detach().to(dtype, copy=True) if floating else tensor.detach().clone()
+                new = tensor.detach().to(cast_dtype(tensor, dtype), copy=True)
                 if is_parameter:
-                    new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad and floating)
+                    new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
                 replaced[id(tensor)] = new
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and id(value) not in replaced:
-                replaced[id(value)] = value.detach().to(dtype) if value.is_floating_point() else value
+                replaced[id(value)] = value.detach().to(cast_dtype(value, dtype))
     return clone(model, replaced)
+
+
+def cast_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What ``tensor`` becomes when a model is cast to ``dtype``: complex numbers are widened with the
+    others, and there are none as narrow as bf16."""
+    if tensor.is_complex() and dtype in (torch.float32, torch.float64):
+        return dtype.to_complex()
+    return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
