@@ -16,6 +16,8 @@ from fingerprints import optimized
 from kpt.compiling import CompiledForward
 from kpt.specs import KernelSpec, Variant
 from kpt.transaction import dispatch, memory
+from kpt.transaction.receipt import Entry, Receipt
+from kpt.transaction.run import _why_nothing
 from slow_models import DirectScale, SlowScale, net, plugin
 
 
@@ -30,6 +32,20 @@ def misaligned(example: torch.Tensor) -> torch.Tensor:
     """The same values one element away from an aligned address."""
     result = torch.empty(example.numel() + 1)[1:].view(example.shape)
     return result.copy_(example)
+
+
+def test_an_unoptimised_report_counts_what_the_budget_left_untried():
+    rules = ("slower", "value", "budget", "deadline", "budget")
+    receipt = Receipt("Net", "inference", "exact", "latency")
+    receipt.rejected = [Entry(rule, "compile", "cpu", rule, "") for rule in rules]
+    assert _why_nothing(receipt, types.SimpleNamespace(candidates=[1])) == (
+        "of 5 variants none paid for itself: 1 not faster, 1 not right or not applicable, "
+        "3 not tried to the end for lack of budget"
+    )
+    receipt.rejected = receipt.rejected[:2]
+    assert _why_nothing(receipt, types.SimpleNamespace(candidates=[1])).endswith(
+        "1 not right or not applicable"
+    )
 
 
 def test_calls_that_a_frozen_table_refuses_are_reported_by_site():
