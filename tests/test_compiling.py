@@ -294,6 +294,51 @@ def test_deadline_stops_python_code_and_is_quiet_otherwise():
     time.sleep(0.15)  # nothing arrives later
 
 
+SLOW_IMPORT = """
+import time
+started = True
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    time.sleep(0.01)
+whole = True
+"""
+
+
+def test_the_import_of_a_module_comes_to_its_end_past_the_deadline(tmp_path, monkeypatch):
+    """Half of a library is registered elsewhere and cannot be imported again: compilers would be lost."""
+    (tmp_path / "kpt_test_slow_import.py").write_text(SLOW_IMPORT.format(seconds=1.0))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kpt_test_slow_import", raising=False)
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.2):
+        import kpt_test_slow_import
+
+        while True:
+            time.sleep(0.001)
+    assert kpt_test_slow_import.whole and sys.modules["kpt_test_slow_import"] is kpt_test_slow_import
+
+
+def test_a_module_that_hangs_is_interrupted_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "kpt_test_hanging_import.py").write_text(SLOW_IMPORT.format(seconds=1000.0))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(interruption, "_IMPORT_PATIENCE", 0.3)
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.2):
+        import kpt_test_hanging_import  # noqa: F401
+    assert "kpt_test_hanging_import" not in sys.modules
+
+
+def test_a_deadline_holds_in_a_program_that_is_itself_being_imported(tmp_path, monkeypatch):
+    (tmp_path / "kpt_test_importing.py").write_text(
+        "import time\nfrom kpt.interruption import DeadlinePassed, deadline\n"
+        "try:\n    with deadline(0.2):\n        while True:\n            time.sleep(0.001)\n"
+        "except DeadlinePassed:\n    stopped = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(interruption, "_IMPORT_PATIENCE", 1000.0)
+    import kpt_test_importing
+
+    assert kpt_test_importing.stopped
+
+
 def test_stop_workers_leaves_other_children_alone():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as child:
         interruption.stop_workers()

@@ -7,7 +7,9 @@ A trial is Python code that calls native code and starts compilers. Three things
 * repetition of both until the block is left, because foreign code may swallow the exception.
 
 What can't be interrupted is a single native call (one matrix product, one weight packing, loading a
-shared library): the exception arrives when it returns.
+shared library): the exception arrives when it returns. The import of a module is not interrupted either,
+for as long as `_IMPORT_PATIENCE`: what is imported half is left registered elsewhere, and the library can't
+be imported again in this process.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 #: Names of the programs that a compiler driver runs.
@@ -41,6 +44,11 @@ _COMPILERS = (
     "ptxas",
 )
 _COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "ptxas")
+
+
+#: Seconds past the deadline for which the import of a module is let come to its end. That of a compiler
+#: takes 2 to 6 s where nothing is cached; a module that hangs must not hang the run.
+_IMPORT_PATIENCE = 10.0
 
 
 class DeadlinePassed(BaseException):
@@ -209,6 +217,16 @@ def raise_in_thread(thread_id: int, exception: type[BaseException]) -> bool:
     return ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), argument) == 1
 
 
+def _imports(frame: FrameType | None) -> int:
+    """How many imports are under way in the calls that led to ``frame``."""
+    number = 0
+    while frame is not None:
+        code = frame.f_code
+        number += code.co_name == "_find_and_load" and code.co_filename == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return number
+
+
 class _Watch:
     """Interrupts one thread from ``deadline`` on, until it is told that the block was left."""
 
@@ -218,6 +236,8 @@ class _Watch:
         self.interval = interval
         self.fired = False
         self._ended = False
+        # A program may call kpt while it is itself being imported.
+        self._imports = _imports(sys._getframe())
         # Held until the block is left. A plain lock: unlike an Event, it cannot be torn by a Ctrl-C.
         self._inside = threading.Lock()
         self._inside.acquire()
@@ -235,12 +255,18 @@ class _Watch:
             with self._lock:
                 if self._ended:
                     return
-                self.fired = True
-                raise_in_thread(self.thread_id, DeadlinePassed)
-                # Inside the lock: the block's successor may compile as soon as `leave` returns.
-                stop_workers()
-            if self._inside.acquire(timeout=self.interval):
+                waits = self._importing() and time.monotonic() < self.deadline + _IMPORT_PATIENCE
+                if not waits:
+                    self.fired = True
+                    raise_in_thread(self.thread_id, DeadlinePassed)
+                    # Inside the lock: the block's successor may compile as soon as `leave` returns.
+                    stop_workers()
+            if self._inside.acquire(timeout=0.01 if waits else self.interval):
                 return
+
+    def _importing(self) -> bool:
+        """Whether the thread imports a module that it began to import inside the block."""
+        return _imports(sys._current_frames().get(self.thread_id)) > self._imports
 
     def leave(self) -> None:
         """No exception is raised once this returns; it may itself be interrupted."""
