@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kpt.compiling import CompiledForward
-from slow_models import DirectScale, SlowScale, fast_forward
+from kpt.specs import Variant
+from slow_models import DerivedScale, DirectScale, SlowScale, fast_forward
 
 
 class RootWrapper(DirectScale):
@@ -73,7 +74,7 @@ class DetachesLogits(RootWrapper):
         return {**output, "logits": output["logits"].detach()}
 
 
-class Around(torch.nn.Module):
+class _Around(torch.nn.Module):
     """A model around a `SlowScale`."""
 
     def __init__(self, width: int = 16) -> None:
@@ -81,21 +82,116 @@ class Around(torch.nn.Module):
         self.slow = SlowScale(width)
 
 
-class NoisySlow(Around):
+class NoisySlow(_Around):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.slow(x) + torch.randn_like(x)
 
 
-class WithLoss(Around):
+class WithLoss(_Around):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.slow(x)
         return {"loss": logits.pow(2).mean(), "logits": logits * 2}
 
 
-class ComplexSlow(Around):
+class ComplexSlow(_Around):
     def __init__(self, width: int = 16) -> None:
         super().__init__(width)
         self.weight = torch.nn.Parameter(torch.randn(width, dtype=torch.complex64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.complex(self.slow(x.real), x.imag) * self.weight
+
+
+# -- configurations and attributes that functions read
+
+
+class Config:
+    def __init__(self) -> None:
+        self.gain = 2.0
+        self.inner = types.SimpleNamespace(names=["a"], flag=True)
+
+
+class Configured(_Around):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.settings = Config()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slow(x) * self.settings.gain
+
+
+def scaled_by(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x * module.gain
+
+
+class ScaledByAFunction(_Around):
+    """Its own code names no attribute."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.gain = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled_by(self, self.slow(x))
+
+
+class CountsInAnObject(_Around):
+    """Counts its calls where every copy of the model counts too."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.statistics = types.SimpleNamespace(calls=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.statistics.calls += 1
+        return self.slow(x)
+
+
+class EditsConfig(DirectScale):
+    """Changes the configuration that its workspace shares with the user's model."""
+
+    def apply(self, model, variant):
+        model.settings.gain = 2.0
+        model.settings.fused = True
+        model.settings.inner.names.append("b")
+        model.settings.inner.flag = False
+        return super().apply(model, variant)
+
+
+# -- copies that nobody was told of, results that are remembered
+
+
+class SaysNothingOfCopies(DerivedScale):
+    """Holds copies of weights and does not say so."""
+
+    variant = Variant("lies", predicted_gain=5.0, sites=())
+
+
+class HidesCopies(SaysNothingOfCopies):
+    """As above, where only the function itself can see them."""
+
+    def apply(self, model, variant):
+        copies = [(model.slow.weight.clone(), model.slow.bias.clone())]
+        model.slow.forward = lambda x: torch.addcmul(copies[0][1], x, copies[0][0])
+        self.applied = 1
+        return lambda: model.slow.__dict__.pop("forward", None)
+
+
+class Remembers(RootWrapper):
+    """Looks a result up by the tensor that it was asked for."""
+
+    def __init__(self):
+        self.known = {}
+
+    def around(self, inner, x):
+        key = (id(x), x.data_ptr())
+        if key not in self.known:
+            self.known[key] = (x, inner(x))
+        return self.known[key][1]
+
+
+class Transposes(DirectScale):
+    """Right values in an order of memory that `view` refuses."""
+
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x).t().contiguous().t()

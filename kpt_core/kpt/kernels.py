@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kpt.ops.sites import Site
 
 _ALIGNMENT = 64
+_CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -66,6 +67,8 @@ def _signature(value: Any) -> Any:
             value.device,
             value.data_ptr() % _ALIGNMENT == 0,
         )
+    if isinstance(value, _CONSTANTS):
+        return type(value), value  # a flag or an axis that was not seen was not judged either
     return type(value)
 
 

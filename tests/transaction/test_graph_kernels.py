@@ -11,15 +11,17 @@ from torch import nn
 import fingerprints
 import inline_models
 import kpt
+import mixed_models
 import slow_kernels
 from fingerprints import fallbacks, fast_calls, optimized
 from inline_models import built, calls, kernel
 from kpt import compiling
 from kpt.compiling import CapturedForward, CompiledForward
 from kpt.graph_kernels import GraphKernelBehaviour
+from kpt.ops.recognition import forget_proofs
 from kpt.specs import Variant
-from kpt.transaction import forward_graph
-from slow_models import plugin
+from kpt.transaction import forward_graph, observe
+from slow_models import DirectScale, plugin
 
 OPS = tuple(inline_models.MODELS)
 VARIANT = Variant("toy")
@@ -58,6 +60,22 @@ def test_an_inline_op_is_served_by_a_registered_kernel_and_undone(op: str, train
 def _without_gradients(model: nn.Module, *args: Any) -> Any:
     with torch.no_grad():
         return model(*args)
+
+
+def test_a_module_that_was_not_proved_in_time_is_not_replaced_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The toy norm computes row by row: in the graph, one kernel call for each row would be slower."""
+    forget_proofs()
+    monkeypatch.setattr(observe, "proof_seconds", lambda left: -1.0)
+    offered = [plugin(DirectScale, kernels=[kernel("rms_norm")])]
+    model = optimized(mixed_models.mixed(), torch.randn(64, 64), plugins=offered, budget=30.0)
+    assert skipped(model)["rms_norm/toy"].endswith("would take the place of parts of them")
+    assert any("not recognised for lack of time" in note for note in kpt.report(model).notes)
+
+
+def test_proofs_have_seconds_of_a_small_budget() -> None:
+    assert [observe.proof_seconds(left) for left in (4.0, 20.0, 120.0)] == [2.0, 5.0, 12.0]
 
 
 @pytest.mark.parametrize("op", OPS)

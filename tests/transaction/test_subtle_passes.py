@@ -154,3 +154,89 @@ def test_hooks_of_all_modules_see_every_module(kind):
         kpt.optimize(model, x, plugins=[plugin(DirectScale)], cache=False)
         assert fired == []
         assert "global module hook" in kpt.report(model).reason
+
+
+# -- configurations and attributes
+
+
+def test_a_configuration_that_a_pass_changes_is_put_back():
+    model, x = subtle.Configured().eval(), torch.randn(32, 16)
+    assert rule_of(model, subtle.EditsConfig, x) == "parameter-modified"
+    assert "model.settings: attribute 'fused' added" in kpt.report(model).rejected[0].reason
+    assert vars(model.settings) == {"gain": 2.0, "inner": model.settings.inner}
+    assert vars(model.settings.inner) == {"names": ["a"], "flag": True}
+
+
+def test_a_constant_of_an_object_that_changes_is_no_constant_of_the_plan():
+    model, x = subtle.Configured().eval(), torch.randn(32, 16)
+    optimized(model, x, plugins=[plugin(subtle.Captured, phase="compile")])
+    model.settings.gain = 3.0
+    with torch.no_grad():
+        assert torch.equal(model(x), fast_forward(model.slow, x) * 3.0)
+        assert fast_calls(model) == 0
+        model.settings.gain = 2.0
+        assert torch.equal(model(x), fast_forward(model.slow, x) * 2.0)
+    assert fast_calls(model) == 1
+
+
+def test_an_attribute_that_only_a_function_reads_is_watched():
+    model, x = subtle.ScaledByAFunction().eval(), torch.randn(32, 16)
+    optimized(model, x, plugins=[plugin(subtle.Captured, phase="compile")])
+    with torch.no_grad():
+        model(x)
+        model.gain = 3.0
+        assert torch.equal(model(x), fast_forward(model.slow, x) * 3.0)
+        assert fallbacks(model) == {"the attribute 'gain' of the model changed": 1}
+        model.gain = 2.0
+        model(x)
+    assert fast_calls(model) == 2
+
+
+def test_reading_attributes_brings_no_comparison():
+    model = optimized(subtle.ScaledByAFunction().eval(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    structure = kpt.transaction.dispatch.plan_of(model).watch.structure
+    structure.changed()
+    assert model.gain == 2.0 and model.slow.weight is not None and not hasattr(model, "absent")
+    assert not structure.unsure
+    model.gain = 2.0
+    assert structure.unsure
+
+
+def test_what_eager_itself_counts_is_blamed_on_nobody_and_put_back():
+    model, x = subtle.CountsInAnObject().eval(), torch.randn(32, 16)
+    optimized(model, x, plugins=[plugin(DirectScale)])
+    assert kpt.report(model).notes == []
+
+
+# -- copies, memory, order of memory
+
+
+@pytest.mark.parametrize("offered", [subtle.SaysNothingOfCopies, subtle.HidesCopies])
+def test_copies_of_weights_are_watched_though_nobody_was_told(offered):
+    model, x = net(), torch.randn(32, 16)
+    optimized(model, x, plugins=[plugin(offered)])
+    assert kpt.report(model).watched_tensors > 0
+    with torch.no_grad():
+        model(x)
+        model.slow.weight.mul_(2.0)
+        result = model(x)
+        assert fast_calls(model) == 1
+        kpt.restore(model)
+        assert torch.equal(result, model(x))
+
+
+def test_an_honest_plan_without_copies_watches_no_weights():
+    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    assert kpt.report(model).watched_tensors == 0
+
+
+def test_results_that_are_remembered_by_tensor_are_a_replay():
+    model = net()
+    assert rule_of(model, subtle.Remembers, torch.randn(32, 16)) == "replay"
+    assert "same tensors with new values" in kpt.report(model).rejected[0].reason
+
+
+def test_an_output_that_cannot_be_viewed_is_rejected():
+    model, x = SlowScale().eval(), torch.randn(32, 16)
+    assert rule_of(model, subtle.Transposes, x) == "stride"
+    assert rule_of(subtle.Configured().eval(), DirectScale, x.t().contiguous().t()) == "kept"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from kpt.judge.calls import clone_tensor
 from kpt.judge.outputs import CHUNK, bits, bitwise_equal
 
 _CONTAINERS = (list, dict, set, OrderedDict)
+#: What has attributes and is no object in the sense of `_ObjectState`.
+_NO_OBJECTS = (torch.nn.Module, torch.Tensor, type, FunctionType, MethodType, ModuleType, partial)
+#: Objects inside objects are looked at so far down: a configuration's own configurations.
+_DEPTH = 1
 _SLOTS = ("_parameters", "_buffers", "_modules")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -44,8 +50,19 @@ class _ModuleState:
     contents: dict[str, Any]
 
 
+@dataclass
+class _ObjectState:
+    """An object that hangs on a module, a configuration say: it is shared with every copy of the module."""
+
+    path: str
+    value: Any
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+
 class ModelState:
-    """What a model was: tensors with their bits, gradients, flags, attributes and hooks of every module.
+    """What a model was: tensors with their bits, gradients, flags, attributes and hooks of every module,
+    and the attributes of objects that hang on one.
 
     Args:
         model: the model; it is only read.
@@ -56,6 +73,7 @@ class ModelState:
     def __init__(self, model: torch.nn.Module, *, limit_bytes: int | None = None) -> None:
         self._model = model
         self._modules = [_module_state(path, module) for path, module in model.named_modules()]
+        self._objects = list(_objects(self._modules))
         found: dict[int, tuple[str, torch.Tensor]] = {}
         for name, tensor in _tensors(self._modules):
             found.setdefault(id(tensor), (name, tensor))
@@ -78,16 +96,20 @@ class ModelState:
             if now.get(state.path) is not state.module:
                 found.append(f"{label}: replaced or removed")
             found += [f"{label}: {change}" for change in _module_differences(state)]
+        for kept in self._objects:
+            found += [f"{kept.path}: {change}" for change in _attribute_differences(kept, vars(kept.value))]
         known = {state.path for state in self._modules}
         found += [f"{path}: added" for path in now if path not in known]
-        for kept in self._tensors:
-            found += [f"{kept.name}: {change}" for change in _tensor_differences(kept)]
+        for tensor in self._tensors:
+            found += [f"{tensor.name}: {change}" for change in _tensor_differences(tensor)]
         return found
 
     def restore(self) -> list[str]:
         """Put everything back; return what could not be, as `differences` names it."""
         for state in self._modules:
             _restore_module(state)
+        for held in self._objects:
+            _restore_attributes(held, vars(held.value))
         for kept in self._tensors:
             _restore_tensor(kept)
         return self.differences()
@@ -102,6 +124,35 @@ def _module_state(path: str, module: torch.nn.Module) -> _ModuleState:
         attributes,
         {name: value.copy() for name, value in attributes.items() if isinstance(value, _CONTAINERS)},
     )
+
+
+def _objects(modules: list[_ModuleState]) -> Iterator[_ObjectState]:
+    """Objects with attributes that modules hold, and those that these hold in turn."""
+    seen: set[int] = set()
+    pending = [
+        (f"{state.path or 'model'}.{name}", value, 0)
+        for state in modules
+        for name, value in state.attributes.items()
+    ]
+    for path, value, depth in pending:
+        if id(value) in seen or not _is_object(value):
+            continue
+        seen.add(id(value))
+        attributes = dict(vars(value))
+        copies = {name: item.copy() for name, item in attributes.items() if isinstance(item, _CONTAINERS)}
+        yield _ObjectState(path, value, attributes, copies)
+        if depth < _DEPTH:
+            pending += [(f"{path}.{name}", item, depth + 1) for name, item in attributes.items()]
+
+
+def shared_objects(model: torch.nn.Module) -> list[Any]:
+    """The objects with attributes that the modules of ``model`` hold, and all structural copies with it."""
+    modules = [_module_state(path, module) for path, module in model.named_modules()]
+    return [kept.value for kept in _objects(modules)]
+
+
+def _is_object(value: Any) -> bool:
+    return not isinstance(value, _NO_OBJECTS) and isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _tensors(modules: list[_ModuleState]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,7 +245,11 @@ def _module_differences(state: _ModuleState) -> Iterator[str]:
                 yield f"{slot[1:-1]} {name!r} {what}"
         if list(before) != list(now) and set(before) == set(now):
             yield f"order of {slot[1:]}"
-    now = {name: value for name, value in vars(state.module).items() if name not in _SLOTS}
+    yield from _attribute_differences(state, vars(state.module))
+
+
+def _attribute_differences(state: _ModuleState | _ObjectState, values: dict[str, Any]) -> Iterator[str]:
+    now = {name: value for name, value in values.items() if name not in _SLOTS}
     for name in {**state.attributes, **now}:
         change = _attribute_change(state, name, now)
         if change:
@@ -202,7 +257,7 @@ def _module_differences(state: _ModuleState) -> Iterator[str]:
             yield f"{kind} {name!r} {change}"
 
 
-def _attribute_change(state: _ModuleState, name: str, now: dict[str, Any]) -> str | None:
+def _attribute_change(state: _ModuleState | _ObjectState, name: str, now: dict[str, Any]) -> str | None:
     if name not in state.attributes:
         return "added"
     if name not in now:
@@ -288,6 +343,10 @@ def _restore_module(state: _ModuleState) -> None:
         if list(before) != list(now) or any(now[name] is not before[name] for name in before):
             now.clear()
             now.update(before)
+    _restore_attributes(state, values)
+
+
+def _restore_attributes(state: _ModuleState | _ObjectState, values: dict[str, Any]) -> None:
     for name in [name for name in values if name not in _SLOTS and name not in state.attributes]:
         del values[name]
     for name, before in state.attributes.items():

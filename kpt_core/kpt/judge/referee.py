@@ -264,6 +264,22 @@ def judge_inputs(before: Any, after: Any) -> Verdict:
     return passed() if changed is None else rejected("input-modified", f"input {changed} was modified")
 
 
+def judge_strides(candidate: Any, eager: Any) -> Verdict:
+    """Reject under ``stride`` an output that is not contiguous where eager's is: ``view`` fails on it."""
+    own = outputs.tensors(eager)
+    for name, mine in outputs.tensors(candidate).items():
+        if (
+            mine.layout is torch.strided
+            and name in own
+            and own[name].layout is torch.strided
+            and own[name].is_contiguous()
+            and not mine.is_contiguous()
+        ):
+            detail = f"{name} has the strides {list(mine.stride())}, eager's {list(own[name].stride())}"
+            return rejected("stride", detail)
+    return passed()
+
+
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from itself or its name ("bfloat16", "torch.bfloat16", "tf32" for float32 matmuls in TF32)."""
     if dtype is None or isinstance(dtype, torch.dtype):

@@ -27,12 +27,16 @@ GRAPH_PROOFS: dict[Hashable, Outcome] = {}
 
 @dataclass(frozen=True)
 class Recognition:
-    """What was proved, and what was proposed but left alone, each with its reason."""
+    """What was proved, and what was proposed but left alone, each with its reason.
+
+    ``unfinished`` counts those among the latter whose proof the deadline ended, or never let begin.
+    """
 
     sites: tuple[Site, ...] = ()
     left_alone: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     proofs: int = 0
+    unfinished: int = 0
 
     def of(self, op: str, kind: str | None = None) -> tuple[Site, ...]:
         """The sites of one op, of one kind if given."""
@@ -68,7 +72,13 @@ def recognise(
             if captured.path in whole:
                 continue  # the module as a whole is a site
             work.consider(captured, "function" if captured.callee.isidentifier() else "call")
-    return Recognition(tuple(work.sites), tuple(work.left_alone), time.monotonic() - started, work.proofs)
+    return Recognition(
+        tuple(work.sites),
+        tuple(work.left_alone),
+        time.monotonic() - started,
+        work.proofs,
+        work.unfinished,
+    )
 
 
 class _Work:
@@ -82,6 +92,7 @@ class _Work:
         self.left_alone: list[tuple[str, str]] = []
         self.memo: dict[int, Any] = {}
         self.proofs = 0
+        self.unfinished = 0
 
     def reference(self, op: str) -> Callable[..., Any]:
         return index.reference(op, self.registry)
@@ -98,6 +109,7 @@ class _Work:
             try:
                 outcome = self._outcome(captured, hypotheses)
             except OutOfTime as late:
+                self.unfinished += 1
                 outcome = Outcome(None, str(late))
             reason = outcome.reason
             if outcome.hypothesis is not None:

@@ -10,6 +10,7 @@ from kpt import compiling
 from kpt.judge.state import untouched
 from kpt.transaction import workspace
 from kpt.transaction.execution import Runner
+from kpt.transaction.observe import proof_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from kpt.ops.recognition import Recognition
     from kpt.ops.sites import Site
     from kpt.transaction.observe import Observation
-
-#: Share of the budget that is left which capturing and recognising may take, and the seconds that they
-#: may take in any case while these are not half of it: importing dynamo alone takes two.
-_SHARE = 0.1
-_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,12 @@ def look(observation: Observation, registry: Any, ops: frozenset[str]) -> GraphF
     goes wrong, or takes longer than a small part of the budget, is a reason to find nothing.
     """
     started = time.perf_counter()
-    left = observation.budget_left
-    seconds = max(_SHARE * left, min(_SECONDS, 0.5 * left))
+    if observation.unfinished_proofs:
+        return GraphFindings(
+            reason=f"{observation.unfinished_proofs} modules or functions, which may compute it, were not "
+            "proved for lack of time; in the graph a kernel would take the place of parts of them"
+        )
+    seconds = proof_seconds(observation.budget_left)
     try:
         with untouched(), compiling.deadline(seconds):
             recognition = _recognise(observation, registry, ops, time.monotonic() + seconds)

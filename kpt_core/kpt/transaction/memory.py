@@ -62,6 +62,19 @@ def derived_bytes(model: torch.nn.Module, applied: Applied) -> int:
     return walk.total
 
 
+def holds_copies(model: torch.nn.Module, applied: Applied) -> bool:
+    """Whether a plan keeps tensors that are not the model's, whatever it says about them.
+
+    They may be copies made from weights: a plan that does not say so must not serve stale ones. Constants
+    of compiled code are left out, since compilers lift every literal into one.
+    """
+    walk = _Walk()
+    walk.visit(model)
+    walk.total = 0
+    walk.visit([applied.module, applied.behaviours, applied.undos])
+    return walk.total > 0
+
+
 class _Walk:
     """Adds up the storages of what is visited; nothing is entered or counted twice."""
 

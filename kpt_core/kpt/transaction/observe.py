@@ -14,6 +14,7 @@ import torch
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
+from kpt.judge.modelstate import shared_objects
 from kpt.transaction import workspace
 from kpt.transaction.dispatch import ambient_state, original_forward
 from kpt.transaction.execution import Runner, seeded
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Level, Mode, Objective
 
 _SLOTS = frozenset(vars(torch.nn.Module()))
+#: Share of the budget that is left which recognition may take, and the seconds that it may take in any case
+#: while these are not half of it: a busy machine needs ten times what a quiet one does.
+_SHARE = 0.1
+_SECONDS = 5.0
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _log = logging.getLogger("kpt")
@@ -40,7 +45,9 @@ class Observation:
 
     ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
     floating-point operations as torch's flop counter sees them (matrix products and convolutions).
-    ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training.
+    ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
+    ``moving`` which attributes of objects that modules hold (by the object's id) each call changes.
+    ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time.
     """
 
     model: torch.nn.Module
@@ -62,6 +69,8 @@ class Observation:
     stochastic: bool = False
     budget_left: float = 120.0
     ambient: tuple[Any, ...] = ()
+    moving: frozenset[tuple[int, str]] = frozenset()
+    unfinished_proofs: int = 0
 
     @property
     def dynamic(self) -> bool:
@@ -71,6 +80,16 @@ class Observation:
     @property
     def training(self) -> bool:
         return self.mode == "training"
+
+
+def proof_seconds(left: float) -> float:
+    """Seconds that proofs of what a model computes may take of a budget of which ``left`` is left."""
+    return max(_SHARE * left, min(_SECONDS, 0.5 * left))
+
+
+def import_dynamo() -> None:
+    """Proofs run under modes whose code imports dynamo at first; that alone takes seconds."""
+    import torch._dynamo  # noqa: F401
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -170,13 +189,14 @@ def observe(
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
     seconds = _warm_up(model, runner, plain, calls)
-    _refuse_state(runner, plain, calls[0])
+    moving = _state_of_calls(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
 
+    import_dynamo()
     recognition = ops.recognise(
-        plain, calls, registry=registry, deadline=time.monotonic() + 0.1 * deadline.left()
+        plain, calls, registry=registry, deadline=time.monotonic() + proof_seconds(deadline.left())
     )
     parameters = list(model.parameters())
     return (
@@ -200,6 +220,8 @@ def observe(
             stochastic=stochastic,
             budget_left=deadline.left(),
             ambient=ambient_state(),
+            moving=moving,
+            unfinished_proofs=recognition.unfinished,
         ),
         plain,
     )
@@ -276,8 +298,13 @@ def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
     return float(counter.get_total_flops())
 
 
-def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
-    """A forward that assigns attributes would advance the copy's state and not the user's."""
+def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> frozenset[tuple[int, str]]:
+    """Refuse a forward that assigns attributes: it would advance the copy's state and not the user's.
+
+    Objects that modules hold are shared with copies; what a call changes of them is returned, by the id of
+    the object and the attribute's name.
+    """
+    shared = [(value, dict(vars(value))) for value in shared_objects(plain)]
     before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
     contents = {
         (name, key): value.copy()
@@ -302,6 +329,12 @@ def _refuse_state(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
                 f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
                 "such state cannot be shared with an optimised copy (write buffers in place instead)"
             )
+    return frozenset(
+        (id(value), key)
+        for value, held in shared
+        for key, now in vars(value).items()
+        if key not in held or (held[key] is not now and not _equal(held[key], now))
+    )
 
 
 def _same_items(before: Any, now: Any) -> bool:

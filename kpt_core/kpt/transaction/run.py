@@ -243,6 +243,11 @@ def _describe(receipt: Receipt, observation: Observation, request: Request) -> N
     receipt.versions = recipe.versions(request.registry)
     receipt.inputs = observation.spec.to_dict()
     receipt.sites = [site.to_dict() for site in observation.sites]
+    if observation.unfinished_proofs:
+        receipt.notes.append(
+            f"{observation.unfinished_proofs} modules or functions were not recognised for lack of time, so "
+            "that no kernel was tried there; a larger budget, or a machine with less to do, gives it"
+        )
     receipt.left_alone = [list(entry) for entry in observation.left_alone]
     receipt.baseline = {"seconds": observation.baseline_seconds, "operations": observation.operations}
     receipt.seconds_before = receipt.seconds_after = observation.baseline_seconds

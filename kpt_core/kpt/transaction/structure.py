@@ -8,6 +8,9 @@ compares everything once. Calls without such a write pay nothing. A dictionary t
 buffers is replaced by a `Store`, which hears a tensor being exchanged past the module's interface, as
 `torch.func.functional_call` and loaders of weights do it.
 
+Other attributes are heard in the same way, whether it is the module's own code that reads them or a function
+that is given the module.
+
 Unnoticed are writes that do not pass there: into a module's ``__dict__`` or ``_modules``, or to an
 attribute of a class. They are found when everything is compared for another reason: a switch of the mode,
 or `kpt.report`.
@@ -15,28 +18,42 @@ or `kpt.report`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-#: Names whose assignment may change what a module computes. ``training`` brings an occasional look
-#: at everything, whoever wrote it past the ear.
+from kpt.transaction.copies import HANDLE, REDUCE
+
+_MISSING = object()
+#: Attributes that kpt itself sets on an optimised model.
+OURS = ("forward", "_apply", HANDLE, REDUCE)
+#: Names whose assignment may change what a module computes, beside those of its plain attributes.
+#: ``training`` brings an occasional look at everything, whoever wrote it past the ear.
 _NAMES = frozenset({"forward", "__class__", "_modules", "training"})
 #: In this order: a leaf's parameters are found without its children being asked, and a container's
 #: children are asked for last.
 _STORES = ("_modules", "_buffers", "_parameters")
 _FACTS = ("the class", "the forward", "the forward", "a child", "a parameter or buffer")
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, tuple, frozenset)
+#: What `nn.Module` and kpt keep in a module's dictionary; ``training`` is the mode, watched apart.
+_NOT_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), *OURS, "forward", "training"})
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
 
 class Ear(dict):  # type: ignore[type-arg]
-    """An empty dictionary of a module that hears which names it is asked for. Copies are plain."""
+    """An empty dictionary of a module that hears which names it is asked for. Copies are plain.
+
+    ``names`` are those that matter. Reading an attribute that a module has does not ask here, assigning or
+    deleting it does.
+    """
 
     listener: Structure | None = None
+    names: frozenset[str] = _NAMES
 
     def __contains__(self, name: object) -> bool:
-        if name in _NAMES and self.listener is not None:
+        if name in self.names and self.listener is not None:
             self.listener.unsure = True
         return super().__contains__(name)
 
@@ -92,6 +109,7 @@ class Structure:
         self._lengths = list(map(len, self._children))
         self.containers = len(self._children)
         self._known = [self._facts(module) for module in self._modules]
+        self._attributes = [_attributes(module) for module in self._modules]
         # What is compared by its id has to stay alive, lest another object gets that id.
         self._alive = [(*module._parameters.values(), *module._buffers.values()) for module in self._modules]
         self.unsure = False
@@ -104,12 +122,16 @@ class Structure:
     def changed(self) -> str | None:
         """What differs from construction, or None; then nothing is unsure any more."""
         self.unsure = False
-        for module, known in zip(self._modules, self._known):
+        for module, known, attributes in zip(self._modules, self._known, self._attributes):
             now = self._facts(module)
             for what, old, new in zip(_FACTS, known, now):
                 if old is not new and old != new:
                     self.unsure = True  # it may be put back
                     return f"{what} of {self._names[id(module)] or 'the model'} was replaced"
+            for name, value in attributes.items():
+                if not _same(module.__dict__.get(name, _MISSING), value):
+                    self.unsure = True
+                    return f"the attribute {name!r} of {self._names[id(module)] or 'the model'} changed"
         return None
 
     def close(self) -> None:
@@ -130,6 +152,7 @@ class Structure:
             if type(original) in (dict, Ear) and not original:
                 ear = Ear()
                 ear.listener = self
+                ear.names = _names(tuple(_attributes(module)))
                 module.__dict__[store] = ear
                 self._undo.append(_put_back(module, store, ear, original))
                 return
@@ -142,6 +165,31 @@ class Structure:
                 store.listener = self
                 module.__dict__[name] = store
                 self._undo.append(_put_back(module, name, store, original))
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module holds beside its parameters, buffers, children and hooks."""
+    return {name: value for name, value in module.__dict__.items() if name not in _NOT_ATTRIBUTES}
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(attributes: tuple[str, ...]) -> frozenset[str]:
+    """The names that an ear listens for; modules of one class share them."""
+    return _NAMES.union(attributes)
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether an attribute is the object that it was, or a constant equal to it."""
+    if now is before:
+        return True
+    return type(now) is type(before) and isinstance(now, _PLAIN) and _equal(now, before)
+
+
+def _equal(now: Any, before: Any) -> bool:
+    try:
+        return bool(now == before)
+    except (RuntimeError, ValueError):  # a tuple that holds tensors
+        return False
 
 
 def _put_back(module: torch.nn.Module, store: str, ear: Ear | Store, original: Any) -> Callable[[], None]:

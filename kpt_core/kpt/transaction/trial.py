@@ -113,6 +113,10 @@ class Trials:
         self.accuracy_after: dict[str, float] = {}
         self.judgement = Judgement(observation, baseline, budget)
         self.state = state
+        #: What the eager forward itself changes by being called is put back, and no pass is blamed for it.
+        self.eager_changes = frozenset(state.differences())
+        if self.eager_changes:
+            state.restore()
         self.log: list[Outcome] = []
         self.damage: list[str] = []
         self.code = CodeState(observation.model)
@@ -366,7 +370,7 @@ class Trials:
                 self.code.restore()
             differences = self.state.differences()
             if differences:
-                self.damage.extend(differences)
+                self.damage.extend(name for name in differences if name not in self.eager_changes)
                 lost = self.state.restore()
                 if lost:
                     raise ModelDamaged(

@@ -26,6 +26,8 @@ from kpt.transaction.structure import Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
+#: What has attributes and holds no constants of a model's.
+_NO_OBJECTS = (torch.nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _version = attrgetter("_version")
 #: ``operator.call`` is new in Python 3.11.
 _call: Callable[..., Any] = getattr(operator, "call", lambda function, *args: function(*args))
@@ -36,10 +38,17 @@ class Watch:
     """Watches ``model`` from construction to `close`.
 
     ``reason`` is None while the plan holds, else what changed. `stale` compares what has to be
-    compared and costs about 0.05 µs for each watched tensor.
+    compared and costs about 0.05 µs for each watched tensor. ``moving`` are attributes of objects that a
+    call itself changes, by the object's id and the name: these are left out.
     """
 
-    def __init__(self, model: torch.nn.Module, *, weights: bool) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        weights: bool,
+        moving: frozenset[tuple[int, str]] = frozenset(),
+    ) -> None:
         self.reason: str | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self._undo: list[Callable[[], None]] = []
@@ -55,7 +64,7 @@ class Watch:
         self._parameters = list(model.parameters())
         self._trainable = list(map(_requires_grad, self._parameters))
         attributes = [pair for module in modules if (pair := _attribute_getter(module)) is not None]
-        attributes += _config_getters(modules)
+        attributes += _object_getters(modules, moving)
         # Side by side, so that one call in C compares them all: a loop takes twice the time.
         self._states = [state for state, _ in attributes]
         self._getters = [getter for _, getter in attributes]
@@ -284,15 +293,29 @@ def _code_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def _config_getters(
-    modules: list[torch.nn.Module],
+def _object_getters(
+    modules: list[torch.nn.Module], moving: frozenset[tuple[int, str]]
 ) -> list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]]:
-    """Switches of the modules' ``config`` objects: compiled code has their values built in."""
+    """Constants of objects that modules hold: compiled code has their values built in.
+
+    Watched are those that the code of a module or of the object's own class reads, and the switches of a
+    ``config``, which functions read that are given the module.
+    """
     found: dict[int, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {}
+    read = frozenset().union(*(_names_read(type(module)) for module in modules))
     for module in modules:
-        state = getattr(module.__dict__.get("config"), "__dict__", None)
-        if state and id(state) not in found:
-            keys = sorted(key for key, value in state.items() if isinstance(value, (bool, str, type(None))))
+        for name, value in module.__dict__.items():
+            state = getattr(value, "__dict__", None)
+            if not isinstance(state, dict) or id(state) in found or isinstance(value, _NO_OBJECTS):
+                continue
+            switches = (bool, str, type(None)) if name == "config" else ()
+            names = read | _names_read(type(value))
+            keys = sorted(
+                key
+                for key, item in state.items()
+                if (id(value), key) not in moving
+                and (isinstance(item, switches) or (key in names and isinstance(item, _SCALARS)))
+            )
             if keys:
                 found[id(state)] = (state, itemgetter(*keys))
     return list(found.values())

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from kpt.ops.clone import blank, slots
-from kpt.transaction.copies import HANDLE, REDUCE
 from kpt.transaction.dispatch import is_dispatcher
-from kpt.transaction.structure import Ear, Store
+from kpt.transaction.structure import OURS, Ear, Store
 
 _HOOK_DICTS = tuple(
     name
@@ -27,10 +26,6 @@ _HOOK_DICTS = tuple(
 )
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type, torch.Tensor)
-
-
-#: Attributes that kpt itself sets on an optimised model.
-OURS = ("forward", "_apply", HANDLE, REDUCE)
 
 
 class WorkspaceError(RuntimeError):
