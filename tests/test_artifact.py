@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_a_model_of_another_dtype_is_refused_and_keeps_parameters_values_and_mod
 
 
 def test_a_load_that_fails_late_restores_the_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kpt.artifact import reading
+    from kpt.artifact import verification
 
     path, _, _ = saved(tmp_path)
     mine = slow_models.Net().train()
@@ -202,7 +203,7 @@ def test_a_load_that_fails_late_restores_the_modes(tmp_path: Path, monkeypatch: 
     def fails(*args: Any) -> None:
         raise ArtifactError("verify", "no")
 
-    monkeypatch.setattr(reading, "_verify", fails)
+    monkeypatch.setattr(verification, "check", fails)
     with pytest.raises(ArtifactError):
         load(path, model=mine)
     assert mine.training and mine.first.training and not mine.norm.training
@@ -349,3 +350,205 @@ def test_an_adapter_that_is_missing_is_named(tmp_path: Path, adapted: Adapted) -
     with pytest.raises(ArtifactError, match="'net-library'") as caught:
         load(path)
     assert caught.value.code == "missing-plugin" and "model=" in caught.value.hint
+
+
+def in_module(monkeypatch: pytest.MonkeyPatch, cls: type) -> type:
+    """``cls`` as the class ``Odd`` of an imported module, so that an artifact may name it."""
+    home = types.ModuleType("kpt_test_artifact_home")
+    home.Odd = cls  # type: ignore[attr-defined]
+    cls.__module__, cls.__qualname__, cls.__name__ = home.__name__, "Odd", "Odd"
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    return cls
+
+
+class Linear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+
+def unoptimised(model: torch.nn.Module, path: Path) -> Path:
+    return kpt.save(kpt.optimize(model.eval(), torch.randn(4, 8), plugins=[], cache=False), path)
+
+
+def test_a_model_that_was_saved_unoptimised_has_its_receipt_and_is_saved_again(tmp_path, monkeypatch):
+    class Plain(Linear):
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Plain)
+    again = kpt.load(unoptimised(Plain(), tmp_path / "first"), plugins=[])
+    assert kpt.report(again).reason == "no plugin had anything to offer here"
+    second = kpt.load(kpt.save(again, tmp_path / "second"), plugins=[])
+    assert torch.equal(second.linear.weight, again.linear.weight)
+    kpt.optimize(again, torch.randn(4, 8), plugins=[plugin(DirectScale)], budget=5)
+    kpt.refresh(second)
+
+
+def test_saving_and_loading_leave_buffers_and_random_states_alone(tmp_path, monkeypatch):
+    class Counting(Linear):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(4, 8))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            self.last = x + self.calls
+            return self.linear(x)
+
+    model = in_module(monkeypatch, Counting)()
+    kpt.optimize(model.eval(), torch.randn(4, 8), plugins=[], cache=False)
+    model.calls.fill_(7)
+    last, random = model.last, torch.get_rng_state()
+    path = kpt.save(model, tmp_path / "artifact")
+    assert float(model.calls) == 7 and model.last is last and torch.equal(torch.get_rng_state(), random)
+    assert float(kpt.load(path, plugins=[]).calls) == 7
+
+
+def test_a_model_that_draws_random_numbers_is_verified_by_its_shapes(tmp_path, monkeypatch):
+    class Noisy(Linear):
+        def forward(self, x):
+            return self.linear(x) + torch.randn(8)
+
+    in_module(monkeypatch, Noisy)
+    path = unoptimised(Noisy(), tmp_path / "artifact")
+    assert json.loads((path / "recipe.json").read_text())["verify"]["random"] is True
+    kpt.load(path, plugins=[])
+
+
+@pytest.mark.parametrize("kind", ["indices", "mask", "complex"])
+def test_outputs_that_are_no_floats_are_verified_too(tmp_path, monkeypatch, kind):
+    class Odd(Linear):
+        def forward(self, x):
+            y = self.linear(x)
+            return {"indices": y.argmax(-1), "mask": y > 0, "complex": torch.complex(y, y)}[kind]
+
+    model = in_module(monkeypatch, Odd)()
+    path = unoptimised(model, tmp_path / "artifact")
+    kpt.load(path, plugins=[])
+    weights = {"linear.weight": -model.linear.weight.detach(), "linear.bias": -model.linear.bias.detach()}
+    replace(path, "model.safetensors", weights)
+    with pytest.raises(ArtifactError, match="differs from verify/original"):
+        kpt.load(path, plugins=[])
+
+
+def replace(path: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a file of the artifact anew, with its checksum."""
+    from safetensors.torch import save_file
+
+    from kpt.artifact.folder import sha256
+
+    save_file(tensors, str(path / name))
+    edit(path, lambda data: data["files"].update({name: sha256(path / name)}))
+
+
+@pytest.mark.parametrize("change", ["attribute", "hidden buffer"])
+def test_what_the_constructor_does_not_set_is_kept_in_a_pickle_of_the_structure(
+    tmp_path, monkeypatch, change
+):
+    class Changed(Linear):
+        def __init__(self):
+            super().__init__()
+            self.factor = 1.0
+            self.register_buffer("offset", torch.zeros(8), persistent=False)
+
+        def forward(self, x):
+            return self.linear(x) * self.factor + self.offset
+
+    model = in_module(monkeypatch, Changed)()
+    assert json.loads((unoptimised(model, tmp_path / "as-built") / "recipe.json").read_text())["build"] == {
+        "kind": "class",
+        "arch": "kpt_test_artifact_home:Odd",
+    }
+    if change == "attribute":
+        model.factor = 2.5
+    else:
+        model.offset.fill_(3.0)
+    path = unoptimised(model, tmp_path / "changed")
+    with pytest.raises(ArtifactError, match="pickle"):
+        kpt.load(path, plugins=[])
+    x = torch.randn(4, 8)
+    assert torch.equal(kpt.load(path, trust=True, plugins=[])(x), model(x))
+
+
+def test_a_structure_whose_classes_are_gone_is_an_error_of_the_artifact(tmp_path, monkeypatch):
+    class Configured(Linear):
+        def __init__(self, width):
+            super().__init__()
+
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Configured)
+    path = unoptimised(Configured(3), tmp_path / "artifact")
+    monkeypatch.delitem(sys.modules, "kpt_test_artifact_home")
+    with pytest.raises(ArtifactError, match="cannot be unpickled: ModuleNotFoundError") as caught:
+        kpt.load(path, trust=True)
+    assert caught.value.code == "not-buildable" and "arch=" in caught.value.hint
+    with pytest.raises(ArtifactError, match="No module named") as caught:
+        kpt.load(path, arch="kpt_test_artifact_home:Odd")
+    assert caught.value.code == "bad-arch"
+
+
+def test_a_class_of_a_script_is_saved_with_a_warning(tmp_path, monkeypatch):
+    class Scripted(Linear):
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Scripted).__module__ = "__main__"
+    monkeypatch.setattr(sys.modules["__main__"], "Odd", Scripted, raising=False)
+    with pytest.warns(UserWarning, match="defined in a script"):
+        path = unoptimised(Scripted(), tmp_path / "artifact")
+    kpt.load(path, trust=True, plugins=[])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {key: value}
+            for key in ("plan", "build", "aliases", "request", "verify")
+            for value in ("x", 7, [1])
+        ),
+        {"aliases": {"linear.weight": 7}},
+        {"request": {"level": "exact"}},
+        {"request": {"level": "fast", "objective": "latency"}},
+        {"request": {"level": "exact", "objective": "latency", "dynamic_shapes": {"x": 7}}},
+        {"request": {"level": "exact", "objective": "latency", "dynamic_shapes": [1]}},
+        {"plan": {"steps": "x"}},
+        {"plan": {"steps": [7]}},
+        {"verify": {"leaves": 7}},
+        {"build": {"kind": 7}},
+    ],
+)
+def test_a_manifest_that_says_something_else_is_an_error_of_the_artifact(tmp_path, change):
+    path, _, _ = saved(tmp_path)
+    edit(path, lambda data: data.update(change))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            model = load(path)
+        except ArtifactError as error:
+            assert error.hint
+            return
+    assert not kpt.report(model).optimized
+    assert any("does not hold here" in str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+@pytest.mark.parametrize("name", ["model.safetensors", "verify/inputs.safetensors", "receipt.json"])
+def test_files_that_are_none_although_their_checksum_is_right(tmp_path, monkeypatch, name, content):
+    from kpt.artifact.folder import sha256
+
+    class Plain(Linear):
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Plain)
+    path = unoptimised(Plain(), tmp_path / "artifact")
+    (path / name).write_bytes(content)
+    edit(path, lambda data: data["files"].update({name: sha256(path / name)}))
+    with pytest.raises(ArtifactError) as caught:
+        kpt.load(path, plugins=[])
+    assert caught.value.code == "damaged" and Path(name).name in caught.value.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 
 from kpt.artifact import folder as layout
 from kpt.artifact.folder import ArtifactError
-from kpt.modelfiles import load_model
+from kpt.modelfiles import ModelFileError, load_model
 from kpt.modelfiles.adapters import LAYOUTS, adapters, adapters_for, missing
 from kpt.modelfiles.weights import build
 from kpt.plugins import registry as selected_plugins
@@ -54,6 +54,12 @@ def how_to_build(
             f"{cls.__name__} can neither be built by name nor pickled ({type(error).__name__}: {error}).",
             'Pass build={"arch": "module:factory"}, a function that builds the model.',
         ) from error
+    if cls.__module__ == "__main__":
+        warnings.warn(
+            f"{cls.__name__} is defined in a script: kpt.load builds it only in a program that defines it "
+            'too. Move it to a module, or pass build={"arch": "module:factory"}.',
+            stacklevel=3,
+        )
     return {"kind": "pickle", "class": reference}
 
 
@@ -65,9 +71,9 @@ def build_model(
     plugins: Sequence[Any] | None,
 ) -> torch.nn.Module:
     """The model of the artifact in ``folder``, its weights unspecified. Raises `ArtifactError`."""
-    how = manifest.get("build") or {}
+    how = manifest["build"]
     if arch is not None:
-        return build(arch)
+        return _named(arch)
     kind = how.get("kind")
     if kind == "adapter":
         return _by_adapter(how, folder, selected_plugins(plugins))
@@ -79,7 +85,7 @@ def build_model(
                 f"{how.get('class')} is stored as a pickle, which runs code when it is read.",
                 "Pass model= or arch=, or trust=True (--trust-model) if you trust where it comes from.",
             )
-        return torch.load(file, weights_only=False, map_location="cpu")  # type: ignore[no-any-return]
+        return _unpickled(file, str(how.get("class")))
     if kind in ("named", "class") and (how.get("arch") or how.get("folder")):
         if not trust and not _known_class(str(how.get("arch", ""))):
             raise ArtifactError(
@@ -88,11 +94,34 @@ def build_model(
                 f"Pass arch={how.get('arch')!r} if you know it, or trust=True (--trust-model).",
             )
         if how.get("arch"):
-            return build(str(how["arch"]))
-        return load_model(str(how["folder"]), trust=trust).model
+            return _named(str(how["arch"]))
+        return _as_artifact_error(lambda: load_model(str(how["folder"]), trust=trust).model)
     raise ArtifactError(
         "not-buildable", "The artifact does not say how its model is built.", "Pass model= or arch=."
     )
+
+
+def _named(arch: str) -> torch.nn.Module:
+    return _as_artifact_error(lambda: build(arch))
+
+
+def _as_artifact_error(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    try:
+        return make()
+    except ModelFileError as error:
+        raise ArtifactError(error.code, error.message, error.hint) from error
+
+
+def _unpickled(file: Path, cls: str) -> torch.nn.Module:
+    outcome = attempt(torch.load, str(file), weights_only=False, map_location="cpu")
+    if outcome.error is None and isinstance(outcome.value, torch.nn.Module):
+        return outcome.value
+    what = one_line(outcome.error) if outcome.error else f"it is a {type(outcome.value).__name__}"
+    raise ArtifactError(
+        "not-buildable",
+        f"The structure of {cls} cannot be unpickled: {what}.",
+        "Load it where the modules that define its classes can be imported, or pass model= or arch=.",
+    ) from outcome.error
 
 
 def _registries(first: Registry) -> Iterator[Registry]:
@@ -183,11 +212,41 @@ def _builds_alone(cls: type, model: torch.nn.Module) -> bool:
     finally:
         torch.set_rng_state(state)
     mine, other = model.state_dict(), built.state_dict()
+    modules, others = list(model.modules()), list(built.modules())
     return (
         mine.keys() == other.keys()
         and all(mine[k].shape == other[k].shape for k in mine)
         and repr(built) == repr(model)
+        and len(modules) == len(others)
+        and all(map(_same_facts, modules, others))
     )
+
+
+def _same_facts(module: torch.nn.Module, built: torch.nn.Module) -> bool:
+    """Whether plain attributes and the buffers that no state dict holds are what the constructor sets."""
+
+    def facts(of: torch.nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(of).items() if name != "training" and _is_plain(value)}
+
+    hidden = module._non_persistent_buffers_set
+    return (
+        facts(module) == facts(built)
+        and hidden == built._non_persistent_buffers_set
+        and all(_equal(module._buffers[name], built._buffers[name]) for name in hidden)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` may decide what a forward computes, and can be compared."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _equal(mine: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if mine is None or other is None:
+        return mine is other
+    return torch.equal(mine.cpu(), other.cpu())
 
 
 def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from kpt.plugins.isolation import attempt
+from kpt.plugins.status import one_line
+from kpt.specs import LEVELS, OBJECTIVES
+
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA = 1
 RECIPE = "recipe.json"
@@ -13,6 +21,17 @@ RECEIPT = "receipt.json"
 WEIGHTS = "model.safetensors"
 VERIFY = "verify"
 STRUCTURE = "structure.pkl"
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "plan": (dict, NoneType),
+    "build": dict,
+    "aliases": dict,
+    "training": bool,
+    "request": dict,
+    "verify": (dict, NoneType),
+    "files": dict,
+}
 
 
 class ArtifactError(RuntimeError):
@@ -60,8 +79,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has schema {found!r}; this version of kpt reads {SCHEMA}.",
             "Save the artifact again.",
         )
-    files = data.get("files")
-    if not isinstance(files, dict) or WEIGHTS not in files:
+    for key, kinds in _KINDS.items():
+        if not isinstance(data.get(key), kinds):
+            raise ArtifactError(
+                "damaged",
+                f"{path} has a {type(data.get(key)).__name__} as {key!r}.",
+                "Save the artifact again.",
+            )
+    request = data["request"]
+    if request.get("level") not in LEVELS or request.get("objective") not in OBJECTIVES:
+        raise ArtifactError(
+            "damaged", f"{path} has no known level and objective in 'request'.", "Save the artifact again."
+        )
+    files = data["files"]
+    if WEIGHTS not in files:
         raise ArtifactError("damaged", f"{path} does not name {WEIGHTS}.", "Save the artifact again.")
     for name, expected in files.items():
         file = (folder / name).resolve()
@@ -80,3 +111,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 "Copy or save it again.",
             )
     return data
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name. Raises `ArtifactError` where it is none."""
+    from safetensors.torch import load_file
+
+    found = attempt(load_file, str(path))
+    if found.error is not None:
+        raise ArtifactError(
+            "damaged", f"{path} cannot be read: {one_line(found.error)}.", "Save the artifact again."
+        ) from found.error
+    return found.value or {}

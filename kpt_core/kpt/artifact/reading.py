@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,13 @@ from typing import Any
 import torch
 
 from kpt.artifact import folder as layout
+from kpt.artifact import verification
 from kpt.artifact.building import build_model
-from kpt.artifact.folder import ArtifactError, read_manifest
-from kpt.artifact.tensors import named, unpack_call
-from kpt.judge import outputs
-from kpt.transaction.api import make_request, run
+from kpt.artifact.folder import ArtifactError, read_manifest, read_tensors
+from kpt.transaction.api import make_request, remember, run
 from kpt.transaction.dispatch import original_forward, plan_of
-
-#: Relative rms difference between the stored outputs and those computed here, by what was optimised.
-_TOLERANCES = {"original": 1e-3, "exact": 1e-3, "production": 5e-2, "aggressive": 0.15}
+from kpt.transaction.receipt import Receipt
+from kpt.transaction.run import Request
 
 
 def load(
@@ -43,11 +42,9 @@ def load(
             fit (names, shapes, or the dtypes of a ``model`` that was passed), outputs that are not those
             that were saved. A ``model`` that was passed is unchanged then: its values and its modes.
     """
-    from safetensors.torch import load_file
-
     folder = Path(path)
     manifest = read_manifest(folder)
-    weights = load_file(str(folder / layout.WEIGHTS))
+    weights = read_tensors(folder / layout.WEIGHTS)
     for alias, name in dict(manifest.get("aliases") or {}).items():
         if name not in weights:
             raise ArtifactError(
@@ -62,7 +59,7 @@ def load(
     try:
         _fill(built, weights, dict(manifest.get("aliases") or {}), passed=model is not None)
         built.train(bool(manifest.get("training", False)))
-        _verify(built, original_forward(built), folder, manifest, "original")
+        verification.check(built, original_forward(built), folder, manifest, "original")
         _optimise(built, folder, manifest, budget, plugins)
     except BaseException:
         if before is not None:
@@ -114,33 +111,6 @@ def _fill(
             setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
 
 
-def _verify(model: torch.nn.Module, forward: Any, folder: Path, manifest: dict[str, Any], which: str) -> None:
-    """Outputs computed here against those that were stored."""
-    from safetensors.torch import load_file
-
-    described = manifest.get("verify")
-    if not described:
-        return
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    call = unpack_call(load_file(str(folder / layout.VERIFY / "inputs.safetensors")), described, device)
-    stored = load_file(str(folder / layout.VERIFY / f"{which}.safetensors"))
-    with torch.no_grad():
-        computed = named(forward(*call.args, **call.kwargs))
-    level = manifest["request"]["level"] if which == "optimized" else "original"
-    for name, expected in stored.items():
-        mine = computed.get(name)
-        if mine is None or mine.shape != expected.shape:
-            raise ArtifactError("verify", f"The model has no output {name} of shape {tuple(expected.shape)}.")
-        error = outputs.relative_error(mine, expected) if expected.is_floating_point() else 0.0
-        if not error <= _TOLERANCES[level]:
-            raise ArtifactError(
-                "verify",
-                f"Output {name} differs from verify/{which} by {error:.2g} relative; at most "
-                f"{_TOLERANCES[level]:.2g} is expected.",
-                "The weights, the code that builds the model, or verify/ are not those that were saved.",
-            )
-
-
 def _optimise(
     model: torch.nn.Module,
     folder: Path,
@@ -148,30 +118,15 @@ def _optimise(
     budget: float,
     plugins: Sequence[Any] | None,
 ) -> None:
-    from safetensors.torch import load_file
-
-    recipe, described = manifest.get("plan"), manifest.get("verify")
+    recipe, described = manifest["plan"], manifest["verify"]
+    request = _request(model, manifest, budget, plugins)
+    if described:
+        request.examples = [verification.stored_call(model, folder, described)]
     if not recipe or not recipe.get("steps") or not described:
+        remember(model, _stored_receipt(folder), request)
         return
-    asked = manifest["request"]
-    shapes = asked.get("dynamic_shapes")
-    request = make_request(
-        model,
-        level=asked["level"],
-        objective=asked["objective"],
-        dynamic_shapes={
-            n: {int(a): d if isinstance(d, str) else tuple(d) for a, d in axes.items()}
-            for n, axes in shapes.items()
-        }
-        if shapes
-        else None,
-        budget=budget,
-        plugins=plugins,
-    )
     request.plan, request.only_plan = recipe, True
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    call = unpack_call(load_file(str(folder / layout.VERIFY / "inputs.safetensors")), described, device)
-    receipt = run(model, [call], request)
+    receipt = run(model, request.examples, request)
     if not receipt.optimized:
         warnings.warn(
             f"the recipe of {folder} does not hold here, so the model is not optimised: {receipt.reason}; "
@@ -179,5 +134,47 @@ def _optimise(
             stacklevel=3,
         )
         return
-    _verify(model, model.forward, folder, manifest, "optimized")
+    verification.check(model, model.forward, folder, manifest, "optimized")
     plan_of(model).reset_counters()  # the check above was no call of the user's
+
+
+def _request(
+    model: torch.nn.Module, manifest: dict[str, Any], budget: float, plugins: Sequence[Any] | None
+) -> Request:
+    asked = manifest["request"]
+    try:
+        shapes = {
+            name: {int(axis): d if isinstance(d, str) else tuple(d) for axis, d in axes.items()}
+            for name, axes in (asked.get("dynamic_shapes") or {}).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            "damaged",
+            f"{layout.RECIPE} has dynamic_shapes that are none: {error}.",
+            "Save the artifact again.",
+        ) from error
+    return make_request(
+        model,
+        level=asked["level"],
+        objective=asked["objective"],
+        dynamic_shapes=shapes or None,
+        budget=budget,
+        plugins=plugins,
+    )
+
+
+def _stored_receipt(folder: Path) -> Receipt:
+    """What the run on the saved model found, for a model that is loaded without a plan."""
+    path = folder / layout.RECEIPT
+    try:
+        receipt = Receipt.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            "damaged", f"{path} is not a receipt: {error}.", "Save the artifact again."
+        ) from error
+    if receipt.status != "original":
+        receipt.status = "original"
+        receipt.reason = (
+            "the artifact holds no plan with a call to judge it with; call kpt.optimize(model, ...)"
+        )
+    return receipt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 
 from kpt.artifact import folder as layout
+from kpt.artifact import verification
 from kpt.artifact.building import how_to_build
 from kpt.artifact.folder import ArtifactError
-from kpt.artifact.tensors import named, pack_call, untied
+from kpt.artifact.tensors import untied
 from kpt.transaction import distributed
 from kpt.transaction.api import report, request_of
-from kpt.transaction.dispatch import original_forward
 
 
 def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] | None = None) -> Path:
@@ -53,7 +52,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
         save_file(weights, str(scratch / layout.WEIGHTS))
         (scratch / layout.RECEIPT).write_text(receipt.to_json(), encoding="utf-8")
         how = how_to_build(model, build, scratch, request.registry)
-        verify = _write_verify(model, request, scratch)
+        verify = verification.write(model, request.examples, scratch)
         manifest = {
             "schema": layout.SCHEMA,
             "plan": receipt.recipe_data,
@@ -106,38 +105,6 @@ def _put(scratch: Path, target: Path) -> None:
             aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_verify(model: torch.nn.Module, request: Any, scratch: Path) -> dict[str, Any] | None:
-    """One call with both outputs; None when it cannot be described, or in training."""
-    from safetensors.torch import save_file
-
-    packed = pack_call(request.examples[0]) if request.examples else None
-    if packed is None or model.training:
-        why, remedy = (
-            ("it is in training mode", "call model.eval() and kpt.optimize first")
-            if model.training
-            else ("it was not called yet", "call it once, or pass example_inputs")
-            if not request.examples
-            else ("its example call holds objects that JSON cannot describe", "pass plain containers")
-        )
-        warnings.warn(
-            f"the model is saved with its weights alone, because {why}: kpt.load can neither verify nor "
-            f"optimise it ({remedy}, or call kpt.optimize after loading)",
-            stacklevel=3,
-        )
-        return None
-    tensors, described = packed
-    call = request.examples[0]
-    with torch.no_grad():
-        before = named(original_forward(model)(*call.clone().args, **call.clone().kwargs))
-        after = named(model.forward(*call.clone().args, **call.clone().kwargs))
-    folder = scratch / layout.VERIFY
-    folder.mkdir()
-    save_file(tensors, str(folder / "inputs.safetensors"))
-    save_file(before, str(folder / "original.safetensors"))
-    save_file(after, str(folder / "optimized.safetensors"))
-    return described
 
 
 def _plain_shapes(shapes: Any) -> Any:

@@ -121,6 +121,14 @@ def run(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receip
         return receipt
 
 
+def remember(model: torch.nn.Module, receipt: Receipt, request: Request) -> None:
+    """Let `report`, `refresh` and `kpt.save` know a model that was loaded as it is, without a run."""
+    with _lock:
+        _receipts[model] = receipt
+        _requests[model] = request
+        _last_kinds[model] = _kinds(model)
+
+
 def report(model: torch.nn.Module) -> Receipt:
     """The receipt of the last run on ``model``, with the calls counted since.
 
