@@ -536,6 +536,14 @@ def test_a_manifest_that_says_something_else_is_an_error_of_the_artifact(tmp_pat
     assert any("does not hold here" in str(warning.message) for warning in said)
 
 
+@pytest.mark.parametrize("key", ["plan", "build", "aliases", "training", "request", "verify", "files"])
+def test_a_manifest_that_lacks_an_entry_is_an_error_of_the_artifact(tmp_path, key):
+    path, _, _ = saved(tmp_path)
+    edit(path, lambda data: data.pop(key))
+    with pytest.raises(ArtifactError, match=f"nothing as '{key}'"):
+        load(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100])
 @pytest.mark.parametrize("name", ["model.safetensors", "verify/inputs.safetensors", "receipt.json"])
 def test_files_that_are_none_although_their_checksum_is_right(tmp_path, monkeypatch, name, content):

@@ -143,4 +143,6 @@ def test_an_argument_that_no_call_is_served_with_is_named() -> None:
     model = TakesAnObject().eval()
     kpt.optimize(model, (Box(torch.randn(8, 16)),), plugins=[plugin(DirectScale)], budget=20.0, cache=False)
     assert not kpt.report(model).optimized
-    assert "'box' has an unsupported type Box" in kpt.report(model).reason
+    receipt = kpt.report(model)
+    assert "'box' has an unsupported type Box" in receipt.reason
+    assert not receipt.searched and not receipt.rejected  # known before anything is tried

@@ -80,10 +80,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "Save the artifact again.",
         )
     for key, kinds in _KINDS.items():
-        if not isinstance(data.get(key), kinds):
+        if key not in data or not isinstance(data[key], kinds):
+            found = type(data[key]).__name__ if key in data else "nothing"
             raise ArtifactError(
                 "damaged",
-                f"{path} has a {type(data.get(key)).__name__} as {key!r}.",
+                f"{path} has {found} as {key!r}.",
                 "Save the artifact again.",
             )
     request = data["request"]

@@ -16,7 +16,7 @@ from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import shared_objects
 from kpt.transaction import workspace
-from kpt.transaction.dispatch import ambient_state, original_forward
+from kpt.transaction.dispatch import ambient_state, never_served, original_forward
 from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.signature import Canonical
@@ -104,7 +104,8 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
 
     Raises:
         TypeError, ValueError: the examples are of no known form, or on another device than the model.
-        Unsuitable: a tensor is of a kind that no input like it can be drawn of.
+        Unsuitable: a tensor is of a kind that no input like it can be drawn of, or every example holds an
+            argument that no guard can tell from another.
     """
     calls = as_calls(example_inputs)
     for call in calls:
@@ -113,7 +114,13 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
                 raise Unsuitable(f"the input {tree.spell(path)} is a {kind} tensor; plain ones are expected")
     check_devices(calls, model)
     canonical = Canonical(original_forward(model))
-    return [Call(*canonical(call.args, call.kwargs)).clone() for call in calls]
+    prepared = [Call(*canonical(call.args, call.kwargs)).clone() for call in calls]
+    refusals = [never_served(call.args, call.kwargs) for call in prepared]
+    if None not in refusals:
+        raise Unsuitable(
+            f"the {refusals[0]}; plans serve tensors, numbers, strings, and lists, tuples and dicts of these"
+        )
+    return prepared
 
 
 def _foreign(tensor: torch.Tensor) -> str:
