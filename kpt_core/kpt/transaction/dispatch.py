@@ -312,6 +312,14 @@ def _layout(tensor: torch.Tensor) -> Any:
     return tensor.is_contiguous() or tensor.stride(), tensor.is_neg(), tensor.is_conj()
 
 
+def never_served(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a guard lets no call with such arguments reach a plan, or None where it may."""
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if type(value) is not _Tensor and _key(value) is _missing:
+            return f"argument {name!r} has an unsupported type {type(value).__name__}"
+    return None
+
+
 def _key(value: Any) -> Any:
     """A hashable stand-in for an argument, or ``_missing``."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
@@ -323,14 +331,6 @@ def _key(value: Any) -> Any:
         return _missing if _missing in parts else (type(value), parts)
     if type(value) is dict:
         parts = tuple((k, _key(v)) for k, v in value.items())
-def never_served(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a guard lets no call with such arguments reach a plan, or None where it may."""
-    for name, value in (*enumerate(args), *kwargs.items()):
-        if type(value) is not _Tensor and _key(value) is _missing:
-            return f"argument {name!r} has an unsupported type {type(value).__name__}"
-    return None
-
-
         return _missing if any(part[1] is _missing for part in parts) else (dict, parts)
     return _missing
 
