@@ -26,6 +26,18 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         predicted_gain=1.2,
         source="oneDNN through torch.ops.mkldnn",
     )
+    yield KernelSpec(
+        op="attention",
+        name="native",
+        entry="kpt_plugin_cpu.native_attention:attention",
+        supports="kpt_plugin_cpu.native_attention:supports",
+        hardware=("cpu",),
+        dtypes=("float32",),
+        compile_safe=True,
+        reproducible=True,
+        predicted_gain=1.05,
+        source="C++ compiled on this machine",
+    )
 
 
 @hookimpl
