@@ -371,6 +371,18 @@ class VerifyRaises(DirectScale):
         raise RuntimeError("verify is broken")
 
 
+class MissesRaise(DirectScale):
+    """Right, and could not be reported on."""
+
+    def misses(self):
+        raise RuntimeError("misses are broken")
+
+
+class MissesAreANumber(DirectScale):
+    def misses(self):
+        return 3
+
+
 class ProposeRaises(DirectScale):
     def propose(self, observation, hardware):
         raise RuntimeError("propose is broken")

@@ -33,9 +33,11 @@ class RootWrapper(DirectScale):
 class Captured(DirectScale):
     """Right, and captures the whole forward: attributes become constants."""
 
+    backend = "eager"
+
     def apply(self, model, variant):
         undo = super().apply(model, variant)
-        self.compiled = model.forward = CompiledForward(model.forward, backend="eager")
+        self.compiled = model.forward = CompiledForward(model.forward, backend=self.backend)
 
         def take_back():
             model.__dict__.pop("forward", None)
@@ -47,9 +49,34 @@ class Captured(DirectScale):
         return self.compiled.executions > 0
 
 
+class CapturedAsFunction(Captured):
+    """Writes of the forward come after all reads, as compilers do it."""
+
+    backend = "aot_eager"
+
+
+class WritesItsInput(torch.nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.slow = SlowScale(width)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        b.add_(1.0)
+        return self.slow(a) * b
+
+
 class ThirtyPercent(DirectScale):
     def replacement(self):
         return lambda self, x: fast_forward(self, x) * 1.3
+
+
+class FourPercentInFp8(DirectScale):
+    """Off by less than 5 %, and says that it computes in a dtype that no eager model runs in."""
+
+    variant = Variant("fp8", predicted_gain=5.0, sites=(), compute_dtype="float8_e4m3fn")
+
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * 1.04
 
 
 class ColumnMajor(DirectScale):
@@ -57,6 +84,11 @@ class ColumnMajor(DirectScale):
 
     def replacement(self):
         return lambda self, x: fast_forward(self, x.as_strided(x.shape, (1, x.shape[0]), x.storage_offset()))
+
+
+class WrongForLongSequences(DirectScale):
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * (1.3 if x.shape[1] > 40 else 1.0)
 
 
 class LosesInputGradient(RootWrapper):
@@ -100,6 +132,20 @@ class ComplexSlow(_Around):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.complex(self.slow(x.real), x.imag) * self.weight
+
+
+class WritesLate(DirectScale):
+    """Right as long as it is judged, and writes to a weight once it serves."""
+
+    serves = False
+
+    def replacement(self):
+        def forward(self, x):
+            if WritesLate.serves:
+                self.weight.data.mul_(1.01)
+            return fast_forward(self, x)
+
+        return forward
 
 
 # -- configurations and attributes that functions read

@@ -261,6 +261,44 @@ def test_packed_weights_are_passed_on_untouched() -> None:
     assert verdict.passed, verdict
 
 
+class PacksByAddress:
+    """Packs a weight when it first sees it, and never looks again."""
+
+    def __init__(self) -> None:
+        self.packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        _, packed = self.packed.setdefault(weight.data_ptr(), (weight, weight.t().contiguous()))
+        return x @ packed
+
+
+def test_a_kernel_that_packs_for_itself_has_to_follow_new_weights() -> None:
+    arguments = {"x": torch.randn(9, 12), "weight": torch.randn(5, 12)}
+    make = inputs_like(arguments, fixed=("weight",))
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t()
+
+    kept: dict[str, Any] = {"fixed": ("weight",), "changing": ("weight",)}
+    assert judge_kernel(linear, linear, make, **kept)
+    found = judge_kernel(PacksByAddress(), linear, make, **kept)
+    assert found.rule == "replay" and "new weights" in found.detail
+    assert judge_kernel(PacksByAddress(), linear, make, fixed=("weight",))  # packed on purpose
+
+
+def test_probes_of_scales_and_layouts_take_few_rows_where_there_are_many() -> None:
+    seen: list[int] = []
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return x * 2
+
+    assert judge_kernel(doubled, lambda x: x * 2, inputs_like({"x": torch.randn(400, 8)}), few=61)
+    assert seen.count(400) >= 6  # values, unwritten memory, replays
+    assert seen.count(61) >= 7  # two scales, five layouts
+    assert {1, 7, 33} < set(seen)
+
+
 def test_multiple_outputs_and_views_of_inputs_are_judged() -> None:
     def add(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total = x + residual

@@ -53,6 +53,8 @@ CASES = [
     (hostile.NoUndo, "failed", False, {}),
     (hostile.NoEffect, "no-effect", False, {}),
     (hostile.VerifyRaises, "failed", False, {}),
+    (hostile.MissesRaise, "failed", False, {}),
+    (hostile.MissesAreANumber, "failed", False, {}),
     (hostile.Slower, "slower", False, {}),
     (hostile.OutOfMemory, "memory", False, {}),
     (hostile.HostMemory, "memory", True, {}),

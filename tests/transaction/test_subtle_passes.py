@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn.modules import module as torch_module
 
+import fingerprints
 import kpt
 import subtle_passes as subtle
 from fingerprints import fallbacks, fast_calls, optimized
+from kpt.transaction.commit import Committed
 from slow_models import DirectScale, SlowScale, fast_forward, net, plugin
 
 
@@ -30,6 +32,17 @@ def test_a_model_that_adds_noise_is_no_licence_to_be_wrong(training):
     model = optimized(subtle.NoisySlow().train(training), example, plugins=[plugin(DirectScale)])
     assert "random numbers" in kpt.report(model).baseline["note"]
     assert kpt.report(model).baseline["reference_dtype"] == "float32"
+
+
+# -- levels
+
+
+def test_what_quantises_is_no_step_of_level_production():
+    model, x = SlowScale().eval(), torch.randn(32, 16)
+    offered = [plugin(subtle.FourPercentInFp8, level="production")]
+    kpt.optimize(model, x, plugins=offered, budget=20.0, cache=False)
+    assert kpt.report(model).skipped[0]["reason"] == "needs level='aggressive'"
+    optimized(model, x, plugins=offered, level="aggressive")
 
 
 # -- memory layouts
@@ -58,6 +71,16 @@ def test_where_sizes_are_dynamic_the_kind_of_the_layout_decides():
         assert fast_calls(model) == 1
 
 
+def test_both_bounds_of_every_dimension_are_judged():
+    shapes = {"x": {0: ("batch", 1, 8), 1: ("sequence", 1, 64)}}
+    offered = [plugin(subtle.WrongForLongSequences)]
+    model = SlowScale().eval()
+    kpt.optimize(
+        model, torch.randn(4, 16, 16), plugins=offered, cache=False, budget=20.0, dynamic_shapes=shapes
+    )
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["size"]
+
+
 def test_a_conjugate_is_not_taken_for_its_tensor():
     example = torch.randn(32, 16, dtype=torch.complex64)
     model = optimized(subtle.ComplexSlow().eval(), example, plugins=[plugin(DirectScale)])
@@ -66,6 +89,23 @@ def test_a_conjugate_is_not_taken_for_its_tensor():
         assert fast_calls(model) == 0
         model(example)
     assert fast_calls(model) == 1
+
+
+def test_inputs_that_share_memory_are_no_others_where_one_is_written_to():
+    model, x = subtle.WritesItsInput().eval(), torch.randn(32, 16)
+    optimized(model, (x, x.clone()), plugins=[plugin(subtle.CapturedAsFunction, phase="compile")])
+    rows = torch.randn(33, 16)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x.clone(), x.clone())
+        for first, second in ((slice(0, 32), slice(0, 32)), (slice(0, 32), slice(1, 33))):
+            mine, own = rows.clone(), rows.clone()
+            assert torch.equal(
+                model(mine[first], mine[second]), type(model).forward(model, own[first], own[second])
+            )
+            assert torch.equal(mine, own)
+    assert fast_calls(model) == 2
+    assert sum(fallbacks(model).values()) == 2
 
 
 # -- gradients
@@ -156,6 +196,21 @@ def test_hooks_of_all_modules_see_every_module(kind):
         assert "global module hook" in kpt.report(model).reason
 
 
+def test_a_plan_that_writes_to_weights_only_once_it_serves_is_taken_back(monkeypatch):
+    time = Committed.time
+
+    def serving(self, *args):
+        monkeypatch.setattr(subtle.WritesLate, "serves", True)
+        return time(self, *args)
+
+    monkeypatch.setattr(Committed, "time", serving)
+    model = net()
+    before = fingerprints.of_model(model)
+    assert rule_of(model, subtle.WritesLate, torch.randn(32, 16)) == "parameter-modified"
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+
+
 # -- configurations and attributes
 
 
@@ -200,6 +255,12 @@ def test_reading_attributes_brings_no_comparison():
     assert not structure.unsure
     model.gain = 2.0
     assert structure.unsure
+
+
+def test_what_torch_and_kpt_keep_in_a_module_is_no_configuration():
+    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    watch = kpt.transaction.dispatch.plan_of(model).watch
+    assert all(any(state is vars(m) for m in model.modules()) for state in watch._states)
 
 
 def test_what_eager_itself_counts_is_blamed_on_nobody_and_put_back():

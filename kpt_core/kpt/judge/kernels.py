@@ -100,6 +100,8 @@ def judge_kernel(
     dtypes: Sequence[torch.dtype] = (),
     compute_dtype: torch.dtype | str | None = None,
     fixed: Collection[str] = (),
+    changing: Collection[str] = (),
+    few: int | None = None,
     rows: Sequence[int] = ROWS,
     layouts: Sequence[str] = LAYOUTS,
     scales: Sequence[float] = SCALES,
@@ -120,6 +122,9 @@ def judge_kernel(
         dtypes: dtypes to cast floating-point arguments to, each judged; by default as drawn.
         compute_dtype: the dtype that the kernel's arithmetic drops to, see `judge`.
         fixed: names of arguments that are passed on untouched (packed weights).
+        changing: those of ``fixed`` that are only too large to be drawn anew; a copy of them changes between
+            two calls.
+        few: rows for the probes that look at scales and layouts, where those of the site take too long.
 
     Raises:
         ValueError: the reference cannot run the ordinary inputs.
@@ -127,9 +132,11 @@ def judge_kernel(
     figures: dict[str, float] = {"probes": 0.0}
     for dtype in tuple(dtypes) or (None,):
         trial = _Trial(
-            run, reference, make_inputs, level, as_dtype(compute_dtype), frozenset(fixed), dtype, seed
+            run, reference, make_inputs, level, as_dtype(compute_dtype), frozenset(fixed), dtype, seed, few
         )
         probes: list[Callable[[], Verdict | None]] = [trial.plain, trial.unwritten, trial.replay]
+        if changing:
+            probes.append(partial(trial.new_weights, tuple(changing)))
         probes += [partial(trial.scaled, factor) for factor in scales]
         probes += [partial(trial.sized, number) for number in rows]
         probes += [partial(trial.strided, layout) for layout in layouts]
@@ -170,7 +177,9 @@ class _Trial:
         fixed: frozenset[str],
         dtype: torch.dtype | None,
         seed: int,
+        few: int | None,
     ) -> None:
+        self.few = few
         self.run, self.reference, self.make_inputs = run, reference, make_inputs
         self.level, self.compute_dtype, self.fixed, self.dtype = level, compute_dtype, fixed, dtype
         self.generator = torch.Generator().manual_seed(seed)
@@ -246,10 +255,24 @@ class _Trial:
             return verdict
         return rejected("replay", f"{what} gave an earlier call's outputs", verdict.figures)
 
+    def new_weights(self, names: tuple[str, ...]) -> Verdict:
+        """Two calls with the same tensors, of which the weights change meanwhile, as an optimizer does it."""
+        inputs = self._inputs()
+        inputs.update({name: inputs[name].clone() for name in names if name in inputs})
+        with torch.no_grad():
+            self.run(**inputs)
+            for name in names:
+                if name in inputs:
+                    inputs[name].mul_(-0.5)
+        verdict = self._judged(inputs, "value")
+        if verdict.passed or verdict.rule == "input-modified":
+            return verdict
+        return rejected("replay", f"it does not follow new weights: {verdict.detail}", verdict.figures)
+
     def scaled(self, factor: float) -> Verdict | None:
         inputs = {
             name: value * factor if _is_float(value) and not is_weight(name) else value
-            for name, value in self._inputs().items()
+            for name, value in self._inputs(self.few).items()
         }
         return self._judged_or_dropped(inputs, "value", f"inputs scaled by {factor:g}")
 
@@ -259,7 +282,7 @@ class _Trial:
 
     def strided(self, layout: str) -> Verdict | None:
         """All floating-point arguments in ``layout``, then each alone: a guard may look at one of them."""
-        for inputs in self._with_layout(self._inputs(), layout):
+        for inputs in self._with_layout(self._inputs(self.few), layout):
             verdict = self._judged_or_dropped(inputs, "stride", f"on {layout} inputs")
             if verdict is None or not verdict.passed:
                 return verdict
@@ -275,7 +298,7 @@ class _Trial:
         return rejected("nondeterministic", f"{changed} differs between two runs of the same inputs")
 
     def gradients(self, rows: int | None = None, layout: str | None = None) -> Verdict | None:
-        inputs = self._inputs(rows)
+        inputs = self._inputs(rows if layout is None else self.few)
         if layout is not None:
             inputs = next(iter(self._with_layout(inputs, layout)))
         where = f"on {layout} inputs" if layout else f"with {_shapes(inputs)}" if rows else ""
@@ -283,7 +306,8 @@ class _Trial:
 
     def strided_gradients(self, layout: str) -> Verdict | None:
         """The upstream gradient of a sum over rows is expanded, that of a transposed use transposed."""
-        return self._gradients(self._inputs(), f"with a {layout} upstream gradient", upstream_layout=layout)
+        inputs = self._inputs(self.few)
+        return self._gradients(inputs, f"with a {layout} upstream gradient", upstream_layout=layout)
 
     def partial_gradients(self) -> Verdict | None:
         """Only the first activation, then only the weights, require gradients."""

@@ -100,9 +100,11 @@ class ModelState:
             found += [f"{kept.path}: {change}" for change in _attribute_differences(kept, vars(kept.value))]
         known = {state.path for state in self._modules}
         found += [f"{path}: added" for path in now if path not in known]
-        for tensor in self._tensors:
-            found += [f"{tensor.name}: {change}" for change in _tensor_differences(tensor)]
-        return found
+        return found + self.tensor_differences()
+
+    def tensor_differences(self) -> list[str]:
+        """What differs of the tensors alone: where a plan is installed, modules differ on purpose."""
+        return [f"{kept.name}: {change}" for kept in self._tensors for change in _tensor_differences(kept)]
 
     def restore(self) -> list[str]:
         """Put everything back; return what could not be, as `differences` names it."""
@@ -110,9 +112,14 @@ class ModelState:
             _restore_module(state)
         for held in self._objects:
             _restore_attributes(held, vars(held.value))
+        self.restore_tensors()
+        return self.differences()
+
+    def restore_tensors(self) -> list[str]:
+        """Put the tensors back; return what could not be."""
         for kept in self._tensors:
             _restore_tensor(kept)
-        return self.differences()
+        return self.tensor_differences()
 
 
 def _module_state(path: str, module: torch.nn.Module) -> _ModuleState:

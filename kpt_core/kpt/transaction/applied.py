@@ -142,6 +142,24 @@ class Applied:
                 ) from error
             if not applied:
                 raise StepFailed(step, "no-effect", "the variant changed nothing that can be observed")
+            self._check_accounts(step, behaviour)
+
+    def _check_accounts(self, step: Candidate, behaviour: Any) -> None:
+        """What a step tells of itself is asked for in reports: it has to work there, so it is tried here."""
+        for name, kind in (("misses", dict), ("effect", str)):
+            tell = getattr(behaviour, name, None)
+            if not callable(tell):
+                continue
+            try:
+                told = tell()
+            except (KeyboardInterrupt, compiling.DeadlinePassed):
+                raise
+            except BaseException as error:
+                raise StepFailed(step, "failed", f"{name} raised {type(error).__name__}: {error}") from error
+            if not isinstance(told, kind):
+                raise StepFailed(
+                    step, "failed", f"{name} returned {type(told).__name__}; expected {kind.__name__}"
+                )
 
     def close(self) -> None:
         for step, undo in reversed(self._undos):

@@ -111,6 +111,9 @@ def commit(
     except BaseException:
         committed.take_back()
         raise
+    if len(trials.damage) > harmed:
+        committed.take_back()
+        return None, ("parameter-modified", trials.damage_since(harmed)), timing
     used, fallbacks = committed.plan.optimized_calls, committed.plan.fallbacks.to_dict()
     committed.plan.reset_counters()
     faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)

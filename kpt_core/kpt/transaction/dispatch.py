@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from kpt.judge.aliasing import overlap
 from kpt.transaction.copies import HANDLE, Handle, clean_copies
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
@@ -109,6 +110,7 @@ class Plan:
         ambient: tuple[Any, ...] = (),
         direct: CompiledForward | None = None,
         misses: Callable[[], dict[str, int]] | None = None,
+        writes_inputs: bool = False,
     ) -> None:
         self.run = run
         self.previous = _own_forward(model)
@@ -116,6 +118,7 @@ class Plan:
         self.watch = watch
         self.training = training
         self._flag = model.training
+        self._writes_inputs = writes_inputs
         # In training mode a call with gradients is a training step, and one without is inference.
         self._strict = model.training and any(p.requires_grad for p in model.parameters())
         self.fallbacks = Counter()
@@ -186,6 +189,8 @@ class Plan:
                     args, kwargs = self._canonical(args, kwargs)
                 key, reason = self._miss(args, kwargs)
                 reason = reason or self.watch.stale(grad)
+                if self._writes_inputs and reason is None and _share_memory((*args, *kwargs.values())):
+                    reason = "the forward writes to an input that shares memory with another"
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
@@ -305,6 +310,12 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     if type(value) is dict:
         return [tensor for item in value.values() for tensor in _tensors_in(item)]
     return []
+
+
+def _share_memory(values: tuple[Any, ...]) -> bool:
+    """Whether two tensors among arguments overlap: code that was compiled for others reads what it wrote."""
+    tensors = [tensor for value in values for tensor in _tensors_in(value)]
+    return any(overlap(one, other) for one, other in itertools.combinations(tensors, 2))
 
 
 def _layout(tensor: torch.Tensor) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
+from kpt.judge.kernels import inputs_like, is_weight, judge_kernel
 from kpt.judge.referee import Verdict, passed, rejected
 from kpt.kernels import callable_for
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 _MOST_SITES = 3
 #: Elements of a weight above which the judge takes the model's own.
 _LARGE = 1 << 20
+#: Elements of the activations and weights together above which scales and layouts are tried on fewer rows:
+#: their references in fp64 would take longer than the kernel will ever save here.
+_MANY = 1 << 18
+_FEW_ROWS = 61
 
 
 def judge(candidate: Candidate, trials: Trials) -> Verdict:
@@ -39,25 +44,24 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     except KeyboardInterrupt:
         raise
     except compiling.DeadlinePassed:
-        return rejected("error", "judging the kernel alone took more than a fifth of the budget")
+        return Verdict(False, "deadline", "judging the kernel alone took more than a fifth of the budget")
     except BaseException as error:  # noqa: BLE001 - a stranger's kernel may raise anything
         return rejected("error", f"{type(error).__name__}: {str(error)[:300]}")
     return passed()
 
 
 def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
-    from kpt.judge.kernels import inputs_like, judge_kernel
-
     spec = behaviour.spec
     known = site.weights()
     kernel = callable_for(spec, site)
+    changing: frozenset[str] = frozenset()
     if spec.setup is not None:
         # Packed weights are fixed: the kernel cannot follow others.
         fixed = frozenset(name for name, value in known.items() if isinstance(value, torch.Tensor))
     else:
         # Large weights stay as they are: to draw them anew for every probe takes longer than the probes. The
         # trial judges their gradients, with the whole model's.
-        fixed = frozenset(
+        fixed = changing = frozenset(
             name
             for name, value in known.items()
             if isinstance(value, torch.Tensor) and value.numel() > _LARGE
@@ -71,8 +75,18 @@ def _judge_site(behaviour: Any, site: Site, observation: Any) -> Verdict:
             level=spec.level,
             backward=spec.backward and observation.training,
             fixed=fixed,
+            changing=changing,
+            few=_few_rows(arguments),
             reproducible=spec.reproducible,
         )
+
+
+def _few_rows(arguments: dict[str, Any]) -> int | None:
+    """How many rows suffice where those of the site are many; None where they are few or cheap."""
+    tensors = {name: v for name, v in arguments.items() if isinstance(v, torch.Tensor)}
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    rows = max((t.shape[-2] for n, t in tensors.items() if t.dim() > 1 and not is_weight(n)), default=0)
+    return _FEW_ROWS if elements > _MANY and rows > _FEW_ROWS else None
 
 
 def _activations(site: Site, observation: Any) -> dict[str, Any]:

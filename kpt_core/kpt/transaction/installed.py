@@ -33,4 +33,5 @@ def plan_for(model: torch.nn.Module, applied: Applied, observation: Observation)
         ambient=observation.ambient,
         direct=applied.direct,
         misses=applied.misses,
+        writes_inputs=observation.writes_inputs,
     )

@@ -55,7 +55,9 @@ class Judgement:
             ("value", "like the example", None, False)
         ] * 2
         if observation.dynamic:
-            for odd in observation.spec.sizes(self.baseline.generator, 4 if thorough else 2):
+            # Odd ones, then both bounds of each dimension.
+            number = 1 + 2 * len(observation.spec.dimensions) if thorough else 2
+            for odd in observation.spec.sizes(self.baseline.generator, number):
                 kinds.append(("size", ", ".join(f"{k}={v}" for k, v in odd.items()), odd, False))
         if touches_mask or (observation.dynamic and observation.spec.has_masks):
             kinds.append(("mask", "padded", None, True))

@@ -47,7 +47,8 @@ class Observation:
     floating-point operations as torch's flop counter sees them (matrix products and convolutions).
     ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
     ``moving`` which attributes of objects that modules hold (by the object's id) each call changes.
-    ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time.
+    ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time,
+    ``writes_inputs`` says that the forward changes tensors that it is given.
     """
 
     model: torch.nn.Module
@@ -71,6 +72,7 @@ class Observation:
     ambient: tuple[Any, ...] = ()
     moving: frozenset[tuple[int, str]] = frozenset()
     unfinished_proofs: int = 0
+    writes_inputs: bool = False
 
     @property
     def dynamic(self) -> bool:
@@ -195,7 +197,7 @@ def observe(
     mode = mode_of(model)
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
-    seconds = _warm_up(model, runner, plain, calls)
+    seconds, writes = _warm_up(model, runner, plain, calls)
     moving = _state_of_calls(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
@@ -229,26 +231,35 @@ def observe(
             ambient=ambient_state(),
             moving=moving,
             unfinished_proofs=recognition.unfinished,
+            writes_inputs=writes,
         ),
         plain,
     )
 
 
-def _warm_up(model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> float:
-    """Run every example once (an example that eager cannot run is the user's error); time the first."""
+def _warm_up(
+    model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]
+) -> tuple[float, bool]:
+    """Run every example once (an example that eager cannot run is the user's error).
+
+    Returns the seconds of the first, and whether the forward writes to a tensor that it is given.
+    """
+    writes = False
     with runner.buffers_kept():
         for call in calls:
+            given = call.clone()
             try:
-                output = runner.step(plain.forward, call.clone())
+                output = runner.step(plain.forward, given)
             except Exception as error:
                 _explain(model, runner, plain, call, error)
                 raise
+            writes = writes or outputs.identical(call, given) is not None
             for path, leaf in tree.walk(output):
                 if isinstance(leaf, torch.Tensor) and leaf.is_nested:
                     raise Unsuitable(f"{tree.spell(path)} is a nested tensor, which cannot be compared")
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
-        return time.perf_counter() - start
+        return time.perf_counter() - start, writes
 
 
 def _explain(

@@ -16,8 +16,11 @@ from kpt.transaction import forward_graph
 from kpt.transaction.plan import Candidate, Plan, Proposals, plain
 
 if TYPE_CHECKING:
+    from kpt.specs import Level
     from kpt.transaction.observe import Observation
 
+#: What the names of quantised dtypes begin with.
+_QUANTISED = ("int", "uint", "float8", "float4")
 #: More variants than any pass has; what an endless ``propose`` runs into.
 _VARIANTS = 1000
 
@@ -72,7 +75,7 @@ def _propose_one(registered: Any, observation: Observation, proposals: Proposals
         if isinstance(offer, Skip):
             proposals.skip(spec.name, registered.plugin, phase, offer.reason)
             continue
-        level = offer.level or spec.level
+        level = _level(offer, spec.level)
         if _above(level, observation):
             proposals.skip(f"{spec.name}:{offer.name}", registered.plugin, phase, f"needs level={level!r}")
             continue
@@ -87,12 +90,20 @@ def _candidate(registered: Any, variant: Variant, phase: Phase) -> Candidate:
         plugin=registered.plugin,
         source=spec.name,
         make=functools.partial(plugins.instantiate, spec.entry),
-        level=variant.level or spec.level,
+        level=_level(variant, spec.level),
         provides=frozenset(getattr(spec, "provides", ())),
         requires=frozenset(getattr(spec, "requires", ())),
         conflicts=frozenset(spec.conflicts),
         priority=spec.priority,
     )
+
+
+def _level(variant: Variant, declared: Level) -> Level:
+    """The level by whose rules a variant is judged: what computes in integers or in fp8 quantises, whatever
+    its plugin calls it. No eager model in such a dtype tells how large an error is in order."""
+    if variant.compute_dtype is not None and variant.compute_dtype.startswith(_QUANTISED):
+        return "aggressive"
+    return variant.level or declared
 
 
 def unfit(spec: Any, observation: Observation) -> str | None:

@@ -38,7 +38,7 @@ _STORES = ("_modules", "_buffers", "_parameters")
 _FACTS = ("the class", "the forward", "the forward", "a child", "a parameter or buffer")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, tuple, frozenset)
 #: What `nn.Module` and kpt keep in a module's dictionary; ``training`` is the mode, watched apart.
-_NOT_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), *OURS, "forward", "training"})
+NOT_ATTRIBUTES = frozenset({*vars(torch.nn.Module()), *OURS, "forward", "training"})
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
 
 
@@ -169,7 +169,7 @@ class Structure:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module holds beside its parameters, buffers, children and hooks."""
-    return {name: value for name, value in module.__dict__.items() if name not in _NOT_ATTRIBUTES}
+    return {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -353,9 +353,13 @@ class Trials:
 
     @contextmanager
     def state_kept(self) -> Iterator[None]:
-        """Global state is put back when the block ends; the model is being changed on purpose."""
-        with untouched():
-            yield
+        """Global state and the model's tensors are put back when the block ends; its modules are changed on
+        purpose."""
+        try:
+            with untouched():
+                yield
+        finally:
+            self._mend(self.state.tensor_differences(), self.state.restore_tensors)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -368,15 +372,18 @@ class Trials:
             if exchanged:
                 self.patched.extend(exchanged)
                 self.code.restore()
-            differences = self.state.differences()
-            if differences:
-                self.damage.extend(name for name in differences if name not in self.eager_changes)
-                lost = self.state.restore()
-                if lost:
-                    raise ModelDamaged(
-                        f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up "
-                        "and could not be put back; load the weights again and leave that plugin out"
-                    )
+            self._mend(self.state.differences(), self.state.restore)
+
+    def _mend(self, differences: list[str], restore: Callable[[], list[str]]) -> None:
+        if not differences:
+            return
+        self.damage.extend(name for name in differences if name not in self.eager_changes)
+        lost = restore()
+        if lost:
+            raise ModelDamaged(
+                f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up "
+                "and could not be put back; load the weights again and leave that plugin out"
+            )
 
 
 class ModelDamaged(RuntimeError):

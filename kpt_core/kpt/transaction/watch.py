@@ -22,7 +22,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from kpt.transaction.copies import clean_copies
-from kpt.transaction.structure import Structure
+from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))
@@ -305,8 +305,10 @@ def _object_getters(
     read = frozenset().union(*(_names_read(type(module)) for module in modules))
     for module in modules:
         for name, value in module.__dict__.items():
+            if name in NOT_ATTRIBUTES or isinstance(value, _NO_OBJECTS):
+                continue
             state = getattr(value, "__dict__", None)
-            if not isinstance(state, dict) or id(state) in found or isinstance(value, _NO_OBJECTS):
+            if not isinstance(state, dict) or id(state) in found:
                 continue
             switches = (bool, str, type(None)) if name == "config" else ()
             names = read | _names_read(type(value))
