@@ -12,7 +12,15 @@ import torch
 
 from kpt.judge import outputs
 from kpt.judge.calls import Call
-from kpt.judge.referee import RULES, judge, judge_dropout, judge_gradients, judge_inputs, rejected
+from kpt.judge.referee import (
+    RULES,
+    judge,
+    judge_dropout,
+    judge_gradients,
+    judge_inputs,
+    judge_strides,
+    rejected,
+)
 
 
 def problem(rows: int = 64, width: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -347,3 +355,13 @@ def test_identical_sees_every_bit_and_every_leaf() -> None:
     assert outputs.identical(first, {"a": EAGER.clone(), "b": [torch.tensor(math.nan), 4]}) == "b[1]"
     assert outputs.identical(first, {"a": torch.nextafter(EAGER, EAGER + 1), "b": first["b"]}) == "a"
     assert outputs.identical(first, {"a": EAGER}) == "structure"
+
+
+def test_an_output_that_view_refuses_is_rejected_where_eagers_is_contiguous() -> None:
+    dense, turned = torch.randn(4, 6), torch.randn(6, 4).t()
+    assert judge_strides({"logits": dense}, {"logits": turned})  # the other way round harms nobody
+    assert judge_strides({"logits": turned}, {"logits": turned})
+    assert judge_strides(turned, dense).rule == "stride"
+    found = judge_strides({"logits": turned}, {"logits": dense})
+    assert found.rule == "stride" and "logits has the strides [1, 4]" in found.detail
+    assert judge_strides({"cache": [(turned, dense)]}, {"cache": [(dense, dense)]})  # the model's own to read

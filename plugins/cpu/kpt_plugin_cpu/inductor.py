@@ -139,9 +139,11 @@ class Inductor:
                     derives=True,
                     reproducible=True,
                 )
+            # Inductor's autotuner asks for the precision of all products, which torch refuses to tell
+            # while oneDNN's own is another.
             yield Variant(
                 "max-autotune",
-                {**choice, "autotune": True},
+                {**choice, "onednn": False, "autotune": True},
                 0.97 * frozen,
                 8.0 * setup,
                 derives=True,
@@ -194,7 +196,11 @@ def settings(params: Mapping[str, Any]) -> dict[str, Any]:
     if params.get("cpp_wrapper"):
         inductor["cpp_wrapper"] = True
     if params.get("autotune"):
-        inductor |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+        inductor |= {
+            "max_autotune": True,
+            "max_autotune_gemm_backends": "CPP,ATEN",
+            "autotune_num_choices_displayed": 0,
+        }
     bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):

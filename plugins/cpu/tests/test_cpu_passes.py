@@ -79,6 +79,19 @@ def test_frozen_inductor_computes_the_same_and_its_undo_restores(mlp):
     assert all(torch.equal(a, b) for a, b in zip(weights, mlp.parameters()))
 
 
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+def test_templates_compete_with_the_library(mlp, capfd):
+    """Inductor's autotuner asks for torch's precision, which oneDNN's permission made an error."""
+    x = torch.randn(4, 128)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(mlp, x))}
+    behaviour, space, undo = applied(Inductor, mlp, offers["max-autotune"])
+    assert relative(space.forward(x), mlp(x)) < 1e-6
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "AUTOTUNE" not in "".join(capfd.readouterr())
+
+
 @torch.no_grad()
 def test_permission_for_reduced_precision_ends_with_compilation():
     before = torch.backends.mkldnn.matmul.fp32_precision
