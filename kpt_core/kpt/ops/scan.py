@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import os
 import sys
 import types
@@ -66,14 +67,21 @@ def _trusted(filename: str) -> bool:
 
 
 def executed(function: Callable[[], Any]) -> tuple[Executed, Any]:
-    """Run ``function`` and tell which code ran."""
+    """Run ``function`` and tell which code ran.
+
+    The garbage collector waits meanwhile: what it calls (finalizers, callbacks of others) would be taken
+    for code of ``function``.
+    """
     watch = Executed()
-    previous = sys.getprofile()
+    previous, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(watch)
     try:
         result = function()
     finally:
         sys.setprofile(previous)
+        if collects:
+            gc.enable()
     return watch, result
 
 
