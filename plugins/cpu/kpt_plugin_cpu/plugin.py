@@ -32,7 +32,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         entry="kpt_plugin_cpu.native_attention:attention",
         supports="kpt_plugin_cpu.native_attention:supports",
         hardware=("cpu",),
-        dtypes=("float32",),
+        dtypes=("float32", "bfloat16"),
         compile_safe=True,
         reproducible=True,
         predicted_gain=1.05,

@@ -1,4 +1,4 @@
-"""The fp32 attention in C++: its op's own meaning for every size, mask and stride, alone and in a plan."""
+"""The attention in C++: its op's own meaning for every size, mask and stride, alone and in a plan."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ class TestNativeAttention(KernelSuite):
     kernel = SPEC
 
 
-def heads(batch: int, count: int, rows: int, features: int) -> torch.Tensor:
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def heads(
+    batch: int, count: int, rows: int, features: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """[batch, heads, rows, features] as a linear layer leaves it."""
-    return torch.randn(batch, rows, count * features).view(batch, rows, count, features).transpose(1, 2)
+    wide = torch.randn(batch, rows, count * features).to(dtype)
+    return wide.view(batch, rows, count, features).transpose(1, 2)
 
 
 def assert_right(q, k, v, **options):
@@ -34,7 +40,12 @@ def assert_right(q, k, v, **options):
         for name, value in options.items()
     }
     true = reference(q.double(), k.double(), v.double(), **wide)
-    mine, eager = attention(q, k, v, **options), reference(q, k, v, **options)
+    same = {
+        name: value.to(q.dtype) if name in wide and wide[name] is not value else value
+        for name, value in options.items()
+    }
+    mine, eager = attention(q, k, v, **options), reference(q, k, v, **same)
+    assert mine.dtype == q.dtype
     assert mine.shape == true.shape
     assert mine.transpose(1, 2).is_contiguous()
     error, usual = (float((y.double() - true).norm() / true.norm()) for y in (mine, eager))
@@ -46,17 +57,21 @@ def fixed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (5, 129), (64, 128), (65, 127), (197, 197)])
-def test_every_number_of_rows(queries, keys, causal):
-    q, k, v = heads(2, 4, queries, 16), heads(2, 4, keys, 16), heads(2, 4, keys, 16)
+def test_every_number_of_rows(queries, keys, causal, dtype):
+    q, k, v = (heads(2, 4, rows, 16, dtype) for rows in (queries, keys, keys))
     assert_right(q, k, v, is_causal=causal)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [1, 7, 16, 40, 64, 80, 256])
 @pytest.mark.parametrize("value_features", [3, 64])
-def test_every_size_of_a_head(features, value_features):
-    q, k, v = heads(1, 4, 70, features), heads(1, 2, 70, features), heads(1, 2, 70, value_features)
+def test_every_size_of_a_head(features, value_features, dtype):
+    features += features % 2 if dtype is torch.bfloat16 else 0
+    q, k = heads(1, 4, 70, features, dtype), heads(1, 2, 70, features, dtype)
+    v = heads(1, 2, 70, value_features, dtype)
     assert_right(q, k, v, scale=0.3)
 
 
@@ -77,9 +92,10 @@ def masks(queries: int, keys: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(masks(1, 1)))
-def test_every_mask(name, causal):
-    q, k, v = heads(2, 4, 70, 16), heads(2, 2, 200, 16), heads(2, 2, 200, 16)
+def test_every_mask(name, causal, dtype):
+    q, k, v = heads(2, 4, 70, 16, dtype), heads(2, 2, 200, 16, dtype), heads(2, 2, 200, 16, dtype)
     assert_right(q, k, v, mask=masks(70, 200)[name], is_causal=causal)
 
 
@@ -131,6 +147,8 @@ def test_nothing_to_attend_to():
         ({"window": 4}, ValueError, "window"),
         ({"softcap": 30.0}, ValueError, "softcap"),
         ({"q": torch.randn(1, 2, 3, 8).double()}, TypeError, "q is torch.float64"),
+        ({"q": torch.randn(1, 2, 3, 8).bfloat16()}, TypeError, "one dtype"),
+        ({name: torch.randn(1, 2, 3, 7).bfloat16() for name in "qkv"}, ValueError, "7 features"),
         ({"q": torch.randn(2, 3, 8)}, ValueError, "q has 3 dimensions"),
         ({"q": torch.randn(1, 3, 3, 8)}, ValueError, "3 heads"),
         ({"q": torch.randn(1, 2, 3, 9)}, ValueError, "do not fit"),
@@ -158,7 +176,9 @@ def site(arguments=("q", "k", "v"), features=64, dtype="float32", mask="bool"):
         ({}, None),
         ({"arguments": ("q", "k", "v", "sinks")}, "sinks"),
         ({"features": 512}, "512 features"),
-        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16"}, None),
+        ({"dtype": "float16"}, "float16"),
+        ({"features": 7}, "7 features"),
         ({"mask": "float64"}, "float64"),
     ],
 )
@@ -212,7 +232,3 @@ def test_it_is_offered_and_judged_like_any_other_kernel():
     x = calls[0]
     torch.testing.assert_close(optimised(*x), Attends.forward(model, *x))
     kpt.restore(optimised)
-
-
-def test_it_serves_inference_in_fp32_only():
-    assert not SPEC.backward and SPEC.dtypes == ("float32",) and SPEC.reproducible

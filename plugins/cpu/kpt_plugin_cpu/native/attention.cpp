@@ -1,4 +1,5 @@
-// Softmax attention in float32, blocked for registers and the first two caches.
+// Softmax attention in float32 and bfloat16 (sums and softmax in float32), blocked for registers and the first
+// two caches.
 //
 // Queries stand in the lanes of vectors. A panel is up to WIDTH queries of one head; its scores are kept
 // transposed, [keys, WIDTH], so that the softmax over keys is arithmetic between whole vectors, and neither
@@ -19,6 +20,9 @@
 #include <cstring>
 #include <memory>
 #include <utility>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, VECTORS = 4;
@@ -41,6 +45,8 @@ constexpr float LOWEST = -INFINITY;
 static inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
 static inline void store(float* to, Vector x) { *reinterpret_cast<Loose*>(to) = x; }
 static inline Vector all(float x) { return x - Vector{}; }
+
+static inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
 
 // 2^x for x <= 0; zero from -126 down. Degree 7 in the fraction: 1e-8 relative before rounding.
 static inline Vector exp2_of(Vector x) {
@@ -109,11 +115,38 @@ static void transpose_tile(const float* from, int64_t from_stride, int rows, int
 }
 
 // ---------------------------------------------------------------------------------------------
-// c[r, :] (+)= sum_d a[r * a_row + d * a_depth] * b[d, :] over V vectors of a panel
+// c[r, :] (+)= sum_d a[r, d] * b[d, :] over V vectors of a panel
 
-template <int R, int V>
-static inline void tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c, int64_t depth,
-                        bool add) {
+// Left operands in float32, one for each step.
+struct Singles {
+  const float* a;
+  int64_t row, depth;
+
+  Singles from(int64_t r) const { return {a + r * row, row, depth}; }
+  Vector at(int r, int64_t d) const { return all(a[r * row + d * depth]); }
+  static Vector added(Vector sum, Vector x, Vector y) { return sum + x * y; }
+};
+
+#ifdef __AVX512BF16__
+// Left operands in bfloat16, two neighbours for each step; strides in bytes.
+struct Pairs {
+  const char* a;
+  int64_t row, depth;
+
+  Pairs from(int64_t r) const { return {a + r * row, row, depth}; }
+  Vector at(int r, int64_t d) const {
+    int32_t pair;
+    std::memcpy(&pair, a + r * row + d * depth, sizeof(pair));
+    return (Vector)(Integers{} + pair);
+  }
+  static Vector added(Vector sum, Vector x, Vector y) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+  }
+};
+#endif
+
+template <int R, int V, class Left>
+static inline void tile(const Left& a, const float* b, float* c, int64_t depth, bool add) {
   Vector sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -125,9 +158,9 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_depth, const fl
     for (int v = 0; v < V; ++v) columns[v] = load(b + d * WIDTH + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vector row = all(a[r * a_row + d * a_depth]);
+      const Vector row = a.at(r, d);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] += row * columns[v];
+      for (int v = 0; v < V; ++v) sums[r][v] = Left::added(sums[r][v], row, columns[v]);
     }
   }
 #pragma GCC unroll 8
@@ -136,19 +169,62 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_depth, const fl
     for (int v = 0; v < V; ++v) store(c + r * WIDTH + v * LANES, sums[r][v]);
 }
 
-template <int V>
-static void product(const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c, int64_t rows,
-                    int64_t depth, bool add) {
+template <int V, class Left>
+static void product(Left a, const float* b, float* c, int64_t rows, int64_t depth, bool add) {
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) tile<ROWS, V>(a + r * a_row, a_row, a_depth, b, c + r * WIDTH, depth, add);
-  a += r * a_row;
+  for (; r + ROWS <= rows; r += ROWS) tile<ROWS, V>(a.from(r), b, c + r * WIDTH, depth, add);
+  a = a.from(r);
   c += r * WIDTH;
   switch (rows - r) {
-    case 1: return tile<1, V>(a, a_row, a_depth, b, c, depth, add);
-    case 2: return tile<2, V>(a, a_row, a_depth, b, c, depth, add);
-    case 3: return tile<3, V>(a, a_row, a_depth, b, c, depth, add);
-    case 4: return tile<4, V>(a, a_row, a_depth, b, c, depth, add);
-    case 5: return tile<5, V>(a, a_row, a_depth, b, c, depth, add);
+    case 1: return tile<1, V>(a, b, c, depth, add);
+    case 2: return tile<2, V>(a, b, c, depth, add);
+    case 3: return tile<3, V>(a, b, c, depth, add);
+    case 4: return tile<4, V>(a, b, c, depth, add);
+    case 5: return tile<5, V>(a, b, c, depth, add);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// bfloat16: its products in pairs where the CPU has them, else widened
+
+typedef uint16_t Half;  // the upper half of a float32
+typedef Half Halves __attribute__((vector_size(LANES * 2)));
+
+static inline Integers widened(const Half* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof(x));
+  return __builtin_convertvector(x, Integers);
+}
+
+// Rounded to the nearest bfloat16, ties to even, in the upper half of each lane. NaN stays NaN.
+static inline Integers rounded(Vector x) {
+  const Integers bits = (Integers)x;
+  const Integers near = bits + 0x7fff + ((bits >> 16) & 1);
+  return (x == x ? near : bits | 0x400000) & (Integers{} + (int32_t)0xffff0000);
+}
+
+[[maybe_unused]] static void widen(const Half* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += columns) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) store(to + c, (Vector)(widened(from + c) << 16));
+    for (; c < columns; ++c) {
+      const uint32_t bits = (uint32_t)from[c] << 16;
+      std::memcpy(to + c, &bits, sizeof(bits));
+    }
+  }
+}
+
+// to[l / 2, c] = (from[l, c], from[l + 1, c]); an odd last row is paired with zeros.
+[[maybe_unused]] static void pair_rows(const Half* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t l = 0; l < rows; l += 2, from += 2 * stride, to += columns) {
+    const bool both = l + 1 < rows;
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES)
+      store(to + c, (Vector)(widened(from + c) | (both ? widened(from + stride + c) << 16 : Integers{})));
+    for (; c < columns; ++c) {
+      const uint32_t bits = from[c] | (both ? (uint32_t)from[stride + c] << 16 : 0);
+      std::memcpy(to + c, &bits, sizeof(bits));
+    }
   }
 }
 
@@ -169,7 +245,7 @@ struct Problem {
 };
 
 struct Memory {
-  float *packed, *scores, *sums;
+  float *packed, *scores, *sums, *wide;
 };
 
 static inline float bias_of(const Problem& p, const void* mask, int64_t offset) {
@@ -241,32 +317,70 @@ static void apply_mask(const Problem& p, const void* mask, int64_t mask_offset, 
   }
 }
 
-template <int V>
-static void attend(const Problem& p, const float* q, const float* k, const float* v, const void* mask,
-                   int64_t mask_offset, float* out, int64_t first_query, int width, float scale, const Memory& m) {
-  for (int i = 0; i < V * LANES; i += LANES)
-    for (int64_t d = 0; d < p.features; d += LANES)
-      transpose_tile(q + (first_query + i) * p.q.row + d, p.q.row, std::min(width - i, LANES),
-                     (int)std::min<int64_t>(p.features - d, LANES), m.packed + d * WIDTH + i, WIDTH, true);
-  for (int64_t d = 0; d < p.features; ++d)
-    for (int i = 0; i < V * LANES; i += LANES)
-      store(m.packed + d * WIDTH + i, load(m.packed + d * WIDTH + i) * (scale * LOG2_E));
+#ifdef __AVX512BF16__
+constexpr bool PAIRED = true;
+#else
+constexpr bool PAIRED = false;
+#endif
 
+// Queries [width, features] as [features, WIDTH], or as [features / 2, WIDTH] pairs.
+template <int V, class T>
+static void pack_queries(const Problem& p, const T* q, int width, const Memory& m) {
+  constexpr bool half = sizeof(T) == 2;
+  const float* from = reinterpret_cast<const float*>(q);
+  int64_t stride = p.q.row, features = p.features;
+  if constexpr (half && PAIRED) {
+    features /= 2;
+    // Pairs move as they are, as if they were float32. Rows may begin between two of them.
+    for (int i = 0; i < width; ++i) std::memcpy(m.wide + i * features, q + i * stride, features * sizeof(float));
+  } else if constexpr (half) {
+    widen(q, stride, width, features, m.wide);
+  }
+  if constexpr (half) from = m.wide, stride = features;
+  for (int i = 0; i < V * LANES; i += LANES)
+    for (int64_t d = 0; d < features; d += LANES)
+      transpose_tile(from + i * stride + d, stride, std::min(width - i, LANES),
+                     (int)std::min<int64_t>(features - d, LANES), m.packed + d * WIDTH + i, WIDTH, true);
+}
+
+template <int V, class T>
+static void attend(const Problem& p, const T* q, const T* k, const T* v, const void* mask, int64_t mask_offset,
+                   T* out, int64_t first_query, int width, float scale, const Memory& m) {
+  constexpr bool half = sizeof(T) == 2;
+  pack_queries<V>(p, q + first_query * p.q.row, width, m);
   Vector largest[V], total[V];
   for (int i = 0; i < V; ++i) largest[i] = all(LOWEST), total[i] = Vector{};
   const int64_t seen = p.causal ? std::min(p.keys, first_query + width) : p.keys;
   for (int64_t first = 0; first < seen; first += KEYS) {
     const int64_t count = std::min(seen - first, KEYS);
-    product<V>(k + first * p.k.row, p.k.row, 1, m.packed, m.scores, count, p.features, false);
-    if (p.mask_kind != NO_MASK || (p.causal && first + count > first_query + 1))
-      apply_mask<V>(p, mask, mask_offset, first_query, width, first, count, m);
+    const T* keys = k + first * p.k.row;
+    if constexpr (!half) {
+      product<V>(Singles{keys, p.k.row, 1}, m.packed, m.scores, count, p.features, false);
+#ifdef __AVX512BF16__
+    } else {
+      const char* bytes = reinterpret_cast<const char*>(keys);
+      product<V>(Pairs{bytes, p.k.row * 2, 4}, m.packed, m.scores, count, p.features / 2, false);
+#else
+    } else {
+      widen(keys, p.k.row, count, p.features, m.wide);
+      product<V>(Singles{m.wide, p.features, 1}, m.packed, m.scores, count, p.features, false);
+#endif
+    }
     Vector before[V], shift[V];
     for (int i = 0; i < V; ++i) before[i] = largest[i];
+    const bool masked = p.mask_kind != NO_MASK || (p.causal && first + count > first_query + 1);
     for (int64_t l = 0; l < count; ++l)
       for (int i = 0; i < V; ++i) {
-        const Vector x = load(m.scores + l * WIDTH + i * LANES);
-        largest[i] = largest[i] > x ? largest[i] : x;
+        float* at = m.scores + l * WIDTH + i * LANES;
+        const Vector x = load(at) * (scale * LOG2_E);
+        if (!masked) largest[i] = larger(largest[i], x);
+        store(at, x);
       }
+    if (masked) {
+      apply_mask<V>(p, mask, mask_offset, first_query, width, first, count, m);
+      for (int64_t l = 0; l < count; ++l)
+        for (int i = 0; i < V; ++i) largest[i] = larger(largest[i], load(m.scores + l * WIDTH + i * LANES));
+    }
     for (int i = 0; i < V; ++i) {
       shift[i] = largest[i] == LOWEST ? Vector{} : largest[i];  // no key so far: all stays zero
       const Vector kept = exp2_of(before[i] - shift[i]);
@@ -277,14 +391,37 @@ static void attend(const Problem& p, const float* q, const float* k, const float
           store(at, load(at) * kept);
         }
     }
-    for (int64_t l = 0; l < count; ++l)
-      for (int i = 0; i < V; ++i) {
-        float* at = m.scores + l * WIDTH + i * LANES;
-        const Vector weight = exp2_of(load(at) - shift[i]);
-        total[i] += weight;
-        store(at, weight);
+    const T* values = v + first * p.v.row;
+    if constexpr (half && PAIRED) {
+      for (int64_t l = 0; l < count; l += 2)
+        for (int i = 0; i < V; ++i) {
+          const float* at = m.scores + l * WIDTH + i * LANES;
+          const Vector one = exp2_of(load(at) - shift[i]);
+          const Vector other = l + 1 < count ? exp2_of(load(at + WIDTH) - shift[i]) : Vector{};
+          total[i] += one + other;
+          const Integers low = (rounded(one) >> 16) & 0xffff;
+          store(m.scores + l / 2 * WIDTH + i * LANES, (Vector)(low | rounded(other)));
+        }
+      pair_rows(values, p.v.row, count, p.value_features, m.wide);
+#ifdef __AVX512BF16__
+      const Pairs left{reinterpret_cast<const char*>(m.wide), 4, p.value_features * 4};
+      product<V>(left, m.scores, m.sums, p.value_features, (count + 1) / 2, first > 0);
+#endif
+    } else {
+      for (int64_t l = 0; l < count; ++l)
+        for (int i = 0; i < V; ++i) {
+          float* at = m.scores + l * WIDTH + i * LANES;
+          const Vector weight = exp2_of(load(at) - shift[i]);
+          total[i] += weight;
+          store(at, weight);
+        }
+      Singles left{reinterpret_cast<const float*>(values), 1, p.v.row};
+      if constexpr (half) {
+        widen(values, p.v.row, count, p.value_features, m.wide);
+        left = {m.wide, 1, p.value_features};
       }
-    product<V>(v + first * p.v.row, 1, p.v.row, m.scores, m.sums, p.value_features, count, first > 0);
+      product<V>(left, m.scores, m.sums, p.value_features, count, first > 0);
+    }
   }
   for (int i = 0; i < V; ++i) {
     const Vector factor = total[i] == 0.0f ? Vector{} : 1.0f / total[i];
@@ -294,13 +431,25 @@ static void attend(const Problem& p, const float* q, const float* k, const float
     }
   }
   for (int i = 0; i < width; i += LANES)
-    for (int64_t d = 0; d < p.value_features; d += LANES)
-      transpose_tile(m.sums + d * WIDTH + i, WIDTH, (int)std::min<int64_t>(p.value_features - d, LANES),
-                     std::min(width - i, LANES), out + (first_query + i) * p.out.row + d, p.out.row, false);
+    for (int64_t d = 0; d < p.value_features; d += LANES) {
+      const int rows = (int)std::min<int64_t>(p.value_features - d, LANES), columns = std::min(width - i, LANES);
+      T* to = out + (first_query + i) * p.out.row + d;
+      if constexpr (!half) {
+        transpose_tile(m.sums + d * WIDTH + i, WIDTH, rows, columns, to, p.out.row, false);
+      } else {
+        float square[LANES * LANES];
+        transpose_tile(m.sums + d * WIDTH + i, WIDTH, rows, columns, square, LANES, true);
+        for (int r = 0; r < columns; ++r, to += p.out.row) {
+          const Halves x = __builtin_convertvector((rounded(load(square + r * LANES)) >> 16) & 0xffff, Halves);
+          std::memcpy(to, &x, rows * sizeof(T));
+        }
+      }
+    }
 }
 
-static void attend_panel(const Problem& p, const float* q, const float* k, const float* v, const void* mask,
-                         int64_t mask_offset, float* out, int64_t first_query, float scale, const Memory& m) {
+template <class T>
+static void attend_panel(const Problem& p, const T* q, const T* k, const T* v, const void* mask,
+                         int64_t mask_offset, T* out, int64_t first_query, float scale, const Memory& m) {
   const int width = (int)std::min<int64_t>(p.queries - first_query, WIDTH);
 #define KPT_ATTEND(V) attend<V>(p, q, k, v, mask, mask_offset, out, first_query, width, scale, m)
   switch ((width + LANES - 1) / LANES) {
@@ -312,12 +461,13 @@ static void attend_panel(const Problem& p, const float* q, const float* k, const
 #undef KPT_ATTEND
 }
 
-static Memory memory_for(const Problem& p) {
+static Memory memory_for(const Problem& p, bool half) {
   static thread_local std::unique_ptr<char, void (*)(void*)> held(nullptr, std::free);
   static thread_local size_t size = 0;
   const size_t features = (p.features + LANES - 1) / LANES * LANES;
   const size_t value_features = (p.value_features + LANES - 1) / LANES * LANES;
-  const size_t needed = (features + value_features + KEYS) * WIDTH * sizeof(float);
+  const size_t wide = half ? KEYS * std::max(features, value_features) : 0;
+  const size_t needed = ((features + value_features + KEYS) * WIDTH + wide) * sizeof(float);
   if (needed > size) {
     held.reset(static_cast<char*>(std::aligned_alloc(64, needed)));
     size = held ? needed : 0;
@@ -325,11 +475,14 @@ static Memory memory_for(const Problem& p) {
     std::memset(held.get(), 0, needed);
   }
   float* base = reinterpret_cast<float*>(held.get());
-  return {base, base + features * WIDTH, base + (features + KEYS) * WIDTH};
+  float* scores = base + features * WIDTH;
+  float* sums = scores + KEYS * WIDTH;
+  return {base, scores, sums, sums + value_features * WIDTH};
 }
 
-extern "C" void kpt_attention(const float* q, const float* k, const float* v, const void* mask, float* out,
-                              const int64_t* integers, double scale, int threads) {
+template <class T>
+static void attend_all(const T* q, const T* k, const T* v, const void* mask, T* out, const int64_t* integers,
+                       double scale, int threads) {
   Problem p;
   static_assert(sizeof(Problem) == 25 * sizeof(int64_t), "the caller hands over 25 integers");
   std::memcpy(&p, integers, sizeof(p));
@@ -337,11 +490,20 @@ extern "C" void kpt_attention(const float* q, const float* k, const float* v, co
   const int64_t tasks = p.batch * p.heads * panels;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; ++task) {
-    // Causal panels grow with their index: neighbours in a thread's share are of one head.
     const int64_t panel = task % panels, head = task / panels % p.heads, batch = task / panels / p.heads;
     attend_panel(p, q + batch * p.q.batch + head * p.q.head, k + batch * p.k.batch + head / groups * p.k.head,
                  v + batch * p.v.batch + head / groups * p.v.head, mask,
                  batch * p.mask_batch + head * p.mask_head, out + batch * p.out.batch + head * p.out.head,
-                 panel * WIDTH, (float)scale, memory_for(p));
+                 panel * WIDTH, (float)scale, memory_for(p, sizeof(T) == 2));
   }
+}
+
+extern "C" void kpt_attention_float32(const float* q, const float* k, const float* v, const void* mask, float* out,
+                                      const int64_t* integers, double scale, int threads) {
+  attend_all(q, k, v, mask, out, integers, scale, threads);
+}
+
+extern "C" void kpt_attention_bfloat16(const Half* q, const Half* k, const Half* v, const void* mask, Half* out,
+                                       const int64_t* integers, double scale, int threads) {
+  attend_all(q, k, v, mask, out, integers, scale, threads);
 }
