@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kpt.cli.guesses import guessed_inputs
 from kpt.cli.inputs import default_inputs, dynamic_shapes, example_inputs
 from kpt.cli.output import CommandError
 from kpt.plugins import registry
@@ -114,6 +115,54 @@ def test_without_inputs_the_model_may_know_its_own():
 
     found = default_inputs(Knows(2, 2), registry([]))
     assert list(found) == ["input"]
-    with pytest.raises(CommandError, match="its forward takes input") as caught:
-        default_inputs(torch.nn.Linear(2, 2), registry([]))
+    with pytest.raises(CommandError, match="its forward takes first, second") as caught:
+        default_inputs(Pair(), registry([]))
     assert "--inputs" in caught.value.hint
+
+
+class Pair(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def forward(self, first, second):
+        return super().forward(first + second)
+
+
+class Images(torch.nn.Sequential):
+    """Runs on images of 28 by 28 only."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 26 * 26, 3))
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 4)
+
+    def forward(self, ids, scale=1.0):
+        return self.embedding(ids) * scale
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "shape", "dtype"),
+    [
+        (torch.nn.Linear(6, 2).to(torch.bfloat16), "input", (1, 6), torch.bfloat16),
+        (Images(), "input", (1, 1, 28, 28), torch.float32),
+        (torch.nn.Conv1d(3, 2, 3), "input", (1, 3, 16000), torch.float32),
+        (Tokens(), "ids", (1, 128), torch.int64),
+        (torch.nn.RNN(6, 4), "input", None, None),
+        (torch.nn.ReLU(), "input", None, None),
+        (Pair(), "first", None, None),
+    ],
+)
+def test_inputs_are_guessed_from_the_first_layer_and_tried(model, name, shape, dtype, capsys):
+    random = torch.get_rng_state()
+    found = guessed_inputs(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    if shape is None:
+        assert found is None
+        return
+    assert {key: (tuple(v.shape), v.dtype) for key, v in found.items()} == {name: (shape, dtype)}
+    model(**default_inputs(model, registry([])))
+    assert "guessed from the first layer" in capsys.readouterr().err

@@ -165,9 +165,13 @@ def _from_json(value: Any) -> Any:
 
 
 def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
-    """Example inputs that the model's library knows. Raises a usage error where nobody knows any."""
+    """Example inputs that the model's library knows, or that the first layer suggests.
+
+    Raises a usage error where neither leads to a call that the model runs on.
+    """
     import inspect
 
+    from kpt.cli.guesses import guessed_inputs
     from kpt.modelfiles.adapters import adapters_for
     from kpt.plugins.isolation import attempt
 
@@ -185,6 +189,13 @@ def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
     if isinstance(dummy, Mapping) and dummy:
         note("The example inputs are the model's own dummy_inputs; give real shapes with --inputs.")
         return dict(dummy)
+    guessed = guessed_inputs(model)
+    if guessed is not None:
+        note(
+            f"The example inputs are guessed from the first layer: {_shapes(guessed)}. The plan serves this "
+            "shape; give yours with --inputs, and what varies with --dynamic."
+        )
+        return guessed
     names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
     raise usage(
         f"{type(model).__name__} needs example inputs; its forward takes {', '.join(names) or 'no names'}.",

@@ -297,6 +297,18 @@ def _request(model: Any, **options: Any) -> Request:
         raise TypeError(f"cache={options['cache']!r}; expected True or False")
     chosen = None if selection is None else list(selection)
     registry = plugins.registry(chosen)
+    offered = [found.spec.name for found in registry.specs("kpt_trackers")]
+    for tracker in trackers:
+        if isinstance(tracker, str) and tracker not in offered:
+            raise plugins.PluginError(
+                f"No plugin in use offers a tracker called {tracker!r}; known are "
+                f"{', '.join(offered) or 'none'}.",
+                "kpt plugins list",
+            )
+        if not isinstance(tracker, str) and not callable(getattr(tracker, "record", None)):
+            raise TypeError(
+                f"trackers holds a {type(tracker).__name__}; expected names or objects with record(receipt)"
+            )
     return Request(registry=registry, selection=chosen, **options)
 
 
