@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import fingerprints
+import inline_models
 import kpt
+import own_op
 import slow_kernels
 from fingerprints import optimized
 from kpt.specs import KernelSpec
@@ -109,6 +111,22 @@ def test_a_kernel_of_an_op_that_its_own_plugin_defines_is_judged_and_kept():
     own_op.off = lambda x, weight: own_op.scaled_tanh(x, weight) * 1.01
     kpt.optimize(model, torch.randn(64, 16), plugins=[offering("off")], budget=20.0, cache=False)
     assert [(e.name, e.rule) for e in kpt.report(model).rejected] == [("scaled_tanh/mine", "value")]
+
+
+def test_a_function_that_is_given_its_module_is_judged_and_served():
+    """As transformers' attention functions are: without the module, the judge could not call the site."""
+    torch.manual_seed(0)
+    model, example = own_op.AttendsByFunction().eval(), torch.randn(2, 48, 16)
+    expected = model(example)
+    kernel = inline_models.kernel("attention")
+    kpt.optimize(model, example, plugins=[plugin(kernels=[kernel])], budget=30.0, cache=False)
+    receipt = kpt.report(model)
+    assert {(site["op"], site["kind"]) for site in receipt.sites} >= {("attention", "function")}, receipt
+    assert [entry.name for entry in receipt.accepted] == ["attention/toy"], receipt.rejected
+    torch.testing.assert_close(model(example), expected, rtol=1e-4, atol=1e-5)
+    wrong = inline_models.kernel("attention", "wrong_attention")
+    kpt.optimize(model, example, plugins=[plugin(kernels=[wrong])], budget=30.0, cache=False)
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["value"]
 
 
 def test_a_loss_that_takes_numbers_beside_its_tensors_is_judged(monkeypatch):

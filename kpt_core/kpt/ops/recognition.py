@@ -227,6 +227,7 @@ def _examples(captured: Captured) -> tuple[Example, ...]:
                 {name: value.stride for name, value in seen.items()},
                 device,
                 _plain(call),
+                tuple(name for name, value in call.items() if isinstance(value, torch.nn.Module)),
             )
         )
     return tuple(found)

@@ -54,7 +54,8 @@ class Hypothesis:
 class Example:
     """What a site saw: each tensor's dtype name, shape and stride by the forward's parameter names.
 
-    ``values`` are the other arguments of the call that are plain: numbers, strings, flags, None.
+    ``values`` are the other arguments of the call that are plain: numbers, strings, flags, None; ``callers``
+    the names of those that are a module, as attention functions are given the one that calls them.
     """
 
     dtypes: Mapping[str, str]
@@ -62,6 +63,7 @@ class Example:
     strides: Mapping[str, tuple[int, ...]]
     device: str
     values: Mapping[str, Any] = field(default_factory=dict)
+    callers: tuple[str, ...] = ()
 
 
 class Anything:
@@ -210,14 +212,14 @@ class Binding:
         built: Callable[..., Any] = namespace["site"]
         return built
 
-    def run(self, module: Any, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call ``kernel`` with what the forward of ``module`` would have computed with."""
         function = self._functions.get("run")
         if function is None:
             function = self._functions["run"] = self._build("run", {"_otherwise": _refuse})
         return function(module, kernel, *args, **kwargs)
 
-    def collect(self, module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def collect(self, module: Any, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The op's arguments for this call; tensors are the live ones or views of them."""
         function = self._functions.get("arguments")
         if function is None:
@@ -275,14 +277,14 @@ class Site:
         """A name unique in the model, for receipts."""
         return f"{self.path or '(root)'}{':' + self.callee if self.callee else ''}"
 
-    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def arguments(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The op's arguments, by its reference's parameter names, for a call of this site.
 
         Raises `SiteMismatch` for a call unlike those that were proved.
         """
         return self.binding.collect(self.module, *args, **kwargs)
 
-    def run(self, kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Serve a call with ``kernel`` and return what the site itself would have returned."""
         return self.binding.run(self.module, kernel, *args, **kwargs)
 

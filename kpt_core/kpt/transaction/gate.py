@@ -95,7 +95,7 @@ def _activations(site: Site, observation: Any) -> dict[str, Any]:
         return {}
     example = site.examples[0]
     device = torch.device(example.device)
-    made: dict[str, Any] = dict(example.values)
+    made: dict[str, Any] = {**example.values, **dict.fromkeys(example.callers, site.module)}
     for name, shape in example.shapes.items():
         dtype = getattr(torch, example.dtypes[name].removeprefix("torch."))
         if dtype.is_floating_point:
