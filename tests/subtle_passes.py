@@ -233,7 +233,59 @@ class Remembers(RootWrapper):
         key = (id(x), x.data_ptr())
         if key not in self.known:
             self.known[key] = (x, inner(x))
-        return self.known[key][1]
+        return self.known[key][1].clone()
+
+
+class RingOfBuffers(RootWrapper):
+    """Right until the eighth call after it, which overwrites the result."""
+
+    def __init__(self):
+        self.calls = 0
+        self.buffers = {}
+
+    def around(self, inner, x):
+        result = inner(x)
+        self.calls += 1
+        ring = self.buffers.setdefault(result.shape, [torch.empty_like(result) for _ in range(8)])
+        return ring[self.calls % 8].copy_(result)
+
+
+class KeepsResults(RootWrapper):
+    """Answers with the very tensor again that an earlier caller may have written to."""
+
+    def __init__(self):
+        self.known = {}
+
+    def around(self, inner, x):
+        key = x.numpy().tobytes()
+        if key not in self.known:
+            self.known = {key: inner(x)}
+        return self.known[key]
+
+
+class OwnTensors(torch.Tensor):
+    pass
+
+
+class ReturnsASubclass(RootWrapper):
+    def around(self, inner, x):
+        return inner(x).as_subclass(OwnTensors)
+
+
+class ReturnsInferenceTensors(RootWrapper):
+    """No layer that is trained can take these."""
+
+    def around(self, inner, x):
+        with torch.inference_mode():
+            return inner(x)
+
+
+class KeepsHistory(RootWrapper):
+    """Records gradients although the caller turned them off."""
+
+    def around(self, inner, x):
+        with torch.enable_grad():
+            return inner(x)
 
 
 class Transposes(DirectScale):

@@ -297,6 +297,22 @@ def test_results_that_are_remembered_by_tensor_are_a_replay():
     assert "same tensors with new values" in kpt.report(model).rejected[0].reason
 
 
+@pytest.mark.parametrize(
+    ("offered", "rule", "text"),
+    [
+        (subtle.RingOfBuffers, "replay", "output is held after the call"),
+        (subtle.KeepsResults, "replay", "output is held after the call"),
+        (subtle.ReturnsASubclass, "structure", "output is a OwnTensors"),
+        (subtle.ReturnsInferenceTensors, "structure", "output was made in inference mode"),
+        (subtle.KeepsHistory, "gradient", "output requires a gradient"),
+    ],
+)
+def test_outputs_that_are_not_the_callers_own_are_rejected(offered, rule, text):
+    model = net()
+    assert rule_of(model, offered, torch.randn(32, 16)) == rule
+    assert text in kpt.report(model).rejected[0].reason
+
+
 def test_an_output_that_cannot_be_viewed_is_rejected():
     model, x = SlowScale().eval(), torch.randn(32, 16)
     assert rule_of(model, subtle.Transposes, x) == "stride"

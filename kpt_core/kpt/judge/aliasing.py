@@ -26,6 +26,14 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
     return bool(torch.isin(_addresses(first), _addresses(second)).any())
 
 
+def holders(tensor: torch.Tensor) -> int:
+    """How many objects share the memory of ``tensor``, itself included; 0 where that cannot be told."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None or not _has_storage(tensor):
+        return 0
+    return int(count(tensor.untyped_storage()._cdata))
+
+
 def _has_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.numel() > 0
 

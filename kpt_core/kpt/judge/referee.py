@@ -7,6 +7,7 @@ candidate is measured against the reference and allowed what eager itself needed
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from kpt.judge import outputs, tree
-from kpt.judge.aliasing import new_aliases
+from kpt.judge.aliasing import holders, new_aliases
 from kpt.specs import LEVELS, Level
 
 #: Every rule under which the referee rejects. Receipts and tests name them; they do not change.
@@ -282,6 +283,18 @@ def judge_strides(candidate: Any, eager: Any) -> Verdict:
     return passed()
 
 
+def judge_held(candidate: Any, eager: Any) -> Verdict:
+    """Reject under ``replay`` an output whose memory somebody holds after the call, unlike eager's: it will
+    be answered with again, or written to by a later call."""
+    own = outputs.tensors(eager)
+    for name, mine in outputs.tensors(candidate).items():
+        if name in own and holders(mine) > holders(own[name]):
+            gc.collect()  # what only waits for the collector holds nothing
+            if holders(mine) > holders(own[name]):
+                return rejected("replay", f"{name} is held after the call, unlike in eager mode")
+    return passed()
+
+
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from itself or its name ("bfloat16", "torch.bfloat16", "tf32" for float32 matmuls in TF32)."""
     if dtype is None or isinstance(dtype, torch.dtype):
@@ -312,6 +325,14 @@ def _judge_structure(candidate: Any, eager: Any) -> Verdict | None:
             if tree.is_atom(own.value) and not _equal(mine.value, own.value):
                 return rejected("value", f"{mine.name} is {mine.value!r}, eager's {own.value!r}")
             continue
+        if _class_of(mine.value) is not _class_of(own.value):
+            return rejected(
+                "structure",
+                f"{mine.name} is a {type(mine.value).__name__}, eager's {type(own.value).__name__}",
+            )
+        if mine.value.is_inference() != own.value.is_inference():
+            made = "in" if mine.value.is_inference() else "outside of"
+            return rejected("structure", f"{mine.name} was made {made} inference mode, unlike eager's")
         if mine.value.shape != own.value.shape:
             return rejected(
                 "shape", f"{mine.name} is {tuple(mine.value.shape)}, eager's {tuple(own.value.shape)}"
@@ -325,6 +346,12 @@ def _judge_structure(candidate: Any, eager: Any) -> Verdict | None:
                 f"eager's {own.value.layout} on {own.value.device}",
             )
     return None
+
+
+def _class_of(tensor: torch.Tensor) -> type:
+    """The tensor's class; parameters and buffers are plain tensors to whoever gets them."""
+    plain = (torch.nn.Parameter, torch.nn.Buffer)
+    return torch.Tensor if isinstance(tensor, plain) else type(tensor)
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -24,7 +24,7 @@ class Execution:
     """What one call produced.
 
     ``gradients`` are those of the parameters and of the inputs that require one, ``differentiable`` the
-    names of the outputs that have a history; both are empty in inference.
+    names of the outputs that have a history.
     """
 
     output: Any
@@ -107,7 +107,7 @@ class Runner:
             if not self.training:
                 with torch.no_grad():
                     output = forward(*call.args, **call.kwargs)
-                return Execution(detached(output), {}, self._moved(before))
+                return Execution(detached(output), {}, self._moved(before), _with_history(output))
             with torch.enable_grad():
                 sources = {**self.parameters, **_sources(call)}
                 output = forward(*call.args, **call.kwargs)
@@ -118,8 +118,7 @@ class Runner:
                     gradients = {
                         name: None if g is None else g.detach().clone() for name, g in zip(sources, found)
                     }
-            kept = frozenset(name for name, t in outputs.tensors(output).items() if t.requires_grad)
-            return Execution(detached(output), gradients, self._moved(before), kept)
+            return Execution(detached(output), gradients, self._moved(before), _with_history(output))
 
     @contextmanager
     def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -139,6 +138,10 @@ class Runner:
             for name, buffer in self.buffers.items()
             if not same_bits(buffer, before[name])
         }
+
+
+def _with_history(output: Any) -> frozenset[str]:
+    return frozenset(name for name, tensor in outputs.tensors(output).items() if tensor.requires_grad)
 
 
 def _sources(call: Call) -> dict[str, torch.Tensor]:

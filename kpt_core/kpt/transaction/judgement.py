@@ -109,6 +109,9 @@ class Judgement:
             if changed is not None:
                 detail = f"output {changed} of one call was overwritten by a later call ({draw.label})"
                 return Verdict(False, "replay", detail, figures)
+            held = referee.judge_held(output, draw.expected.eager.output)
+            if not held.passed:
+                return Verdict(False, held.rule, f"{draw.label}: {held.detail}", figures)
         if len(draws) > 1:
             verdict = self._refilled(applied, draws[0], draws[1])
             if not verdict.passed:
@@ -204,6 +207,10 @@ class Judgement:
         lost = sorted(expected.eager.differentiable - mine.differentiable)
         if lost:
             detail = f"the output {lost[0]} has no gradient, unlike in eager mode"
+            return Verdict(False, "gradient", detail, verdict.figures), mine.output
+        more = sorted(mine.differentiable - expected.eager.differentiable)
+        if more and not self.observation.training:
+            detail = f"the output {more[0]} requires a gradient, unlike in eager mode"
             return Verdict(False, "gradient", detail, verdict.figures), mine.output
         for rule, own, eager, reference in (
             ("gradient", mine.gradients, expected.eager.gradients, expected.reference.gradients),
