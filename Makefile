@@ -57,10 +57,10 @@ test: setup  ## every test that needs no accelerator
 	exit $$((others | interpreted))
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
-sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (takes long)
+sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (minutes)
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(BIN)/python -m pytest -q -m gpu -k "test_values or test_odd_sizes" plugins/triton/tests/values || exit 1; \
+	    $(BIN)/python plugins/triton/tests/small_cases.py || exit 1; \
 	done
 
 lint: setup  ## ruff: rules and format; mypy: types

@@ -262,7 +262,9 @@ class KernelSuite(Suite, standard=True):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    """``value`` in ``dtype`` if it is a floating-point tensor; codes of 8 bits are packed, and stay."""
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1
+    return value.to(dtype) if floating else value
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -88,13 +88,14 @@ def target_of(architecture: str) -> GPUTarget:
 
 def compile_for(launch: Launch, gpu: GPUTarget) -> Any:
     """Compile a launch, whose tensors may stand there as dtypes; fills Triton's cache on disk."""
-    names = launch.function.arg_names
+    parameters = launch.function.params
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     count = len(launch.arguments)
-    for index, (name, value) in enumerate(zip(names, (*launch.arguments, *launch.constants))):
-        if index >= count or value is None or (type(value) is int and value == 1):
+    for index, (parameter, value) in enumerate(zip(parameters, (*launch.arguments, *launch.constants))):
+        name, special = parameter.name, not parameter.do_not_specialize
+        if index >= count or value is None or (type(value) is int and value == 1 and special):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, torch.Tensor | torch.dtype):
@@ -103,7 +104,7 @@ def compile_for(launch: Launch, gpu: GPUTarget) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif type(value) is int:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

@@ -15,7 +15,9 @@ from kpt_plugin_triton import decode
 from kpt_plugin_triton.attention_backward import keys_options, queries_options, run_backward
 from kpt_plugin_triton.attention_forward import (
     CAUSAL,
+    LISTED,
     PLAIN,
+    WINDOWED,
     Form,
     How,
     empty_heads,
@@ -334,10 +336,17 @@ def supports(site: Site) -> str | None:
 
 
 def _inputs(dtype: torch.dtype, head: int, kind: int) -> tuple[tuple[torch.Tensor, ...], Form, How]:
-    heads = 4096 // head
-    shape = (1, heads, 4096, head)
+    """4096 queries and keys; windows of 1024 keys; of blocks of 128 a quarter, drawn at random."""
+    length = 4096
+    shape = (1, 4096 // head, length, head)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=work_device()) for _ in range(4))
-    return (q, k, v, dout), form_of(q, k, v), How(kind == CAUSAL, None, head**-0.5, None)
+    how = How(kind == CAUSAL, 1024 if kind == WINDOWED else None, head**-0.5, None)
+    lists = None
+    if kind == LISTED:
+        blocks = length // 128
+        drawn = torch.rand(1, 1, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.25
+        lists = lists_of(drawn.to(work_device()), length, length, False, None)
+    return (q, k, v, dout), form_of(q, k, v, lists=lists), how
 
 
 def _forward_work(dtype: torch.dtype, head: int, kind: int) -> Callable[[Options], Callable[[], Any]]:
@@ -364,7 +373,7 @@ def _backward_work(parts: tuple[bool, bool]) -> Callable[..., Callable[[Options]
     return prepare
 
 
-_SIZES = tuple((head, kind) for head in (64, 128) for kind in (CAUSAL, PLAIN))
+_SIZES = tuple((head, kind) for head in (64, 128) for kind in (CAUSAL, PLAIN, WINDOWED, LISTED))
 WORKLOADS = [
     Workload(forward_options, _SIZES, _forward_work, (torch.bfloat16,)),
     Workload(keys_options, _SIZES, _backward_work((False, True)), (torch.bfloat16,)),

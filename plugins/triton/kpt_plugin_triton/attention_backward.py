@@ -47,7 +47,7 @@ def _keys_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
     elif head > 64:
         found = tiles(32, 64, 8, 1) if on else tiles(32, 32, 4, 1)
     else:
-        found = tiles(32, 64, 4, 2)
+        found = tiles(32, 64, 4, 1 if on >= 100 else 2)
     if not on and kind == WINDOWED:
         found["num_stages"] = 1  # its bounds are too many scalars beside those of pipelined loads
     return {**found, "SPLIT": 0, "DESCRIPTORS": int(hopper and kind != LISTED)}

@@ -190,7 +190,7 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
             for warps in (4, 8):
                 if rows // warps < 8:
                     continue
-                for stages in (2, 3):
+                for stages in (2, 3, 4):
                     for descriptors in (0, 1) if hopper else (0,):
                         shared = (rows + 2 * stages * columns) * head * itemsize
                         if shared > 232_448:

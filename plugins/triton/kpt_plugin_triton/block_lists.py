@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from kpt_plugin_triton.attention_forward import Lists
+from kpt_plugin_triton.kernels import block_lists as device
+from kpt_plugin_triton.launch import Kernel, power_of_two
+
+_list = Kernel(device.list_blocks)
 
 
 def lists_of(block_mask: torch.Tensor, q_len: int, k_len: int, causal: bool, window: int | None) -> Lists:
@@ -14,35 +18,58 @@ def lists_of(block_mask: torch.Tensor, q_len: int, k_len: int, causal: bool, win
     key, come after those that every query of theirs sees in full. Everything stays on the device.
     """
     size_m, size_n = block_size(q_len, block_mask.shape[-2]), block_size(k_len, block_mask.shape[-1])
-    device = block_mask.device
-    top = torch.arange(block_mask.shape[-2], device=device)[:, None] * size_m
-    left = torch.arange(block_mask.shape[-1], device=device)[None, :] * size_n
-    bottom, right = top + size_m - 1, left + size_n - 1
-    some = (top < q_len) & (left < k_len)
-    whole = right < k_len
-    if causal or window is not None:
-        some, whole = some & (left <= bottom.clamp(max=q_len - 1)), whole & (right <= top)
-    if window is not None:
-        some, whole = some & (right > top - window), whole & (left > bottom - window)
-    kept = block_mask & some
-    # 2: seen in full, 1: cut, 0: left out; a stable sort keeps neighbours together
-    rank = kept.to(torch.int8) + (kept & whole).to(torch.int8)
     batch_step = block_mask.shape[1] if block_mask.shape[0] > 1 else 0
     head_step = 1 if block_mask.shape[1] > 1 else 0
     rows, columns = block_mask.shape[-2:]
+    how = q_len, k_len, causal, window
     return Lists(
-        *_listed(rank),
-        *_listed(rank.transpose(-1, -2)),
+        *_listed(block_mask, (size_m, size_n), False, *how),
+        *_listed(block_mask, (size_m, size_n), True, *how),
         (batch_step * rows, head_step * rows),
         (batch_step * columns, head_step * columns),
         (size_m, size_n),
     )
 
 
-def _listed(rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    order = torch.argsort(rank, dim=-1, descending=True, stable=True)
-    counts = torch.stack(((rank == 2).sum(-1), (rank > 0).sum(-1)), dim=-1)
-    return order.to(torch.int32).contiguous(), counts.to(torch.int32).contiguous()
+def _listed(
+    mask: torch.Tensor,
+    size: tuple[int, int],
+    by_key: bool,
+    q_len: int,
+    k_len: int,
+    causal: bool,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kept, counts) of `Lists`, by query block or by key block."""
+    batch, heads, rows, columns = mask.shape
+    batch_step, head_step, row_step, column_step = mask.stride()
+    if by_key:
+        rows, columns, row_step, column_step = columns, rows, column_step, row_step
+    lists = batch * heads
+    kept = torch.empty((lists, rows, columns), dtype=torch.int32, device=mask.device)
+    counts = torch.empty((lists, rows, 2), dtype=torch.int32, device=mask.device)
+    if lists and rows:
+        _list(
+            (rows, lists, 1),
+            (
+                *(mask.view(torch.uint8), kept, counts, rows, columns, heads),
+                *(
+                    batch_step,
+                    head_step,
+                    row_step,
+                    column_step,
+                    q_len,
+                    k_len,
+                    min(window or 0, q_len + size[0]),
+                ),
+            ),
+            (
+                *(*size, by_key, causal or window is not None, window is not None),
+                max(32, min(1024, power_of_two(columns))),
+            ),
+            4,
+        )
+    return kept, counts
 
 
 def block_size(length: int, blocks: int) -> int:

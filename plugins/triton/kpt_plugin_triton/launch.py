@@ -83,7 +83,7 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self._ready: dict[Any, tuple[Any, Any, Any]] = {}
+        self._ready: dict[Any, tuple[Any, Any, tuple[Any, ...]]] = {}
         self._start: Callable[..., None] | None = None
         functools.update_wrapper(self, function.fn)
 
@@ -123,14 +123,34 @@ class Kernel:
         constants: tuple[Any, ...],
         num_warps: int,
         num_stages: int,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
         compiled = self.function.warmup(
             *arguments, *constants, grid=grid, num_warps=num_warps, num_stages=num_stages
         )
         if hasattr(compiled, "result"):  # compiled in the background
             compiled = compiled.result()
-        found = self._ready[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        found = self._ready[key] = _entry(compiled)
         return found
+
+
+def _entry(compiled: Any) -> tuple[Callable[..., None], Any, tuple[Any, ...]]:
+    """What starts a compiled kernel, its handle, and what comes between that and the arguments.
+
+    The launcher of Triton 3.6 for CUDA is a Python method around a C function. It only has work to do where a
+    kernel asks for scratch memory: without, the C function is called itself.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    hooks = (None, None, None)
+    direct = (
+        triton.__version__.startswith("3.6.")
+        and type(run).__name__ == "CudaLauncher"
+        and run.global_scratch_size == 0
+        and run.profile_scratch_size == 0
+    )
+    if direct:
+        scratch = (None, None)
+        return run.launch, function, (run.launch_cooperative_grid, run.launch_pdl, *scratch, metadata, *hooks)
+    return run, function, (metadata, *hooks)
 
 
 def _written_out(arguments: tuple[Any, ...]) -> Callable[..., None]:
@@ -162,8 +182,8 @@ def _written_out(arguments: tuple[Any, ...]) -> Callable[..., None]:
         "    found = kernel._ready.get(key)",
         "    if found is None:",
         "        found = kernel._prepare(key, grid, arguments, constants, num_warps, num_stages)",
-        "    run, function, metadata = found",
-        "    run(*grid, stream_of(device), function, metadata, None, None, None,",
+        "    run, function, between = found",
+        "    run(*grid, stream_of(device), function, *between,",
         f"        {', '.join(passed)}, *constants)",
     ]
     scope: dict[str, Any] = {"current_device": _current_device, "stream_of": _stream_of}

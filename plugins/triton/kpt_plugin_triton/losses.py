@@ -188,6 +188,7 @@ def rows_forward(
             block, warps = min(block, 2048 if heavy else 4096), 16
         elif heavy:
             block = max(block // 2, vector)
+            warps = max(4, min(warps, block // vector // 32))  # a vector for each thread
         _long((programs, 1, 1), arguments, (block, vector, even, *last), warps)
 
 

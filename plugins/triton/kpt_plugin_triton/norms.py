@@ -6,7 +6,7 @@ References: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:160
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,10 +14,10 @@ import triton.language as tl
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
 from kpt_plugin_triton.kernels import norms as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, register
 from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
-from kpt_plugin_triton.tuning import Options, Tuned
+from kpt_plugin_triton.tuning import Options, Tuned, remembered
 
 #: Bytes of one row, and columns of one row in the backward pass, that still go into registers as a whole.
 _LONGEST = 65536
@@ -68,8 +68,92 @@ def _backward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]
                         yield {"ROWS": rows, "PROGRAMS": programs, "num_warps": warps}
 
 
+def _centred_rule(itemsize: int, columns: int) -> dict[str, int]:
+    """Where layer_norm was never measured, what rms_norm was: 128 registers hold half as many of its rows."""
+    found = dict(_backward_rule(itemsize, columns))
+    if found["num_warps"] >= 16 and found["ROWS"] * power_of_two(columns) >= 32 * 32 * found["num_warps"]:
+        found["ROWS"] = max(1, found["ROWS"] // 2)
+    return found
+
+
 forward_options = Tuned("norm_forward", ("columns",), _forward_rule, _forward_candidates)
 backward_options = Tuned("norm_backward", ("columns",), _backward_rule, _backward_candidates)
+centred_forward_options = Tuned("layer_norm_forward", ("columns",), _forward_rule, _forward_candidates)
+centred_backward_options = Tuned("layer_norm_backward", ("columns",), _centred_rule, _backward_candidates)
+
+
+class _Plan(NamedTuple):
+    """A launch but for its arguments."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    constants: tuple[Any, ...]
+    num_warps: int
+
+
+def _accumulator(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _plan_forward(
+    device: int | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    centred: bool,
+    statistics: bool,
+    options: Options | None = None,
+) -> _Plan:
+    rest = centred, statistics, _accumulator(dtype)
+    if columns * dtype.itemsize > _LONGEST:
+        return _Plan(_forward_long, (rows, 1, 1), (columns, _LONG_BLOCK, 1, *rest), 8)
+    if options is None:
+        table = centred_forward_options if centred else forward_options
+        options = table(device, dtype.itemsize, columns)
+    each = options["ROWS"]
+    constants = (columns, power_of_two(columns), each, *rest)
+    return _Plan(_forward, (ceil_div(rows, each), 1, 1), constants, options["num_warps"])
+
+
+class _BackwardPlan(NamedTuple):
+    """The launch for dx (which leaves partial sums, unless ``sums`` does), and the one that adds them up."""
+
+    main: _Plan
+    sums: _Plan | None
+    programs: int
+    total: _Plan
+
+
+def _plan_backward(
+    device: int | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    centred: bool,
+    options: Options | None = None,
+) -> _BackwardPlan:
+    wide = _accumulator(dtype)
+    total = _Plan(_column_sums, (ceil_div(columns, 32), 1, 1), (columns, 32, 64, wide), 8)
+    if columns > _LONGEST_BACKWARD:
+        programs = min(rows, 32)
+        main = _Plan(_backward_long, (rows, 1, 1), (columns, _LONG_BLOCK, centred, wide), 8)
+        grid = ceil_div(columns, 512), programs, 1
+        return _BackwardPlan(
+            main, _Plan(_weight_sums, grid, (columns, 512, centred, wide), 4), programs, total
+        )
+    if options is None:
+        table = centred_backward_options if centred else backward_options
+        options = table(device, dtype.itemsize, columns)
+    each = options["ROWS"]
+    programs = min(ceil_div(rows, each), options["PROGRAMS"] * processors(device))
+    constants = (columns, power_of_two(columns), each, centred, wide)
+    return _BackwardPlan(
+        _Plan(_backward, (programs, 1, 1), constants, options["num_warps"]), None, programs, total
+    )
+
+
+_forward_plan = remembered(_plan_forward)
+_backward_plan = remembered(_plan_backward)
 
 
 def _run_forward(
@@ -88,27 +172,25 @@ def _run_forward(
     y = dense(x)
     total = None if residual is None else dense(x)
     flat, rows, stride = rows_of(x)
-    wide = wide_dtype(x.dtype)
     mean = rstd = None
     if statistics:
-        rstd = torch.empty(rows, dtype=wide, device=x.device)
-        mean = torch.empty(rows, dtype=wide, device=x.device) if centred else None
+        wide = wide_dtype(x.dtype)
+        rstd = x.new_empty(rows, dtype=wide)
+        if centred:
+            mean = x.new_empty(rows, dtype=wide)
     if rows == 0:
         return y, total, mean, rstd
     other, other_stride = None, 0
     if residual is not None:
         other, _, other_stride = rows_of(residual)
-    accumulate = tl.float64 if wide is torch.float64 else tl.float32
-    arguments = (flat, other, weight, bias, y, total, mean, rstd, rows, stride, other_stride, eps, offset)
-    if columns * flat.element_size() > _LONGEST:
-        constants = (columns, _LONG_BLOCK, 1, centred, statistics, accumulate)
-        _forward_long((rows, 1, 1), arguments, constants, 8)
-        return y, total, mean, rstd
-    if options is None:
-        options = forward_options(x.device.index, x.element_size(), columns)
-    each = options["ROWS"]
-    constants = (columns, power_of_two(columns), each, centred, statistics, accumulate)
-    _forward((ceil_div(rows, each), 1, 1), arguments, constants, options["num_warps"])
+    shape = x.device.index, x.dtype, rows, columns, centred, statistics
+    plan = _forward_plan(*shape) if options is None else _plan_forward(*shape, options)
+    plan.kernel(
+        plan.grid,
+        (flat, other, weight, bias, y, total, mean, rstd, rows, stride, other_stride, eps, offset),
+        plan.constants,
+        plan.num_warps,
+    )
     return y, total, mean, rstd
 
 
@@ -133,60 +215,48 @@ def _run_backward(
     more, more_stride = None, 0
     if dtotal is not None:
         more, _, more_stride = rows_of(dtotal)
-    wide = wide_dtype(x.dtype)
-    accumulate = tl.float64 if wide is torch.float64 else tl.float32
-    centred = mean is not None
     dweight = torch.empty_like(weight) if want_weight and weight is not None else None
     dbias = torch.empty_like(bias) if want_bias and bias is not None else None
     if rows == 0:
         return dx, None if dweight is None else dweight.zero_(), None if dbias is None else dbias.zero_()
-    long = columns > _LONGEST_BACKWARD
-    block = power_of_two(columns)
-    if long:
-        programs = min(rows, 32)
-    else:
-        if options is None:
-            options = backward_options(x.device.index, x.element_size(), columns)
-        each = options["ROWS"]
-        warps = options["num_warps"]
-        if centred and warps >= 16 and each * block >= 32 * 32 * warps:
-            # Tuned without a mean; with one, 128 registers a thread hold half as many elements.
-            each = max(1, each // 2)
-        programs = min(ceil_div(rows, each), options["PROGRAMS"] * processors(x.device.index))
-    sums = [
-        None if out is None else torch.empty((programs, columns), dtype=wide, device=x.device)
-        for out in (dweight, dbias)
-    ]
-    if long:
-        _backward_long(
-            (rows, 1, 1),
-            (flat, grad, more, weight, mean, rstd, dx, stride, grad_stride, more_stride, offset),
-            (columns, _LONG_BLOCK, centred, accumulate),
-            8,
-        )
-        if dweight is not None or dbias is not None:
-            _weight_sums(
-                (ceil_div(columns, 512), programs, 1),
-                (flat, grad, mean, rstd, *sums, rows, stride, grad_stride),
-                (columns, 512, centred, accumulate),
-                4,
-            )
-    else:
-        _backward(
-            (programs, 1, 1),
+    shape = x.device.index, x.dtype, rows, columns, mean is not None
+    plan = _backward_plan(*shape) if options is None else _plan_backward(*shape, options)
+    weight_sums = bias_sums = None
+    if dweight is not None:
+        weight_sums = rstd.new_empty((plan.programs, columns))
+    if dbias is not None:
+        bias_sums = rstd.new_empty((plan.programs, columns))
+    main = plan.main
+    if plan.sums is None:
+        main.kernel(
+            main.grid,
             (
-                *(flat, grad, more, weight, mean, rstd, dx, *sums),
+                *(flat, grad, more, weight, mean, rstd, dx, weight_sums, bias_sums),
                 *(rows, stride, grad_stride, more_stride, offset),
             ),
-            (columns, block, each, centred, accumulate),
-            warps,
+            main.constants,
+            main.num_warps,
         )
+    else:
+        main.kernel(
+            main.grid,
+            (flat, grad, more, weight, mean, rstd, dx, stride, grad_stride, more_stride, offset),
+            main.constants,
+            main.num_warps,
+        )
+        if dweight is not None or dbias is not None:
+            plan.sums.kernel(
+                plan.sums.grid,
+                (flat, grad, mean, rstd, weight_sums, bias_sums, rows, stride, grad_stride),
+                plan.sums.constants,
+                plan.sums.num_warps,
+            )
     if dweight is not None or dbias is not None:
-        _column_sums(
-            (ceil_div(columns, 32), 1, 1),
-            (*sums, dweight, dbias, programs),
-            (columns, 32, 64, accumulate),
-            8,
+        plan.total.kernel(
+            plan.total.grid,
+            (weight_sums, bias_sums, dweight, dbias, plan.programs),
+            plan.total.constants,
+            plan.total.num_warps,
         )
     return dx, dweight, dbias
 
@@ -203,11 +273,14 @@ class _Norm(torch.autograd.Function):
     ) -> Any:
         eps, offset, centred = how
         y, total, mean, rstd = _run_forward(x, residual, weight, bias, eps, offset, centred, True)
-        ctx.save_for_backward(x if total is None else total, weight, bias)
-        ctx.set_materialize_grads(False)
         # statistics are no inputs or outputs, so that plain attributes may hold them
         ctx.held = mean, rstd, offset
-        return y if total is None else (y, total)
+        if total is None:
+            ctx.save_for_backward(x, weight, bias)
+            return y
+        ctx.save_for_backward(total, weight, bias)
+        ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
@@ -224,6 +297,9 @@ class _Norm(torch.autograd.Function):
             x, dy, dtotal, weight, bias, mean, rstd, offset, wants_weight, wants_bias
         )
         return dx, (dx if residual else None), dweight, dbias, None
+
+
+_apply = applier(_Norm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,7 +434,7 @@ def _norm(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if needs_grad(x, residual, weight, bias):
-        return _Norm.apply(x, residual, weight, bias, (eps, offset, centred))
+        return _apply(x, residual, weight, bias, (eps, offset, centred))
     y, total, _, _ = _run_forward(x, residual, weight, bias, eps, offset, centred, False)
     return y if residual is None else (y, total)
 
@@ -418,30 +494,41 @@ def _rows(columns: int, itemsize: int) -> int:
     return max(64, min(65536, 2**28 // (columns * itemsize)))
 
 
-def _forward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
-    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
-    weight = torch.randn(columns, dtype=dtype, device=work_device())
+def _forward_work(centred: bool) -> Callable[..., Callable[[Options], Callable[[], Any]]]:
+    def prepare(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+        x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
+        weight = torch.randn(columns, dtype=dtype, device=work_device())
+        bias = torch.randn_like(weight) if centred else None
 
-    def with_options(options: Options) -> Callable[[], Any]:
-        return lambda: _run_forward(x, None, weight, None, 1e-6, 0.0, False, True, options)
+        def with_options(options: Options) -> Callable[[], Any]:
+            return lambda: _run_forward(x, None, weight, bias, 1e-6, 0.0, centred, True, options)
 
-    return with_options
+        return with_options
+
+    return prepare
 
 
-def _backward_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
-    x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
-    dy = torch.randn_like(x)
-    weight = torch.randn(columns, dtype=dtype, device=work_device())
-    rstd = x.float().square().mean(-1).add(1e-6).rsqrt()
+def _backward_work(centred: bool) -> Callable[..., Callable[[Options], Callable[[], Any]]]:
+    def prepare(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+        x = torch.randn(_rows(columns, dtype.itemsize), columns, dtype=dtype, device=work_device())
+        dy = torch.randn_like(x)
+        weight = torch.randn(columns, dtype=dtype, device=work_device())
+        bias = torch.randn_like(weight) if centred else None
+        rstd = torch.ones(x.shape[0], device=work_device())
+        mean = torch.zeros_like(rstd) if centred else None
 
-    def with_options(options: Options) -> Callable[[], Any]:
-        return lambda: _run_backward(x, dy, None, weight, None, None, rstd, 0.0, True, False, options)
+        def with_options(options: Options) -> Callable[[], Any]:
+            return lambda: _run_backward(x, dy, None, weight, bias, mean, rstd, 0.0, True, centred, options)
 
-    return with_options
+        return with_options
+
+    return prepare
 
 
 _WIDTHS = (128, 512, 768, 1024, 2048, 4096, 5120, 8192)
 WORKLOADS = [
-    Workload(forward_options, tuple((width,) for width in (*_WIDTHS, 16384)), _forward_work),
-    Workload(backward_options, tuple((width,) for width in _WIDTHS), _backward_work),
+    Workload(forward_options, tuple((width,) for width in (*_WIDTHS, 16384)), _forward_work(False)),
+    Workload(backward_options, tuple((width,) for width in _WIDTHS), _backward_work(False)),
+    Workload(centred_forward_options, tuple((width,) for width in (*_WIDTHS, 16384)), _forward_work(True)),
+    Workload(centred_backward_options, tuple((width,) for width in _WIDTHS), _backward_work(True)),
 ]

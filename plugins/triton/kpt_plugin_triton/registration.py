@@ -44,3 +44,17 @@ def needs_grad(*values: object) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what only transforms of functions (vmap, grad of ``torch.func``) need.
+
+    That is Python in front of the C++ entry, and takes longer than it.
+    """
+    entry = super(torch.autograd.Function, function).apply
+    transformed = torch._C._are_functorch_transforms_active
+
+    def apply(*arguments: Any) -> Any:
+        return function.apply(*arguments) if transformed() else entry(*arguments)
+
+    return apply

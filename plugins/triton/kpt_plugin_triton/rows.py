@@ -22,6 +22,8 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 def dense(x: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor like ``x``, contiguous."""
+    if x.is_contiguous():
+        return torch.empty_like(x)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

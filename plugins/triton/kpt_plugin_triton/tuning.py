@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kpt_plugin_triton.launch import architecture, is_recording
 
@@ -146,8 +146,29 @@ def user_folder() -> Path:
     return user_data_path("kpt", appauthor=False) / "triton"
 
 
+Plan = TypeVar("Plan")
+_PLANS: list[Any] = []
+
+
+def remembered(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """``plan``, called once for the same (hashable, positional) arguments until tables are read again.
+
+    For what a launch needs beside its tensors: on the way to a short kernel every look-up counts.
+    """
+    known = functools.lru_cache(maxsize=4096)(plan)
+    _PLANS.append(known)
+
+    @functools.wraps(plan)
+    def call(*arguments: Any) -> Plan:
+        return plan(*arguments) if is_recording() else known(*arguments)
+
+    return call
+
+
 def forget() -> None:
     """Read the tables again."""
     tables.cache_clear()
+    for plan in _PLANS:
+        plan.cache_clear()
     for kernel in KERNELS.values():
         kernel.forget()

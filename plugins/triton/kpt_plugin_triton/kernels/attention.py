@@ -320,9 +320,9 @@ def attention_forward(
         k_len = (tl.load(starts_k + batch + 1) - k_start).to(tl.int32)
         q_start = q_start.to(tl.int64)
         k_start = k_start.to(tl.int64)
-        q_at = q_start * q_r
-        k_at = k_start * k_r
-        v_at = k_start * v_r
+        q_at = tl.where(q_len > 0, q_start, 0) * q_r
+        k_at = tl.where(k_len > 0, k_start, 0) * k_r
+        v_at = tl.where(k_len > 0, k_start, 0) * v_r
         out_at = q_start * out_r
         stats_at = q_start
     k_at += head // GROUP * k_h
@@ -330,12 +330,16 @@ def attention_forward(
     start = block * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     if DESCRIPTORS:
+        # A descriptor of no rows is an illegal instruction: an empty sequence describes the tensor's
+        # first row, which nothing of it looks at.
+        q_rows = tl.maximum(q_len, 1)
+        k_rows = tl.maximum(k_len, 1)
         all_queries = tl.make_tensor_descriptor(
-            q + q_at + head * q_h, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
+            q + q_at + head * q_h, [q_rows, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
         )
         queries = all_queries.load([start, 0])
-        keys = tl.make_tensor_descriptor(k + k_at, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
-        values = tl.make_tensor_descriptor(v + v_at, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
+        keys = tl.make_tensor_descriptor(k + k_at, [k_rows, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
+        values = tl.make_tensor_descriptor(v + v_at, [k_rows, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
     else:
         queries = load_tile(q + q_at + head * q_h, start, q_len, q_r, BLOCK_M, HEAD, BLOCK_D, True, False)
         keys = k + k_at

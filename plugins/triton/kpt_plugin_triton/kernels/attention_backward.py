@@ -326,21 +326,25 @@ def attention_backward_keys(
         k_len = (tl.load(starts_k + batch + 1) - k_start).to(tl.int32)
         q_start = q_start.to(tl.int64)
         k_start = k_start.to(tl.int64)
-        q_at = q_start * q_r
-        k_at = k_start * k_r
-        v_at = k_start * v_r
-        dout_at = q_start * dout_r
+        q_at = tl.where(q_len > 0, q_start, 0) * q_r
+        k_at = tl.where(k_len > 0, k_start, 0) * k_r
+        v_at = tl.where(k_len > 0, k_start, 0) * v_r
+        dout_at = tl.where(q_len > 0, q_start, 0) * dout_r
         dk_at = k_start * dk_r
         dv_at = k_start * dv_r
         stats_at = q_start
     start = block * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
     if DESCRIPTORS:
+        # A descriptor of no rows is an illegal instruction: an empty sequence describes the tensor's
+        # first row, which nothing of it looks at.
+        q_rows = tl.maximum(q_len, 1)
+        k_rows = tl.maximum(k_len, 1)
         keys = tl.make_tensor_descriptor(
-            k + k_at + key_head * k_h, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D]
+            k + k_at + key_head * k_h, [k_rows, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D]
         )
         values = tl.make_tensor_descriptor(
-            v + v_at + key_head * v_h, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V]
+            v + v_at + key_head * v_h, [k_rows, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V]
         )
     else:
         keys = k + k_at + key_head * k_h
@@ -372,10 +376,10 @@ def attention_backward_keys(
         douts = dout + dout_at + head * dout_h
         if DESCRIPTORS:
             query_tiles = tl.make_tensor_descriptor(
-                queries, [MEMBERS, q_len, HEAD], [q_h, q_r, 1], [1, BLOCK_M, BLOCK_D]
+                queries, [MEMBERS, q_rows, HEAD], [q_h, q_r, 1], [1, BLOCK_M, BLOCK_D]
             )
             dout_tiles = tl.make_tensor_descriptor(
-                douts, [MEMBERS, q_len, HEAD_V], [dout_h, dout_r, 1], [1, BLOCK_M, BLOCK_V]
+                douts, [MEMBERS, q_rows, HEAD_V], [dout_h, dout_r, 1], [1, BLOCK_M, BLOCK_V]
             )
         else:
             query_tiles = queries
@@ -603,10 +607,10 @@ def attention_backward_queries(
         k_len = (tl.load(starts_k + batch + 1) - k_start).to(tl.int32)
         q_start = q_start.to(tl.int64)
         k_start = k_start.to(tl.int64)
-        q_at = q_start * q_r
-        k_at = k_start * k_r
-        v_at = k_start * v_r
-        dout_at = q_start * dout_r
+        q_at = tl.where(q_len > 0, q_start, 0) * q_r
+        k_at = tl.where(k_len > 0, k_start, 0) * k_r
+        v_at = tl.where(k_len > 0, k_start, 0) * v_r
+        dout_at = tl.where(q_len > 0, q_start, 0) * dout_r
         dq_at = q_start * dq_r
         stats_at = q_start
     k_at += head // GROUP * k_h
@@ -614,14 +618,18 @@ def attention_backward_queries(
     start = block * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     if DESCRIPTORS:
+        # A descriptor of no rows is an illegal instruction: an empty sequence describes the tensor's
+        # first row, which nothing of it looks at.
+        q_rows = tl.maximum(q_len, 1)
+        k_rows = tl.maximum(k_len, 1)
         queries = tl.make_tensor_descriptor(
-            q + q_at + head * q_h, [q_len, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
+            q + q_at + head * q_h, [q_rows, HEAD], [q_r, 1], [BLOCK_M, BLOCK_D]
         )
         douts = tl.make_tensor_descriptor(
-            dout + dout_at + head * dout_h, [q_len, HEAD_V], [dout_r, 1], [BLOCK_M, BLOCK_V]
+            dout + dout_at + head * dout_h, [q_rows, HEAD_V], [dout_r, 1], [BLOCK_M, BLOCK_V]
         )
-        keys = tl.make_tensor_descriptor(k + k_at, [k_len, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
-        values = tl.make_tensor_descriptor(v + v_at, [k_len, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
+        keys = tl.make_tensor_descriptor(k + k_at, [k_rows, HEAD], [k_r, 1], [BLOCK_N, BLOCK_D])
+        values = tl.make_tensor_descriptor(v + v_at, [k_rows, HEAD_V], [v_r, 1], [BLOCK_N, BLOCK_V])
     else:
         queries = q + q_at + head * q_h
         douts = dout + dout_at + head * dout_h

@@ -38,6 +38,33 @@ def _merged(peak, total):
 
 
 @triton.jit
+def _exponentials(value, shift):
+    """exp(value - shift), [R, V] and [R], by one fused multiply-add and one power of two for each."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    return tl.exp2(value * LOG2E - (shift * LOG2E)[:, None])
+
+
+@triton.jit
+def _joined(shift, total, other_shift, other_total):
+    """Two sums of exponentials over their (finite) shifts, as one."""
+    higher = tl.maximum(shift, other_shift)
+    total = total * tl.exp(shift - higher) + other_total * tl.exp(other_shift - higher)
+    return higher, total
+
+
+@triton.jit
+def _row_maximum(source, place, last, in_last, blocks, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The maximum of a row of logits; 0 where that is -inf, as any finite shift will do then."""
+    raw = tl.load(source + last, mask=in_last, other=float("-inf"))
+    peak = tl.max(raw.to(WIDE), axis=1)
+    for number in range(blocks):
+        raw = tl.load(source + number * BLOCK + place)
+        peak = tl.maximum(peak, tl.max(raw.to(WIDE), axis=1))
+    highest = tl.max(peak, axis=0)
+    return tl.where(highest == float("-inf"), 0.0, highest)
+
+
+@triton.jit
 def _squashed(value, cap):
     """tanh(value / cap); the exponential may overflow, which gives 1."""
     return 1.0 - 2.0 / (tl.exp(2.0 * value / cap) + 1.0)
@@ -120,32 +147,37 @@ def _row_gradient(
     raw,
     column,
     inside,
-    label,
     weight,
     lse,
     multiplier,
-    hit,
     spread,
     cap,
     SMOOTH: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The gradient of a tile of one row, all factors of which hold the scale already."""
+    """The gradient of a tile of rows but for the label's part and the cap's slope; factors hold the scale."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     value = raw.to(WIDE)
     if CAPPED:
-        unit = _squashed(value, cap)
-        value = unit * cap
-    out = tl.exp(value - lse) * multiplier
+        value = _squashed(value, cap) * cap
+    if SMOOTH or CAPPED:
+        out = tl.exp(value - lse) * multiplier
+    else:
+        out = tl.exp2(value * LOG2E - lse * LOG2E) * multiplier
     if SMOOTH:
         if weight is not None:
             out -= spread * _class_weights(weight, column, inside, WIDE)
         else:
             out -= spread
-    out = tl.where(column == label, out - hit, out)
-    if CAPPED:
-        out *= 1.0 - unit * unit
     return out
+
+
+@triton.jit
+def _slope(raw, cap, WIDE: tl.constexpr):
+    """The derivative of cap * tanh(raw / cap)."""
+    unit = _squashed(raw.to(WIDE), cap)
+    return 1.0 - unit * unit
 
 
 @triton.jit
@@ -307,8 +339,11 @@ def cross_entropy_long(
 ):
     """The same for rows of at least BLOCK columns, one after the other, each read twice.
 
-    A thread loads VECTOR columns side by side and folds them with one rescaling. ``EVEN``: the number of
-    columns is a multiple of that.
+    A thread loads VECTOR columns side by side. Its exponentials are taken over the maximum of its first
+    columns, which costs no running maximum; where a row's sums grow too large for that, or start with
+    nothing but -inf, it is summed again over the row's maximum. With smoothing or a soft cap, which need
+    those registers, maxima run. The next row is under way while the gradient is stored. ``EVEN``: the number
+    of columns is a multiple of VECTOR.
     """
     scale = _scale_of(denominators, parts, PARTS, WIDE)
     weights = _total_weight(weight_total, columns, WIDE)
@@ -326,38 +361,86 @@ def cross_entropy_long(
     one = tl.arange(0, 1)
     kept = tl.zeros([1], WIDE)
     # 64-bit row numbers: a tensor may have more than 2**31 elements
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    start = tl.program_id(0).to(tl.int64)
+    # Smoothing and a soft cap need the registers themselves, and so do 32-bit logits.
+    QUICK: tl.constexpr = not SMOOTH and not CAPPED
+    PREFETCH: tl.constexpr = QUICK and EVEN and logits.dtype.element_ty.primitive_bitwidth == 16
+    if PREFETCH:
+        next_label = tl.load(target + start)
+        ahead = tl.load(logits + start * stride + place, eviction_policy="evict_last")
+    for row in range(start, rows, tl.num_programs(0)):
         source = logits + row * stride
         sink = source
         if gradient is not None:
             sink = gradient + row * columns
-        label = tl.load(target + row)
+        if PREFETCH:
+            label = next_label
+            following = tl.minimum(row + tl.num_programs(0), rows - 1)
+            next_label = tl.load(target + following)
+        else:
+            label = tl.load(target + row)
+            ahead = tl.load(source + place, eviction_policy="evict_last")
         if label != ignore_index:
             bad = (label < 0) | (label >= columns)
             factor = _factor(label, bad, weight, WIDE)
             chosen = tl.load(source + tl.where(bad, 0, label) + one)
-            peak = tl.full([BLOCK // VECTOR], float("-inf"), WIDE)
-            total = tl.zeros([BLOCK // VECTOR], WIDE)
             sums = tl.zeros([BLOCK // VECTOR], WIDE)
-            # The next block is under way while this one is folded; the incomplete one goes first.
-            ahead = tl.load(source + place, eviction_policy="evict_last")
-            if whole < columns:
-                raw = tl.load(source + last, mask=in_last, other=float("-inf"), eviction_policy="evict_last")
-                value = _wide(raw, in_last, cap, CAPPED, WIDE)
-                peak, total = _fold(value, peak, total)
-                if SMOOTH:
-                    sums += _plain_sums(value, last, in_last, weight, WIDE)
-            for number in range(1, blocks):
+            shift = tl.zeros([], WIDE)
+            mass = tl.zeros([], WIDE)
+            if QUICK:
+                top = tl.max(ahead.to(WIDE), axis=1)
+                shifts = tl.where(top == float("-inf"), 0.0, top)
+                # infinity is larger than any sum that is trusted below
+                total = tl.where(top == float("-inf"), float("inf"), tl.zeros([BLOCK // VECTOR], WIDE))
+                tries = 2
+                while tries > 0:
+                    # The next block is under way while this one is summed.
+                    for number in range(1, blocks):
+                        value = ahead.to(WIDE)
+                        ahead = tl.load(source + number * BLOCK + place, eviction_policy="evict_last")
+                        total += tl.sum(_exponentials(value, shifts), axis=1)
+                    total += tl.sum(_exponentials(ahead.to(WIDE), shifts), axis=1)
+                    if whole < columns:
+                        raw = tl.load(
+                            source + last, mask=in_last, other=float("-inf"), eviction_policy="evict_last"
+                        )
+                        total += tl.sum(_exponentials(raw.to(WIDE), shifts), axis=1)
+                    # Beyond 2**64 a sum may weigh more than what exponentials of other shifts still show.
+                    total = tl.where(total < 1.8446744073709552e19, total, float("inf"))
+                    shift, mass = tl.reduce((shifts, total), 0, _joined)
+                    tries -= 1
+                    if mass < float("inf"):
+                        tries = 0
+                    if tries > 0:
+                        highest = _row_maximum(source, place, last, in_last, blocks, BLOCK, WIDE)
+                        shifts = tl.zeros([BLOCK // VECTOR], WIDE) + highest
+                        total = tl.zeros([BLOCK // VECTOR], WIDE)
+                        ahead = tl.load(source + place, eviction_policy="evict_last")
+            else:
+                peak = tl.full([BLOCK // VECTOR], float("-inf"), WIDE)
+                total = tl.zeros([BLOCK // VECTOR], WIDE)
+                # The incomplete block goes first: the next one is under way while it is folded.
+                if whole < columns:
+                    raw = tl.load(
+                        source + last, mask=in_last, other=float("-inf"), eviction_policy="evict_last"
+                    )
+                    value = _wide(raw, in_last, cap, CAPPED, WIDE)
+                    peak, total = _fold(value, peak, total)
+                    if SMOOTH:
+                        sums += _plain_sums(value, last, in_last, weight, WIDE)
+                for number in range(1, blocks):
+                    value = _wide(ahead, None, cap, CAPPED, WIDE)
+                    ahead = tl.load(source + number * BLOCK + place, eviction_policy="evict_last")
+                    peak, total = _fold(value, peak, total)
+                    if SMOOTH:
+                        sums += _plain_sums(value, (number - 1) * BLOCK + place, None, weight, WIDE)
                 value = _wide(ahead, None, cap, CAPPED, WIDE)
-                ahead = tl.load(source + number * BLOCK + place, eviction_policy="evict_last")
                 peak, total = _fold(value, peak, total)
                 if SMOOTH:
-                    sums += _plain_sums(value, (number - 1) * BLOCK + place, None, weight, WIDE)
-            value = _wide(ahead, None, cap, CAPPED, WIDE)
-            peak, total = _fold(value, peak, total)
-            if SMOOTH:
-                sums += _plain_sums(value, whole - BLOCK + place, None, weight, WIDE)
-            shift, mass = _merged(peak, total)
+                    sums += _plain_sums(value, whole - BLOCK + place, None, weight, WIDE)
+                shift, mass = _merged(peak, total)
+            if PREFETCH:
+                ahead = tl.load(logits + following * stride + place, eviction_policy="evict_last")
             lse = shift + tl.log(mass)
             chosen = _wide(chosen, None, cap, CAPPED, WIDE)
             loss = _loss(
@@ -374,45 +457,33 @@ def cross_entropy_long(
                 if SMOOTH:
                     hit = hit * (1.0 - smoothing)
                 for number in range(blocks):
-                    column = whole - BLOCK - number * BLOCK + place
+                    first = whole - BLOCK - number * BLOCK
+                    column = first + place
                     raw = tl.load(source + column, eviction_policy="evict_first")
                     out = _row_gradient(
-                        raw,
-                        column,
-                        None,
-                        label,
-                        weight,
-                        lse,
-                        multiplier,
-                        hit,
-                        spread * scale,
-                        cap,
-                        SMOOTH,
-                        CAPPED,
-                        WIDE,
+                        raw, column, None, weight, lse, multiplier, spread * scale, cap, SMOOTH, CAPPED, WIDE
                     )
+                    if not QUICK:
+                        out = tl.where(column == label, out - hit, out)
+                    elif (label >= first) & (label < first + BLOCK):
+                        out = tl.where(column == label, out - hit, out)
+                    if CAPPED:
+                        out *= _slope(raw, cap, WIDE)
                     tl.store(sink + column, out.to(gradient.dtype.element_ty), cache_modifier=".cs")
                 if whole < columns:
                     raw = tl.load(source + last, mask=in_last, other=0.0, eviction_policy="evict_first")
                     out = _row_gradient(
-                        raw,
-                        last,
-                        in_last,
-                        label,
-                        weight,
-                        lse,
-                        multiplier,
-                        hit,
-                        spread * scale,
-                        cap,
-                        SMOOTH,
-                        CAPPED,
-                        WIDE,
+                        raw, last, in_last, weight, lse, multiplier, spread * scale, cap, SMOOTH, CAPPED, WIDE
                     )
+                    out = tl.where(last == label, out - hit, out)
+                    if CAPPED:
+                        out *= _slope(raw, cap, WIDE)
                     tl.store(
                         sink + last, out.to(gradient.dtype.element_ty), mask=in_last, cache_modifier=".cs"
                     )
         else:
+            if PREFETCH:
+                ahead = tl.load(logits + following * stride + place, eviction_policy="evict_last")
             if losses is not None:
                 tl.store(losses + row + one, tl.zeros([1], losses.dtype.element_ty))
             if lses is not None:
@@ -478,17 +549,18 @@ def _gradient_tiles(
             raw,
             column,
             inside,
-            label[:, None],
             weight,
             lse[:, None],
             multiplier[:, None],
-            hit[:, None],
             (spread * grad)[:, None],
             cap,
             SMOOTH,
             CAPPED,
             WIDE,
         )
+        out = tl.where(column == label[:, None], out - hit[:, None], out)
+        if CAPPED:
+            out *= _slope(raw, cap, WIDE)
         out = tl.where(counts[:, None], out, 0.0)
         tl.store(gradient + row[:, None] * columns + column, out.to(gradient.dtype.element_ty), mask=inside)
 

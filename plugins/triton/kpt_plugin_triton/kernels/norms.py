@@ -135,6 +135,20 @@ def norm_forward_long(
 
 
 @triton.jit
+def _tile(
+    x, dy, tile, rows, x_stride, dy_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS rows of x and dy, zero beyond the last one."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    return (
+        tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0),
+        tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0),
+    )
+
+
+@triton.jit
 def norm_backward(
     x,
     dy,
@@ -163,11 +177,23 @@ def norm_backward(
         scale = tl.load(weight + column, mask=in_row, other=0.0).to(WIDE) + offset
     weight_sum = tl.zeros([BLOCK], WIDE)
     bias_sum = tl.zeros([BLOCK], WIDE)
+    # Sums of two gradients leave no registers for a second row, but for its 16-bit values on their way.
+    AHEAD: tl.constexpr = CENTRED and x.dtype.element_ty.primitive_bitwidth == 16
+    if AHEAD:
+        next_x, next_dy = _tile(x, dy, program, rows, x_stride, dy_stride, COLUMNS, BLOCK, ROWS)
     for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & in_row[None, :]
-        unit = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
-        grad = tl.load(dy + row[:, None] * dy_stride + column[None, :], mask=inside, other=0.0).to(WIDE)
+        if AHEAD:
+            unit = next_x.to(WIDE)
+            grad = next_dy.to(WIDE)
+            next_x, next_dy = _tile(
+                x, dy, tile + tl.num_programs(0), rows, x_stride, dy_stride, COLUMNS, BLOCK, ROWS
+            )
+        else:
+            raw_x, raw_dy = _tile(x, dy, tile, rows, x_stride, dy_stride, COLUMNS, BLOCK, ROWS)
+            unit = raw_x.to(WIDE)
+            grad = raw_dy.to(WIDE)
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
         if CENTRED:
             unit -= tl.load(mean + row, mask=row < rows, other=0.0)[:, None]

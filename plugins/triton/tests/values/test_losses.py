@@ -133,6 +133,17 @@ def test_infinite_logits(length: str) -> None:
     assert cross_entropy(logits, target, reduction="none").isnan().nonzero().tolist() == [[1]]
 
 
+@pytest.mark.parametrize("first", [-300.0, -100.0, -40.0, float("-inf"), 300.0])
+def test_first_classes_far_from_the_others(length: str, first: float) -> None:
+    """Sums of exponentials over the first classes' maximum would overflow, lose digits, or have none."""
+    torch.manual_seed(0)
+    logits, target, _ = _draw(6, 70)
+    logits[:, :4] += first
+    logits[3, 4:12] = first
+    logits[4, 60:] += 30.0
+    _compare(logits, target.clamp(12, 59))
+
+
 def test_nothing_counts_and_nothing_there() -> None:
     logits = torch.randn(3, 5, device=DEVICE, requires_grad=True)
     ignored = torch.full((3,), -100, device=DEVICE)
