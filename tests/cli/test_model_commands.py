@@ -279,7 +279,10 @@ def test_bench_prints_every_contender_with_machine_and_versions(kpt_cli, model_f
     assert [entry["name"] for entry in data["contenders"]] == ["eager", "kpt"]
     assert all(entry["state"] == "ran" and entry["seconds"] > 0 for entry in data["contenders"])
     assert data["versions"]["torch"] == torch.__version__ and data["machine"]["profile"]["name"]
-    assert "vs eager" in kpt_cli(*options).out
+    headline = receipt().headline()
+    assert [entry["note"] for entry in data["contenders"]] == ["", headline]
+    shown = kpt_cli(*options).out
+    assert "vs eager" in shown and f"kpt prepared {headline}" in " ".join(shown.split())
     assert kpt_cli(*options, "--contenders", "nobody").code == 2
 
 

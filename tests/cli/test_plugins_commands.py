@@ -142,7 +142,8 @@ def test_check_passes_a_sound_plugin_and_names_what_fails(kpt_cli, importable):
     assert answer.code == 3
     assert "imports torch" in answer.out and "kpt_check_bad:Gone" in answer.out
 
-    answer = kpt_cli("plugins", "check", "kpt_check_missing", "--json")
+    write_plugin(importable, "kpt_check_lacking", "import kpt_check_missing\n")
+    answer = kpt_cli("plugins", "check", "kpt_check_lacking", "--json")
     assert answer.code == 3 and "No module named" in answer.json["tests"][0]["reason"]
 
 
@@ -154,3 +155,10 @@ def test_check_survives_a_plugin_that_kills_its_process(kpt_cli, importable):
 
 def test_the_loader_is_used_without_probes_for_the_registry_alone():
     assert assembly.registry([]) is registry([])
+
+
+def test_checking_what_is_not_there_names_what_is_near(kpt_cli):
+    answer = kpt_cli("plugins", "check", "hugingface", "--json")
+    assert (answer.code, answer.json["code"]) == (1, "unknown-plugin")
+    assert "did you mean 'huggingface'?" in answer.json["message"]
+    assert kpt_cli("plugins", "check", "no_such_module", "--json").json["code"] == "unknown-plugin"

@@ -208,7 +208,8 @@ def _table(data: dict[str, Any]) -> Any:
     profile = data["machine"]["profile"]
     name = profile["details"].get("model") or profile["name"]
     facts = f"{name}, {profile['compute_units']} compute units, {data['machine']['system']}"
-    return Group(table, facts, _pairs(list(data["versions"].items())), data["date"])
+    notes = [f"{entry['name']} prepared {entry['note']}" for entry in data["contenders"] if entry["note"]]
+    return Group(table, *notes, facts, _pairs(list(data["versions"].items())), data["date"])
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:

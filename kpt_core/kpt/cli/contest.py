@@ -40,7 +40,7 @@ class Entrant:
 
     ``error`` is the root mean square of its difference from eager's outputs, relative to theirs;
     None where the outputs cannot be compared. ``ratio`` is eager's time over its own, the median of
-    the paired ratios with its 95 % interval.
+    the paired ratios with its 95 % interval. ``note`` is what its preparation has to say.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Entrant:
     level: str = "exact"
     absent: str = ""
     failed: str = ""
+    note: str = ""
     setup_seconds: float = 0.0
     run: Run | None = None
     spans: list[float] = field(default_factory=list)
@@ -67,6 +68,7 @@ class Entrant:
             "level": self.level,
             "state": state,
             "reason": self.absent or self.failed,
+            "note": self.note,
             "setup_seconds": self.setup_seconds,
             "seconds": self.seconds,
             "ratio": self.ratio,
@@ -105,9 +107,11 @@ def ours(examples: Any, **options: Any) -> Entrant:
         import kpt
 
         optimized = kpt.optimize(model, examples, **options)
+        entrant.note = kpt.report(optimized).headline()
         return lambda inputs: _call(optimized, inputs)
 
-    return Entrant("kpt", prepare, str(options.get("level", "production")))
+    entrant = Entrant("kpt", prepare, str(options.get("level", "production")))
+    return entrant
 
 
 def _call(model: torch.nn.Module, inputs: Inputs) -> Any:

@@ -11,6 +11,8 @@ import typer
 
 from kpt.cli.options import Json
 from kpt.cli.output import FINDING, CommandError, Output
+from kpt.plugins.discovery import candidates
+from kpt.plugins.validation import nearest
 
 _MARKS = {"passed": "✓", "skipped": "-", "failed": "✗"}
 
@@ -42,6 +44,12 @@ def command(
             f"The process that checked {name!r} ended with {done.returncode} and no result.",
             f"Run it to see why: python -m kpt.testing {name}",
         ) from error
+    if data["tests"][0]["reason"].endswith(f"No module named {name!r}"):
+        installed = [candidate.name for candidate in candidates()[0]]
+        known = nearest(name, installed) if installed else "none is installed"
+        raise CommandError(
+            "unknown-plugin", f"There is no plugin or module {name!r}; {known}.", "See kpt plugins list."
+        )
     failed = [test for test in data["tests"] if test["state"] == "failed"]
     lines = [
         f"{_MARKS[test['state']]} {test['test'].removeprefix('test_').replace('_', ' ')}"
