@@ -30,8 +30,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield found
 
 
-def optimized(model: Net, **options: object) -> Net:
-    return kpt.optimize(model, EXAMPLE, **{"plugins": PLUGINS, "budget": 6.0, "cache": False, **options})
+def optimized(model: Net, example: torch.Tensor = EXAMPLE, **options: object) -> Net:
+    return kpt.optimize(model, example, **{"plugins": PLUGINS, "budget": 6.0, "cache": False, **options})
 
 
 def nothing(model: Net) -> None:
@@ -104,3 +104,34 @@ def test_a_file_that_is_edited_gives_another_key(tmp_path, monkeypatch, keys):
     )
     optimized(edited_model.Net().eval())
     assert keys[0] != keys[1]
+
+
+def test_other_values_of_the_same_form_have_the_same_key(keys):
+    """Each process brings examples of its own."""
+    dynamic = {"x": {0: "batch"}}
+    for example in (EXAMPLE, EXAMPLE + 1, torch.randn(32, 16) * 3):
+        optimized(net(), example=example)
+    assert len(set(keys)) == 1
+    for rows in (32, 20, 17):
+        optimized(net(), example=torch.randn(rows, 16), dynamic_shapes=dynamic)
+    assert len(set(keys)) == 2
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        (torch.randn(33, 16), {}),
+        (torch.randn(32, 16).half(), {}),
+        (torch.randn(16, 32).t(), {}),
+        (torch.ones(32, 16), {}),
+        (torch.randn(32, 16), {"dynamic_shapes": {"x": {0: "batch"}}}),
+        (torch.randn(300, 16), {"dynamic_shapes": {"x": {0: "batch"}}}),
+        (torch.randn(32, 16), {"dynamic_shapes": {"x": {0: ("batch", 1, 512)}}}),
+    ],
+    ids=["size", "dtype", "strides", "form", "dynamic", "magnitude", "range"],
+)
+def test_inputs_of_another_kind_have_a_key_of_their_own(example, options, keys):
+    optimized(net())
+    optimized(net(), example=torch.randn(30, 16), dynamic_shapes={"x": {0: "rows"}})
+    optimized(net().to(example.dtype), example=example, **options)
+    assert len(set(keys)) == 3

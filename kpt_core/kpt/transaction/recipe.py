@@ -23,6 +23,7 @@ from kpt.transaction.receipt import Entry
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kpt.judge.draws import InputSpec
     from kpt.transaction.observe import Observation
     from kpt.transaction.plan import Plan
 
@@ -50,7 +51,7 @@ def _identity(observation: Observation, registry: Any) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "structure": structure_hash(model),
-        "inputs": observation.spec.to_dict(),
+        "inputs": _inputs(observation.spec),
         "level": observation.level,
         "objective": observation.objective,
         "mode": observation.mode,
@@ -67,6 +68,29 @@ def _identity(observation: Observation, registry: Any) -> dict[str, Any]:
             list(observation.hardware.features),
         ],
         "versions": versions(registry),
+    }
+
+
+def _inputs(spec: InputSpec) -> dict[str, Any]:
+    """What is alike about the inputs of two processes that do the same: not the values of their examples.
+
+    Static sizes, dtypes and constants are in the signatures. Of a dynamic dimension counts the power of two
+    that its largest example stays within: what pays at 8 tokens is no answer for 500.
+    """
+    return {
+        "signatures": spec.to_dict()["signatures"],
+        "leaves": [
+            [leaf.name, leaf.dims, leaf.role, leaf.form.kind, None if leaf.dims else leaf.strides]
+            for leaf in spec.leaves
+        ],
+        "dimensions": [
+            [
+                dimension.name,
+                [dimension.low, dimension.high] if dimension.declared else None,
+                (max(dimension.observed, default=1) - 1).bit_length(),
+            ]
+            for dimension in spec.dimensions.values()
+        ],
     }
 
 
