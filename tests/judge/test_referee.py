@@ -12,15 +12,9 @@ import torch
 
 from kpt.judge import outputs
 from kpt.judge.calls import Call
-from kpt.judge.referee import (
-    RULES,
-    judge,
-    judge_dropout,
-    judge_gradients,
-    judge_inputs,
-    judge_strides,
-    rejected,
-)
+from kpt.judge.handover import judge_inputs, judge_strides
+from kpt.judge.referee import judge, judge_dropout, judge_gradients
+from kpt.judge.verdict import RULES, rejected
 
 
 def problem(rows: int = 64, width: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,8 @@ from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.layouts import LAYOUTS, with_layout
 from kpt.judge.poison import poisoned, poisoned_everywhere, poisoned_memory
-from kpt.judge.referee import Verdict, as_dtype, judge, judge_gradients, passed, rejected
+from kpt.judge.referee import as_dtype, judge, judge_gradients
+from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.specs import Level
 
 #: Draws an op's arguments by name, given a generator and a number of rows (None: as at the site).

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from kpt.judge.clock import Timing
-    from kpt.judge.referee import Verdict
+    from kpt.judge.verdict import Verdict
     from kpt.transaction.trial import Outcome, Trials
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kpt import compiling
 from kpt.judge.kernels import inputs_like, is_weight, judge_kernel
-from kpt.judge.referee import Verdict, passed, rejected
+from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.kernels import callable_for
 
 if TYPE_CHECKING:

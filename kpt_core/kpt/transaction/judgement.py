@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
-from kpt.judge import outputs, referee
+from kpt.judge import handover, outputs, referee
 from kpt.judge.poison import poisoned
-from kpt.judge.referee import Verdict
 from kpt.judge.state import untouched
+from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.transaction.execution import seeded
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Judgement:
             if changed is not None:
                 detail = f"output {changed} of one call was overwritten by a later call ({draw.label})"
                 return Verdict(False, "replay", detail, figures)
-            held = referee.judge_held(output, draw.expected.eager.output)
+            held = handover.judge_held(output, draw.expected.eager.output)
             if not held.passed:
                 return Verdict(False, held.rule, f"{draw.label}: {held.detail}", figures)
         if len(draws) > 1:
@@ -132,7 +132,7 @@ class Judgement:
             if isinstance(old, torch.Tensor) and isinstance(other, torch.Tensor)
         ]
         if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_refillable, pairs)):
-            return referee.passed()
+            return passed()
         self._one(applied, first, given)
         with torch.no_grad():
             for old, other in pairs:
@@ -180,8 +180,8 @@ class Judgement:
                 mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
         changed = [name for name in (*changes.names, *changes.stuck) if name not in expected.changes]
         if changed:
-            return referee.rejected("global-state", f"a call changes {', '.join(changed)}"), mine.output
-        modified = referee.judge_inputs(expected.given, given)
+            return rejected("global-state", f"a call changes {', '.join(changed)}"), mine.output
+        modified = handover.judge_inputs(expected.given, given)
         if not modified.passed:
             return modified, mine.output
         cast = (
@@ -200,7 +200,7 @@ class Judgement:
             eager_inputs=expected.given,
         )
         if verdict.passed:
-            strides = referee.judge_strides(mine.output, expected.eager.output)
+            strides = handover.judge_strides(mine.output, expected.eager.output)
             verdict = verdict if strides.passed else strides
         if not verdict.passed:
             return verdict, mine.output

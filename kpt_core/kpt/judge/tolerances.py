@@ -1,0 +1,244 @@
+"""How far one output may be from the reference: the numbers of each level, and the rules that use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kpt.judge import outputs
+from kpt.judge.verdict import Verdict, passed, rejected
+from kpt.specs import Level
+
+#: What exact adds to twice eager's error, relative to the reference's root mean square.
+EXACT_RELATIVE = 1e-6
+EXACT_FACTOR = 2.0
+#: In fp16 and bf16, where the order of a sum matters more; torch's rule for compiled code does the same.
+EXACT_FACTOR_HALF = 3.0
+#: Where the reference is no wider than eager (an operator without an fp64 path), eager's own error is
+#: unknown; this is what torch grants compiled code on top of it.
+ASSUMED_RELATIVE = 1e-5
+#: Below this many elements a root mean square says little about chance.
+FEW = 64
+PRODUCTION_FACTOR = 1.5
+PRODUCTION_RELATIVE = 5e-2
+PRODUCTION_KL = 1e-2
+PRODUCTION_TOP1 = 0.99
+AGGRESSIVE_COSINE = 0.99
+AGGRESSIVE_KL = 5e-2
+#: Cosine 0.99 at equal norms is a relative error of sqrt(2 - 2 * 0.99); it also bounds the norm, which
+#: a cosine does not see.
+AGGRESSIVE_RELATIVE = math.sqrt(2.0 - 2.0 * AGGRESSIVE_COSINE)
+#: Share of integer and flag outputs that must agree where eager and the reference do.
+INTEGER_AGREEMENT: Mapping[Level, float] = {"exact": 1.0, "production": 0.99, "aggressive": 0.95}
+
+
+def sampling(elements: int) -> float:
+    """How much a root mean square of ``elements`` samples may be off by chance, as a factor.
+
+    A scalar loss can be right to the last bit by luck; twice its error of zero would reject everybody.
+    """
+    return 1.0 + 4.0 / math.sqrt(max(elements, 1))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a judgement depends on besides the tensors."""
+
+    level: Level
+    compute_dtype: torch.dtype | None
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    logits: frozenset[str] = frozenset()
+    floor: float = 0.0
+    rule: str = "value"
+
+    def is_logits(self, name: str, tensor: torch.Tensor) -> bool:
+        return (
+            (name in self.logits or outputs.is_logits(name)) and tensor.dim() >= 1 and tensor.shape[-1] >= 2
+        )
+
+
+def judge_leaf(
+    name: str,
+    candidate: torch.Tensor,
+    reference: torch.Tensor,
+    eager: torch.Tensor,
+    cast: torch.Tensor | None,
+    terms: Terms,
+) -> Verdict:
+    if candidate.device.type == "meta" or candidate.numel() == 0:
+        return passed()
+    figures: dict[str, float] = {}
+    mask = outputs.mask_for(name, eager, terms.masks)
+    if mask is not None:
+        if candidate.is_floating_point():
+            figures["whole_relative_error"] = outputs.relative_error(candidate, reference)
+        candidate, reference, eager = (
+            outputs.select_valid(tensor, mask) for tensor in (candidate, reference, eager)
+        )
+        cast = None if cast is None else outputs.select_valid(cast, mask)
+    if not (candidate.is_floating_point() or candidate.is_complex()):
+        return _judge_integers(name, candidate, reference, eager, terms)
+    measured = outputs.distance(candidate, reference, eager)
+    figures["relative_error"] = measured.relative
+    if measured.misfits:
+        detail = f"{name} has {measured.misfits} NaN or infinite elements where the reference has none"
+        return rejected("nan", detail, figures)
+    if measured.mismatches:
+        return rejected(
+            terms.rule, f"{name} differs at {measured.mismatches} NaN or infinite elements", figures
+        )
+    if terms.level == "aggressive" and terms.compute_dtype is not None:
+        return _aggressive(name, candidate, reference, measured, figures, terms)
+    if terms.level == "production" and terms.compute_dtype is not None:
+        return _production(name, candidate, reference, eager, cast, measured, figures, terms)
+    return _exact(name, candidate, reference, eager, measured, figures, terms)
+
+
+def _judge_integers(
+    name: str, candidate: torch.Tensor, reference: torch.Tensor, eager: torch.Tensor, terms: Terms
+) -> Verdict:
+    """Integers and flags must agree where eager and the reference do; elsewhere the choice was a tie."""
+    mine, expected, own = (
+        tensor.detach().cpu().int_repr() if tensor.is_quantized else tensor.detach().cpu()
+        for tensor in (candidate, reference, eager)
+    )
+    certain = own.to(expected.dtype) == expected
+    wrong = int((certain & (mine != own)).sum())
+    share = 1.0 - wrong / max(int(certain.sum()), 1)
+    required = INTEGER_AGREEMENT[terms.level] if terms.compute_dtype is not None else 1.0
+    if share < required:
+        return rejected(terms.rule, f"{name} agrees in {share:.2%} of its integers", {"agreement": share})
+    return passed(figures={"agreement": share})
+
+
+def _attainable(own: float, reference: torch.Tensor, dtype: torch.dtype, measured: outputs.Distance) -> float:
+    """The error that can be asked for: ``own``, but never less than rounding the reference to ``dtype``.
+
+    Few elements may all be near a representable number, so that their own rounding says nothing; for
+    these it is half a unit in the last place.
+    """
+    if measured.elements < FEW and dtype.is_floating_point:
+        rounding = 0.5 * torch.finfo(dtype).eps * measured.scale
+    else:
+        rounding = outputs.rounding_error(reference, dtype)
+    return max(sampling(measured.elements) * own, rounding)
+
+
+def _relative_part(measured: outputs.Distance, terms: Terms) -> float:
+    return sampling(measured.elements) * EXACT_RELATIVE * max(measured.scale, terms.floor)
+
+
+def _exact(
+    name: str,
+    candidate: torch.Tensor,
+    reference: torch.Tensor,
+    eager: torch.Tensor,
+    measured: outputs.Distance,
+    figures: dict[str, float],
+    terms: Terms,
+) -> Verdict:
+    own = outputs.distance(eager, reference, eager).error
+    attainable = _attainable(own, reference, eager.dtype, measured)
+    if reference.dtype == eager.dtype and eager.dtype != torch.float64:
+        attainable = max(attainable, ASSUMED_RELATIVE * measured.scale)
+    factor = EXACT_FACTOR_HALF if eager.dtype in (torch.float16, torch.bfloat16) else EXACT_FACTOR
+    limit = factor * attainable + _relative_part(measured, terms)
+    figures["limit_ratio"] = _ratio(measured.error, limit)
+    if measured.error <= limit:
+        return passed(figures=figures)
+    return rejected(
+        terms.rule,
+        f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); "
+        f"eager's is {own:.3g} and {limit:.3g} is allowed",
+        figures,
+    )
+
+
+def _production(
+    name: str,
+    candidate: torch.Tensor,
+    reference: torch.Tensor,
+    eager: torch.Tensor,
+    cast: torch.Tensor | None,
+    measured: outputs.Distance,
+    figures: dict[str, float],
+    terms: Terms,
+) -> Verdict:
+    assert terms.compute_dtype is not None
+    if cast is not None and cast.shape == reference.shape:
+        theirs = outputs.distance(cast, reference, eager)
+        attainable = _attainable(theirs.error, reference, terms.compute_dtype, measured)
+        limit = PRODUCTION_FACTOR * attainable + _relative_part(measured, terms)
+        figures["limit_ratio"] = _ratio(measured.error, limit)
+        if not theirs.misfits and measured.error > limit:
+            return rejected(
+                terms.rule,
+                f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); "
+                f"eager in {terms.compute_dtype} has {theirs.error:.3g} and {limit:.3g} is allowed",
+                figures,
+            )
+    bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
+    if measured.error <= bound:
+        return passed(figures=figures)
+    if terms.rule == "gradient" and cast is not None and measured.cosine >= AGGRESSIVE_COSINE:
+        return passed(figures=figures)  # no worse than eager in that dtype, and it points the same way
+    if terms.is_logits(name, candidate):
+        figures["kl"] = outputs.kl_divergence(candidate, reference)
+        figures["top1"] = outputs.top1_agreement(candidate, reference, eager)
+        if figures["kl"] <= PRODUCTION_KL and figures["top1"] >= PRODUCTION_TOP1:
+            return passed(figures=figures)
+        detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
+        return rejected(terms.rule, detail, figures)
+    return rejected(
+        terms.rule,
+        f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed",
+        figures,
+    )
+
+
+def _aggressive(
+    name: str,
+    candidate: torch.Tensor,
+    reference: torch.Tensor,
+    measured: outputs.Distance,
+    figures: dict[str, float],
+    terms: Terms,
+) -> Verdict:
+    figures["cosine"], figures["norm_ratio"] = measured.cosine, measured.norm_ratio
+    negligible = measured.error <= AGGRESSIVE_RELATIVE * max(measured.scale, terms.floor)
+    if measured.elements < 16:  # the cosine of few elements is nearly a sign
+        wrong = not negligible
+    else:
+        off = abs(measured.norm_ratio - 1.0) > AGGRESSIVE_RELATIVE
+        wrong = not negligible and (measured.cosine < AGGRESSIVE_COSINE or off)
+    if wrong:
+        return rejected(
+            terms.rule,
+            f"{name} has cosine {measured.cosine:.4f} (at least {AGGRESSIVE_COSINE}), norm ratio "
+            f"{measured.norm_ratio:.3f}, relative error {measured.relative:.3g}",
+            figures,
+        )
+    if terms.is_logits(name, candidate):
+        figures["kl"] = outputs.kl_divergence(candidate, reference)
+        if figures["kl"] > AGGRESSIVE_KL:
+            return rejected(
+                terms.rule, f"{name} has KL {figures['kl']:.3g}; {AGGRESSIVE_KL} is allowed", figures
+            )
+    return passed(figures=figures)
+
+
+def _ratio(error: float, limit: float) -> float:
+    return error / limit if limit else (0.0 if error == 0.0 else math.inf)
+
+
+#: Figures of which the smallest value over all leaves is the worst.
+_SMALLEST = frozenset({"cosine", "top1", "agreement"})
+
+
+def keep_worst(figures: dict[str, float], new: Mapping[str, float]) -> None:
+    for name, value in new.items():
+        worst = min if name in _SMALLEST else max
+        figures[name] = worst(figures[name], value) if name in figures else value
