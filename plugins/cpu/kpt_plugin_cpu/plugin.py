@@ -81,6 +81,14 @@ def kpt_passes() -> Iterator[PassSpec]:
         summary="the whole forward compiled, weights live or frozen into it",
     )
     yield PassSpec(
+        "onednn-graph",
+        "compile",
+        "kpt_plugin_cpu.onednn_graph:OnednnGraph",
+        hardware=cpu,
+        conflicts=("kernel:linear",),
+        summary="the whole forward by TorchScript and oneDNN Graph, weights frozen into it",
+    )
+    yield PassSpec(
         "drop-mask",
         "shapes",
         "kpt_plugin_cpu.masks:DropMask",
