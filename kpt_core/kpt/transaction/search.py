@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 #: Alternatives predicted to gain less than this over what is there are not tried.
 _WORTH = 1.02
-#: Share of the budget kept for the commit's own judgement and timing.
+#: Share of the budget kept at least for the commit's own judgement and timing.
 _RESERVE = 0.1
+#: The commit judges and times again, on more inputs and for longer: as many times what a trial took for that.
+_COMMIT = 1.5
 #: Steps of this level may be wrong, or slow to compile, where those of the other levels are not.
 _BOLD = "aggressive"
 #: Share of the budget up to which a set-up is no risk.
@@ -65,6 +67,7 @@ class Search:
         self.found = Found()
         self._gone: set[Candidate] = set()
         self._wrong_plans: set[str] = set()
+        self._reserve = _RESERVE * budget.seconds
 
     def run(self) -> Found:
         """Search; whatever ends the search early, no workspace stays behind."""
@@ -313,7 +316,12 @@ class Search:
         return predicted * min(factor, 3.0) + max(1.0, best.seconds - best.setup_seconds)
 
     def _time_for(self, seconds: float) -> bool:
-        return self.budget.left() - _RESERVE * self.budget.seconds > seconds
+        return self.budget.left() - self._reserve > seconds
+
+    def _keep_for_commit(self, outcome: Outcome) -> None:
+        """What is found is lost if the commit has no time: a slow model needs more than a share."""
+        if outcome.right and outcome.timing is not None:
+            self._reserve = max(self._reserve, _COMMIT * (outcome.seconds - outcome.setup_seconds))
 
     def _try(self, plan: Plan, *, against: Outcome | None = None, timed: bool = True) -> Outcome:
         emit("trial", f"trying {plan.key}", seconds=self.budget.spent(), budget=self.budget.seconds)
@@ -324,6 +332,7 @@ class Search:
             timed=timed,
             seconds=self._patience(plan),
         )
+        self._keep_for_commit(outcome)
         text = f"{plan.key}: {outcome.rule}" + (f" ({_ratio(outcome):.2f}x)" if outcome.timing else "")
         emit("trial", text, rule=outcome.rule, seconds=self.budget.spent(), budget=self.budget.seconds)
         return outcome
@@ -333,7 +342,7 @@ class Search:
 
         A variant that never comes back must not take the budget of all others.
         """
-        left = max(0.5, self.budget.left() - _RESERVE * self.budget.seconds)
+        left = max(0.5, self.budget.left() - self._reserve)
         if len(self._candidates()) < 2:
             return left
         announced = _OVERRUN * sum(step.variant.setup_seconds for step in plan.steps)
