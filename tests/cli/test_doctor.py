@@ -172,3 +172,17 @@ def test_replaced_hardware_is_noted(tmp_path, monkeypatch):
 def test_the_report_does_not_name_the_user(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
     assert findings._short(Path("/home/somebody/.cache/kpt")) == "~/.cache/kpt"
+
+
+@pytest.mark.parametrize("content", [None, "{bad", '{"name": "x"}'])
+def test_a_replacement_of_the_hardware_that_cannot_be_read_is_a_fault(tmp_path, monkeypatch, content):
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("KPT_OVERRIDE_HARDWARE", str(path))
+    first = next(iter(findings.hardware()))
+    assert (first.mark, first.mend) == ("fault", "unset KPT_OVERRIDE_HARDWARE")
+    assert "KPT_OVERRIDE_HARDWARE" in first.text and str(path) in first.text
+    monkeypatch.setenv("KPT_PLUGINS", "")
+    clear_cache()
+    assert marks(list(findings.hardware())) == ["fault", "note"]

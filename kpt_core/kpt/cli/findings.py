@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import kpt
 from kpt.plugins.isolation import attempt
-from kpt.plugins.status import one_line
+from kpt.plugins.status import PluginError, one_line
 
 Mark = Literal["ok", "note", "fault"]
 
@@ -117,7 +117,12 @@ def hardware() -> Iterable[Finding]:
     from kpt.profiles import hardware as profile_of
 
     if os.environ.get(OVERRIDE_VARIABLE):
-        yield Finding("note", f"{OVERRIDE_VARIABLE} replaces the real hardware", f"unset {OVERRIDE_VARIABLE}")
+        replaced = attempt(profile_of, measure=False)
+        if isinstance(replaced.error, PluginError):
+            yield Finding("fault", replaced.error.message, replaced.error.mend)
+        else:
+            text = f"{OVERRIDE_VARIABLE} replaces the real hardware"
+            yield Finding("note", text, f"unset {OVERRIDE_VARIABLE}")
     present = 0
     for found in detect():
         name = found.registered.spec.name
@@ -134,9 +139,9 @@ def hardware() -> Iterable[Finding]:
         else:
             yield Finding("note", f"{name}: {found.reason}")
     if not present:
-        yield Finding(
-            "note", f"no plugin detects hardware: {profile_of(measure=False).name}", "kpt plugins list"
-        )
+        unknown = attempt(profile_of, measure=False).value
+        name = f": {unknown.name}" if unknown is not None else ""
+        yield Finding("note", f"no plugin detects hardware{name}", "kpt plugins list")
 
 
 def plugins() -> Iterable[Finding]:
