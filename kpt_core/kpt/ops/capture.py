@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from kpt.ops.clone import clone
 
 if TYPE_CHECKING:
-    from kpt.judge.draws import Call
+    from kpt.judge.calls import Call
 
 _KEPT_ELEMENTS = 1 << 20
 _CALL_IMPL = torch.nn.Module._call_impl.__code__

@@ -16,7 +16,7 @@ from kpt.ops.proof import Outcome, OutOfTime, prove
 from kpt.ops.sites import Binding, Example, Hypothesis, Site
 
 if TYPE_CHECKING:
-    from kpt.judge.draws import Call
+    from kpt.judge.calls import Call
 
 #: By what runs: what the code read from its caller, and how its proof ended.
 _PROOFS: dict[Hashable, tuple[tuple[Hashable, Outcome], ...]] = {}

@@ -1,0 +1,127 @@
+"""Draw one fresh call like an example, on its devices and with its strides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kpt.judge import forms, tree
+from kpt.judge.calls import Call, copied_leaf
+from kpt.judge.layouts import laid_out, scaled_strides
+from kpt.judge.leafnames import named_leaves
+
+if TYPE_CHECKING:
+    from kpt.judge.draws import InputSpec
+    from kpt.judge.leafspecs import LeafSpec
+
+
+class Drawing:
+    """One draw: masks first, since ids and labels follow them."""
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        example: Call,
+        generator: torch.Generator,
+        sizes: dict[str, int],
+        padding: bool,
+        keep_integers: bool,
+    ) -> None:
+        self.spec, self.example, self.generator = spec, example, generator
+        self.padding, self.keep_integers = padding, keep_integers
+        self.leaves = {leaf.name: leaf for leaf in spec.leaves}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.bounds: dict[int, list[tuple[str, int]]] = {}
+        for path, tensor in named_leaves(example):
+            if isinstance(tensor, torch.Tensor):
+                leaf = self.leaves[spec.name_of(path)]
+                shape = tuple(
+                    sizes.get(leaf.dims.get(axis, ""), size) for axis, size in enumerate(tensor.shape)
+                )
+                self.shapes[leaf.name] = shape
+                for axis, size in enumerate(tensor.shape):
+                    if tensor.dim() >= 2:
+                        self.bounds.setdefault(size, []).append((leaf.name, axis))
+        sides = sorted({side for leaf in spec.leaves for side in leaf.form.sides}) or ["right"]
+        self.side = sides[int(torch.randint(len(sides), (1,), generator=generator))]
+        self.lengths: dict[tuple[int, int], torch.Tensor] = {}
+        self.keeps: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def call(self) -> Call:
+        drawn: dict[int, torch.Tensor] = {}
+        named = [(path, leaf) for path, leaf in named_leaves(self.example) if isinstance(leaf, torch.Tensor)]
+        # Rank 2 before higher ranks: a [batch, 1, query, key] mask shares the ragged lengths.
+        named.sort(key=lambda item: (self._leaf(item[0]).role != "mask", item[1].dim()))
+        for path, tensor in named:
+            if id(tensor) not in drawn:
+                leaf = self._leaf(path)
+                drawn[id(tensor)] = self._placed(leaf, tensor, self._values(leaf, tensor))
+        return self.example.map(
+            lambda path, leaf: drawn[id(leaf)] if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
+        )
+
+    def _leaf(self, path: tree.Path) -> LeafSpec:
+        return self.leaves[self.spec.name_of(path)]
+
+    def _values(self, leaf: LeafSpec, tensor: torch.Tensor) -> torch.Tensor:
+        shape = self.shapes[leaf.name]
+        if leaf.role == "mask":
+            keep = self._keep(leaf, tensor, shape)
+            if keep.dim() == 2:
+                self.keeps[tuple(shape)] = keep
+            kept = torch.tensor(leaf.form.kept, dtype=leaf.dtype)
+            return torch.where(keep, kept, torch.tensor(leaf.form.dropped, dtype=leaf.dtype))
+        if leaf.role == "bool":
+            return torch.rand(shape, generator=self.generator) < leaf.form.mean
+        if leaf.role == "integer":
+            if self.keep_integers:
+                return forms.stretch(tensor, shape)
+            return forms.draw_integers(
+                leaf.form,
+                shape,
+                self.generator,
+                example=tensor,
+                keep=self.keeps.get(tuple(shape)),
+                bound=self._bound(leaf, tensor),
+            )
+        values = forms.draw_floats(leaf.form, shape, self.generator)
+        if leaf.dtype.is_complex:
+            return torch.complex(values, forms.draw_floats(leaf.form, shape, self.generator))
+        return values
+
+    def _keep(self, leaf: LeafSpec, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        padded = leaf.form.kind == "padded" or (leaf.form.kind == "causal" and bool(leaf.form.sides))
+        lengths = None
+        if len(shape) >= 2 and (padded or (self.padding and _is_sequence_mask(leaf.name))):
+            key = (shape[0], shape[-1])
+            if key not in self.lengths and (len(shape) == 2 or padded or self.padding):
+                share = leaf.form.share if padded and leaf.form.share < 1.0 else 0.4
+                self.lengths[key] = forms.ragged_lengths(*key, share, self.generator)
+            lengths = self.lengths.get(key)
+        return forms.draw_mask(
+            leaf.form, shape, self.generator, example=tensor, lengths=lengths, side=self.side
+        )
+
+    def _bound(self, leaf: LeafSpec, tensor: torch.Tensor) -> int | None:
+        """The new size of the axis that the longest of the example's lengths fills."""
+        if leaf.form.kind != "lengths" or tensor.device.type == "meta" or tensor.numel() == 0:
+            return None
+        for name, axis in self.bounds.get(int(tensor.max()), []):
+            return self.shapes[name][axis]
+        return None
+
+    def _placed(self, leaf: LeafSpec, tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        values = values.to(leaf.dtype)
+        if tensor.layout is torch.strided and not tensor.is_quantized:
+            strides = scaled_strides(tensor.shape, tensor.stride(), values.shape)
+            values = laid_out(values.to(leaf.device), strides, tensor.storage_offset() % 16)
+        else:
+            values = values.to(leaf.device)
+        return values.requires_grad_() if leaf.requires_grad else values
+
+
+def _is_sequence_mask(name: str) -> bool:
+    """Whether a mask's last axis is a sequence that may be padded, by the names that are in use."""
+    last = name.rsplit(".", 1)[-1].lower()
+    return last == "mask" or any(part in last for part in ("attention_mask", "attn_mask", "padding_mask"))
