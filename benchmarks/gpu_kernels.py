@@ -2,9 +2,9 @@
 
 For each op and size every contender is prepared with inputs of its own, its first result is compared with a
 reference in higher precision, and it is timed: the median of event times over several rounds in which the
-contenders alternate, with the L2 cache flushed before each call. A contender that cannot run is listed with
-its reason. The result file is written anew after every case; where time is short (--limit), the cases that
-matter most come first.
+contenders alternate, with the L2 cache flushed before each call. A contender that cannot run, or is wrong, is
+listed with its reason. The result file is written anew after every case; where time is short (--limit), the
+cases that matter most come first.
 
     python benchmarks/gpu_kernels.py [--families norms losses] [--matching REGEX] [--limit SECONDS]
 
@@ -40,6 +40,8 @@ FAMILIES = (
 ROUNDS = 3
 #: Seconds that one contender may take to be prepared.
 PATIENCE = 45.0
+#: A contender with a larger relative error computes something else, and its time is nobody's goal.
+TOLERANCE = 0.05
 
 
 def timed(call: Callable[[], Any], seconds: float, graph: bool) -> float:
@@ -70,6 +72,12 @@ def error(output: Any, reference: Any) -> float | None:
         difference = (a.float() - b.float()).norm().double() / b.float().norm().double().clamp_min(1e-30)
         worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst
+
+
+def refuse_wrong(worst: float | None) -> None:
+    """Raise ValueError for an error with which a contender computes something else than the reference."""
+    if worst is not None and not worst <= TOLERANCE:
+        raise ValueError(f"wrong: a relative error of {worst:.2g}")
 
 
 def peak_memory(call: Callable[[], Any]) -> float:
@@ -109,6 +117,7 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
                 fresh()
                 call = prepare()
                 worst = error(call(), reference)  # of the first call: it may write over its inputs
+                refuse_wrong(worst)
                 for _ in range(2):
                     call()
                 torch.cuda.synchronize()

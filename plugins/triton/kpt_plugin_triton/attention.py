@@ -366,7 +366,11 @@ def _backward_work(parts: tuple[bool, bool]) -> Callable[..., Callable[[Options]
             out, stats = run_forward(q, k, v, None, form, how, True)  # type: ignore[assignment]
 
         def with_options(options: Options) -> Callable[[], Any]:
-            return lambda: run_backward(dout, q, k, v, None, out, stats, form, how, parts, options)
+            def call() -> tuple[torch.Tensor, ...]:
+                dq, dk, dv, _ = run_backward(dout, q, k, v, None, out, stats, form, how, parts, options)
+                return (dk, dv) if parts[1] else (dq,)
+
+            return call
 
         return with_options
 

@@ -174,7 +174,7 @@ def forward_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
         found = tiles(128, 64, 8 if head > 64 or (on and kind == WINDOWED) else 4, 2)
     if not on and kind == WINDOWED:
         found["num_stages"] = 1  # its bounds are too many scalars beside those of pipelined loads
-    return {**found, "SPLIT": int(on > 0), "SPECIALISE": 0, "DESCRIPTORS": int(hopper and kind != LISTED)}
+    return {**found, "SPLIT": int(on > 0), "DESCRIPTORS": int(hopper and kind != LISTED)}
 
 
 def tiles(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
@@ -203,9 +203,7 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
                             "DESCRIPTORS": descriptors,
                         }
                         if rows * max(head, columns) // (32 * warps) <= 64:  # else registers would not do
-                            yield {**base, "SPLIT": 1, "SPECIALISE": 0}
-                        if warps == 4 and descriptors and rows == 128 and kind in (PLAIN, CAUSAL):
-                            yield {**base, "SPLIT": 0, "SPECIALISE": 1}
+                            yield {**base, "SPLIT": 1}
 
 
 forward_options = Tuned("attention_forward", ("head", "kind"), forward_rule, forward_candidates, reach=1.0)
@@ -264,7 +262,6 @@ def run_forward(
         sizes = max(block_d, block_v), kind_of(form, how)
         options = forward_options(q.device.index, q.element_size(), *sizes)
     descriptors = described(options, q, k, v)
-    specialise = bool(options["SPECIALISE"]) and descriptors
     lists = form.lists
     sparse_m, sparse_n = (0, 0) if lists is None else lists.size
     block_m, block_n = fitted(options["BLOCK_M"], sparse_m), fitted(options["BLOCK_N"], sparse_n)
@@ -289,10 +286,9 @@ def run_forward(
             *(form.head, form.head_v, block_d, block_v, group),
             *(how.causal or how.window is not None, how.window is not None, how.softcap is not None),
             *(mask is not None and mask.stride(2) != 0, sparse_m, sparse_n, block_m, block_n),
-            *(bool(options["SPLIT"]), specialise, descriptors),
+            *(bool(options["SPLIT"]), descriptors),
         ),
-        # warps without roles hold the whole tile themselves
-        8 if options["SPECIALISE"] and not specialise else options["num_warps"],
+        options["num_warps"],
         options["num_stages"],
     )
     return out, stats

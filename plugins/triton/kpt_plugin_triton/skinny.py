@@ -314,7 +314,7 @@ def quantise_fp8(weight: torch.Tensor, dtype: torch.dtype | None = None) -> tupl
 
 #: Weights [N, K] in bf16, by architecture, of which cuBLAS made the product with 1, 4 and 16 rows as fast or
 #: faster in benchmarks/results/gpu_kernels-*.json; they stand for sizes within a factor of two.
-CUBLAS_FIRST: dict[str, tuple[tuple[int, int], ...]] = {"sm_90": ((28672, 4096),)}
+CUBLAS_FIRST: dict[str, tuple[tuple[int, int], ...]] = {"sm_90": ((28672, 4096), (4096, 14336))}
 
 
 def supports(site: Site) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,7 +44,8 @@ class Workload:
     """Sizes of one tuned kernel that are worth measuring.
 
     ``prepare(dtype, *size)`` allocates random inputs and returns a function from options to the call to
-    time. What is timed with given options has to use them, whatever tables say.
+    time. What is timed with given options has to use them, whatever tables say, and returns what it computed,
+    without tensors that it left unwritten: options that give other values than the first ones are left out.
     """
 
     kernel: Tuned
@@ -118,10 +119,19 @@ def _tune_one(
     each = max(seconds / len(options), 0.01)
     with_options = work.prepare(dtype, *size)
     times: list[tuple[float, int]] = []
+    expected: list[torch.Tensor] = []
     for number, chosen in enumerate(options):
-        found = _milliseconds(with_options(chosen), each)
-        if found is not None:
+        call = with_options(chosen)
+        found = _milliseconds(call, each)
+        if found is None:
+            continue
+        values = list(_floats(call()))
+        if not expected:
+            expected = values
+        if _agree(values, expected):
             times.append((found, number))
+        else:  # a compiler may get one of many options wrong, and it may be the fastest
+            tell(f"{kernel.name} {size} {dtype}: {chosen} gives other values than {options[0]}; left out")
     if not times:
         tell(f"{kernel.name} {size} {dtype}: no option runs here")
         return []
@@ -145,6 +155,24 @@ def _tune_one(
     }
     tell(f"{kernel.name} {size} {dtype}: {options[best]} {row['ms']:.4f} ms, the rule's {by_rule} ms")
     return [row]
+
+
+def _floats(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors that a call returned."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _floats(item)
+
+
+def _agree(mine: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -> bool:
+    """Whether two results are the same but for rounding and the order of sums; NaN agrees with nothing."""
+    if [x.shape for x in mine] != [x.shape for x in true]:
+        return False
+    errors = ((a.float() - b.float()).norm() <= 0.02 * b.float().norm() for a, b in zip(mine, true))
+    return all(bool(error) for error in errors)
 
 
 def _milliseconds(call: Callable[[], Any], seconds: float) -> float | None:

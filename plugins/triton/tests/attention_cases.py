@@ -78,7 +78,7 @@ def _is_float(value: Any) -> bool:
 
 def with_options(monkeypatch: Any, **options: int) -> None:
     """All three kernels with these options, as an architecture with other limits would have them."""
-    forward = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "SPECIALISE": 0, **options}
+    forward = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, **options}
     monkeypatch.setattr(attention_forward, "forward_options", lambda *sizes: forward)
     backward = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, **options}
     monkeypatch.setattr(attention_backward, "keys_options", lambda *sizes: backward)

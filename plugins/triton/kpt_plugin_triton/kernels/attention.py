@@ -167,14 +167,13 @@ def forward_span(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     GUARD: tl.constexpr,
-    SPECIALISE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Attend to key blocks ``first`` to ``last`` (positions in the list of kept ones, if SPARSE_N)."""
     ADDITIVE: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
     # Scores stay unscaled until the exponential wherever possible: one fused multiply-add less.
     LATE: tl.constexpr = not SOFTCAP and not ADDITIVE
-    for number in tl.range(first, last, warp_specialize=SPECIALISE):
+    for number in range(first, last):
         if SPARSE_N > 0:
             EACH: tl.constexpr = SPARSE_N // BLOCK_N
             start = tl.load(listed + number // EACH) * SPARSE_N + number % EACH * BLOCK_N
@@ -288,7 +287,6 @@ def attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPECIALISE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """``blocks`` query blocks of each of ``all_heads`` (batch x heads); ``scale`` includes log2(e).
@@ -296,9 +294,9 @@ def attention_forward(
     ``stats`` receives log2 of each row's sum of exponentials (+inf for a row that sees nothing), or, with an
     additive mask, the row's maximum and, ``stats_size`` further on, the inverse of the sum.
 
-    Without SPLIT a single loop masks every block, which takes fewer registers and scalars. SPECIALISE (warps
-    with roles of their own) is for sm_90, four warps, DESCRIPTORS and no SPLIT: Triton 3.6 and 3.7 compile it
-    for one loop only.
+    Without SPLIT a single loop masks every block, which takes fewer registers and scalars. Warps with roles
+    of their own (``tl.range(warp_specialize=True)``) were a fifth faster on an H200, and wrong: Triton 3.6
+    compiles this loop with a race, which the compute sanitizer reports.
     """
     block, both = place_in_section(tl.program_id(0), blocks, all_heads, section)
     if CAUSAL:  # the longest rows first, so that short ones fill the end
@@ -372,18 +370,18 @@ def attention_forward(
         acc, total, peak = forward_span(
             acc, total, peak, queries, keys, values, mask, listed, first, inner, row, q_len, k_len, k_r, v_r,
             mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,
-            MASK_ROWS, SPARSE_N, BLOCK_N, True, GUARD, SPECIALISE, DESCRIPTORS,
+            MASK_ROWS, SPARSE_N, BLOCK_N, True, GUARD, DESCRIPTORS,
         )  # fmt: skip
     if mask is None and SPLIT:
         acc, total, peak = forward_span(
             acc, total, peak, queries, keys, values, mask, listed, inner, whole, row, q_len, k_len, k_r, v_r,
             mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,
-            MASK_ROWS, SPARSE_N, BLOCK_N, False, GUARD, SPECIALISE, DESCRIPTORS,
+            MASK_ROWS, SPARSE_N, BLOCK_N, False, GUARD, DESCRIPTORS,
         )  # fmt: skip
     acc, total, peak = forward_span(
         acc, total, peak, queries, keys, values, mask, listed, whole, last, row, q_len, k_len, k_r, v_r,
         mask_r, mask_c, window, scale, softcap, HEAD, HEAD_V, BLOCK_D, BLOCK_V, CAUSAL, WINDOW, SOFTCAP,
-        MASK_ROWS, SPARSE_N, BLOCK_N, True, GUARD, SPECIALISE, DESCRIPTORS,
+        MASK_ROWS, SPARSE_N, BLOCK_N, True, GUARD, DESCRIPTORS,
     )  # fmt: skip
     inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
     acc = acc * inverse[:, None]

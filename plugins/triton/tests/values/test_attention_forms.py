@@ -51,6 +51,15 @@ def test_half_precision(dtype) -> None:
     compare(*heads(dtype=dtype), mask=randn(37, 37, seed=7, dtype=dtype), softcap=3.0)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours")
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("how", [{}, {"is_causal": True}, {"window": 300}], ids=["plain", "causal", "window"])
+def test_many_blocks_with_tuned_options(head: int, how) -> None:
+    """Races in pipelined loops show where a program walks over many blocks of full size."""
+    q, k, v = (randn(1, heads, 2048, head, seed=n, dtype=torch.bfloat16) for n, heads in enumerate((4, 2, 2)))
+    compare(q, k, v, **how)
+
+
 def lowest() -> torch.Tensor:
     """A mask as transformers makes it: 0, or the lowest number; -inf here and there; a row all -inf."""
     mask = torch.where(flags(1, 1, 37, 37, seed=1), 0.0, torch.finfo(torch.float32).min)

