@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _WARM_UP = 3
 #: Seconds that one product spends in torch and in oneDNN's set-up, and not here.
 _BETWEEN = 15e-6
-_PRODUCTS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 @contextmanager
@@ -96,7 +96,10 @@ class OnednnGraph:
         self.compiled: CompiledForward | None = None
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
-        products = sum(isinstance(module, _PRODUCTS) for module in observation.model.modules())
+        modules = list(observation.model.modules())
+        linears = sum(isinstance(module, torch.nn.Linear) for module in modules)
+        convolutions = sum(isinstance(module, _CONVOLUTIONS) for module in modules)
+        products = linears + convolutions
         if not hasattr(torch.jit, "enable_onednn_fusion") or not torch.backends.mkldnn.is_available():
             yield Skip("this torch has no oneDNN Graph")
         elif observation.dynamic:
@@ -106,8 +109,10 @@ class OnednnGraph:
         else:
             estimate = estimates.estimate(observation, hardware)
             faster = max(estimates.rate_ratio(hardware, estimates.ONEDNN), 1.0)
-            # What is between products is not fused with itself, only with the product before it.
-            alone = estimate.gain(rate_ratio=faster, rest_ratio=0.9)
+            # Folded norms, activations and sums become part of the product before them, which is all that
+            # stands between convolutions. Layer norms and softmax, between linears, run one by one.
+            rest = 0.9 * estimates.FUSED if convolutions > linears else 0.9
+            alone = estimate.gain(rate_ratio=faster, rest_ratio=rest)
             between = min(products * _BETWEEN, 0.3 * estimate.total / alone)
             yield Variant(
                 "frozen",

@@ -16,6 +16,7 @@ from observing import applied, observe, relative, skips, variants
 import kpt
 from kpt.specs import Variant
 from kpt_plugin_cpu.bf16 import Bf16
+from kpt_plugin_cpu.inductor import Inductor, compiler
 from kpt_plugin_cpu.onednn_graph import OnednnGraph, lower
 
 pytestmark = pytest.mark.skipif(
@@ -120,6 +121,20 @@ def test_reasons_to_skip():
     linear, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     assert "dynamic" in skips(OnednnGraph(), observe(linear, x, dynamic_shapes={"input": {0: "batch"}}))[0]
     assert "no linear layer" in skips(OnednnGraph(), observe(nn.Sequential(nn.ReLU()), x))[0]
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_it_comes_before_inductor_for_convolutions_only():
+    def gains(model: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+        observation = observe(model, x)
+        inductor = {offer.name: offer.predicted_gain for offer in variants(Inductor(), observation)}
+        return variants(OnednnGraph(), observation)[0].predicted_gain, inductor["frozen"]
+
+    mine, other = gains(Net().eval(), torch.randn(2, 3, 12, 12))
+    assert mine > other
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    mine, other = gains(nn.TransformerEncoder(layer, 3).eval(), torch.randn(2, 5, 16))
+    assert 1.0 < mine < other
 
 
 @torch.no_grad()
