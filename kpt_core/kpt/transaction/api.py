@@ -19,6 +19,7 @@ from kpt.transaction import dispatch, distributed
 from kpt.transaction.accuracy import Accuracy
 from kpt.transaction.receipt import Receipt
 from kpt.transaction.run import Request, execute
+from kpt.transaction.serving import Plan
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -149,7 +150,7 @@ def report(model: torch.nn.Module) -> Receipt:
                 reason="waiting for the first call",
             )
         raise ValueError(f"this {type(target).__name__} was not optimised; call kpt.optimize(model) first")
-    if isinstance(plan, dispatch.Plan):
+    if isinstance(plan, Plan):
         receipt.calls = plan.calls()
     return receipt
 

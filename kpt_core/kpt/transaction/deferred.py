@@ -11,6 +11,7 @@ import torch
 
 from kpt.judge.calls import Call
 from kpt.transaction import dispatch
+from kpt.transaction.ambient import transformed
 from kpt.transaction.signature import Canonical
 
 #: Set while a run is under way: calls of other models that wait are answered and not observed.
@@ -26,7 +27,7 @@ class Deferred:
     """
 
     def __init__(self, model: torch.nn.Module, start: Callable[[torch.nn.Module, Any], Any]) -> None:
-        self.previous = dispatch._own_forward(model)
+        self.previous = dispatch.own_forward(model)
         self._start = start
         self._lock = threading.Lock()
         self._uninstall: Callable[[], None] | None = None
@@ -74,7 +75,7 @@ def _unobservable() -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or dispatch.transformed()
+        or transformed()
         or torch._C._current_graph_task_id() != -1
         # Checkpointing counts what a forward saves, so that it has to be the same forward the second time.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,353 +1,24 @@
-"""The one patch on a user's model: a root forward that runs the plan where it was proven.
-
-A call takes the optimised path only if its inputs, the mode, the weights and the model's structure
-are those that the referee saw (or differ only in dimensions that were declared dynamic). Everything
-else runs the original forward and is counted with its reason.
+"""The one patch on a user's model: a root forward that asks the plan, and how it is put on and taken off.
 
 The patch is a bound method of a plain function named ``forward``; the plan hangs on the model in a
 handle, which deep copies and pickles leave out (`kpt.transaction.copies`). So they run the original
-forward with their own weights, and a plan dies with its model.
+forward with their own weights, and a plan dies with its model. What a plan does with a call is in
+`kpt.transaction.serving`.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from kpt.judge.aliasing import overlap
 from kpt.transaction.copies import HANDLE, Handle, clean_copies
-from kpt.transaction.hooks import global_hooks
-from kpt.transaction.lazy_backward import with_backward
-from kpt.transaction.signature import Canonical
 
-if TYPE_CHECKING:
-    from kpt.compiling import CompiledForward
-    from kpt.transaction.guard import InputGuard
-    from kpt.transaction.watch import Watch
-
-_MAX_KEYS = 4096
-_Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
-_is_grad_enabled = torch.is_grad_enabled
-_any_autocast = torch._C._is_any_autocast_enabled
-_deterministic = torch._C._get_deterministic_algorithms
-_inference_mode = torch.is_inference_mode_enabled
-_function_modes = torch._C._len_torch_function_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-
-_missing = object()
-
-
-def autocast_devices() -> tuple[str, ...]:
-    """Kinds of devices here that have an autocast state."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-
-
-def ambient_state() -> tuple[Any, ...]:
-    """What of torch's global state decides how a call computes."""
-    autocast: tuple[Any, ...] = ()
-    if _any_autocast():
-        autocast = tuple(
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in autocast_devices()
-        )
-    return (autocast, _deterministic(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
-
-
-def transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation sees what calls compute."""
-    return _transform() is not None or forward_ad._current_level >= 0
-
-
-class Counter:
-    """Counts by reason, from any thread without a lock."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, itertools.count[int]] = {}
-
-    def add(self, reason: str) -> None:
-        counter = self._counts.get(reason)
-        if counter is None:
-            counter = self._counts.setdefault(reason, itertools.count())
-        next(counter)
-
-    def to_dict(self) -> dict[str, int]:
-        return {reason: _peek(counter) for reason, counter in sorted(self._counts.items())}
-
-    def total(self) -> int:
-        return sum(self.to_dict().values())
-
-
-def _peek(counter: itertools.count[int]) -> int:
-    return int(repr(counter)[6:-1])
-
-
-class Plan:
-    """A committed plan: the optimised forward, its guard, and its counters.
-
-    ``run`` is the workspace's root forward; ``direct`` the same when it is one compiled forward, of
-    which the code for a known call is then called without asking it again.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        run: Callable[..., Any],
-        inputs: InputGuard,
-        watch: Watch,
-        *,
-        training: bool,
-        executions: Callable[[], int] | None = None,
-        ambient: tuple[Any, ...] = (),
-        direct: CompiledForward | None = None,
-        misses: Callable[[], dict[str, int]] | None = None,
-        writes_inputs: bool = False,
-    ) -> None:
-        self.run = run
-        self.previous = _own_forward(model)
-        self.inputs = inputs
-        self.watch = watch
-        self.training = training
-        self._flag = model.training
-        self._writes_inputs = writes_inputs
-        # In training mode a call with gradients is a training step, and one without is inference.
-        self._strict = model.training and any(p.requires_grad for p in model.parameters())
-        self.fallbacks = Counter()
-        self.executions = executions
-        self.direct = direct
-        self._targets: dict[Any, Callable[..., Any]] = {}
-        self._optimized = itertools.count()
-        self._misses = misses if misses is not None else dict[str, int]
-        self._missed_before = self._misses()
-        self._canonical = Canonical(self.original(model))
-        self._known: dict[Any, str | None] = {}
-        self._ambient = ambient or ambient_state()
-        self._flags = (bool(self._ambient[0]), self._ambient[1])
-        self._parameters = tuple(model.parameters())
-        self._modes = tuple((module, module.training) for module in model.modules())
-        self.switched_off: str | None = None
-        self.committed: Any = None
-
-    def calls(self) -> dict[str, Any]:
-        """Calls so far: on the optimised path, on the original one and why, and ``misses``.
-
-        The latter are calls of single kernels or compiled blocks, inside optimised calls, that ran the
-        original code of that part: counts by part and site.
-        """
-        self.watch.look_again()
-        reasons = self.fallbacks.to_dict()
-        now, before = self._misses(), self._missed_before
-        return {
-            "optimized": self.optimized_calls,
-            "fallback": sum(reasons.values()),
-            "reasons": reasons,
-            "misses": {part: n for part, count in now.items() if (n := count - before.get(part, 0)) > 0},
-        }
-
-    def reset_counters(self) -> None:
-        """Start counting from zero: calls made by the transaction itself are no calls of the user."""
-        self._optimized = itertools.count()
-        self.fallbacks = Counter()
-        self._missed_before = self._misses()
-
-    @property
-    def optimized_calls(self) -> int:
-        return _peek(self._optimized)
-
-    def original(self, model: torch.nn.Module) -> Callable[..., Any]:
-        """The user's own forward."""
-        return self.previous if self.previous is not None else forward_of_class(model)
-
-    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reason = self.watch.reason or self.switched_off
-        grad = _is_grad_enabled()
-        if reason is None:
-            if model.training is not self._flag or (self._strict and grad is not self.training):
-                reason = _mode_reason(model, self._flag, grad)
-            elif (
-                (_any_autocast(), _deterministic()) != self._flags
-                or _function_modes()
-                or _dispatch_modes()
-                or _transform() is not None
-                or forward_ad._current_level >= 0
-                or (self._flags[0] and ambient_state()[0] != self._ambient[0])
-            ):
-                reason = self._ambient_reason()
-            elif global_hooks():
-                reason = "a global module hook is registered"
-            else:
-                if args:
-                    args, kwargs = self._canonical(args, kwargs)
-                key, reason = self._miss(args, kwargs)
-                reason = reason or self.watch.stale(grad)
-                if self._writes_inputs and reason is None and _share_memory((*args, *kwargs.values())):
-                    reason = "the forward writes to an input that shares memory with another"
-        if reason is not None:
-            self.fallbacks.add(reason)
-            return self.original(model)(*args, **kwargs)
-        if self.direct is not None and not grad:
-            target = self._targets.get(key)
-            if target is not None:
-                next(self._optimized)
-                return target(*args, **kwargs)
-            self._remember(key, args, kwargs)
-        if self.executions is None:
-            next(self._optimized)
-            return self._optimised(model, args, kwargs, grad)
-        before = self.executions()
-        result = self._optimised(model, args, kwargs, grad)
-        if self.executions() == before:
-            self.fallbacks.add("the compiled code's own guard refused the call")
-        else:
-            next(self._optimized)
-        return result
-
-    def _optimised(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool
-    ) -> Any:
-        if self.training or not grad:
-            return self.run(*args, **kwargs)
-        given = [tensor for v in (*args, *kwargs.values()) for tensor in _tensors_in(v)]
-        sources = tuple(p for p in self._parameters if p.requires_grad)
-        sources += tuple({id(t): t for t in given if t.requires_grad}.values())
-        if not sources:
-            return self.run(*args, **kwargs)
-        return with_backward(
-            lambda: self.run(*args, **kwargs),
-            lambda: self._again(model, args, kwargs),
-            sources,
-            given,
-        )
-
-    def _again(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original forward as it was when the call was made, in the modes that were set then."""
-        now = tuple(model.parameters())
-        if len(now) != len(self._parameters) or any(p is not q for p, q in zip(now, self._parameters)):
-            raise RuntimeError(
-                "a parameter of the model was replaced since the forward whose gradient is asked for; "
-                "call backward before weights are replaced"
-            )
-        changed = [(module, module.training) for module, flag in self._modes if module.training is not flag]
-        for module, flag in changed:
-            module.__dict__["training"] = not flag
-        try:
-            return self.original(model)(*args, **kwargs)
-        finally:
-            for module, flag in changed:
-                module.__dict__["training"] = flag
-
-    def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the compiled code for calls of this key, so that the next one asks no second table."""
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor)]
-        if len({id(tensor) for tensor in tensors}) != len(tensors):
-            return  # code for one tensor passed twice is not code for two
-        target = self.direct.lookup(args, kwargs)  # type: ignore[union-attr]
-        if target is not None:
-            if len(self._targets) >= _MAX_KEYS:
-                self._targets.clear()
-            self._targets[key] = target
-
-    def _miss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
-        """The call's key, and why its inputs are outside of what was proven, or None."""
-        key: list[Any] = [_inference_mode()]
-        name: Any = None
-        try:
-            for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
-                if type(value) is _Tensor:
-                    dtype = value.dtype
-                    plain = value.is_contiguous() and not dtype.is_complex
-                    layout = plain or _layout(value)
-                    key.append((name, value.shape, dtype, value.device, layout, value.requires_grad))
-                else:
-                    part = _key(value)
-                    if part is _missing:
-                        return None, f"argument {name!r} has an unsupported type {type(value).__name__}"
-                    key.append((name, part))
-        except RuntimeError:  # sparse rows and nested tensors know no contiguity or no shape
-            return None, f"argument {name!r} is a tensor of an unsupported layout"
-        hashed = tuple(key)
-        found = self._known.get(hashed, _missing)
-        if found is not _missing:
-            return hashed, found  # type: ignore[return-value]
-        reason = self.inputs.misfit(args, kwargs)
-        if len(self._known) >= _MAX_KEYS:
-            self._known.clear()
-        self._known[hashed] = reason
-        return hashed, reason
-
-    def _ambient_reason(self) -> str:
-        if _function_modes() or _dispatch_modes():
-            return "a torch function or dispatch mode is active"
-        if transformed():
-            return "a function transform (torch.func) or forward-mode differentiation is active"
-        now, then = ambient_state(), self._ambient
-        if now[0] != then[0]:
-            return "autocast differs from when the model was optimised"
-        return "torch's deterministic mode differs from when the model was optimised"
-
-
-def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
-    if model.training is not flag:
-        return f"the model is in {'training' if model.training else 'evaluation'} mode"
-    return f"gradients are {'on' if grad else 'off'} in training mode"
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in an argument of a form that `_key` knows."""
-    if isinstance(value, _Tensor):
-        return [value]
-    if type(value) in (list, tuple):
-        return [tensor for item in value for tensor in _tensors_in(item)]
-    if type(value) is dict:
-        return [tensor for item in value.values() for tensor in _tensors_in(item)]
-    return []
-
-
-def _share_memory(values: tuple[Any, ...]) -> bool:
-    """Whether two tensors among arguments overlap: code that was compiled for others reads what it wrote."""
-    tensors = [tensor for value in values for tensor in _tensors_in(value)]
-    return any(overlap(one, other) for one, other in itertools.combinations(tensors, 2))
-
-
-def _layout(tensor: torch.Tensor) -> Any:
-    """What a guard asks of a tensor's memory."""
-    return tensor.is_contiguous() or tensor.stride(), tensor.is_neg(), tensor.is_conj()
-
-
-def never_served(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a guard lets no call with such arguments reach a plan, or None where it may."""
-    for name, value in (*enumerate(args), *kwargs.items()):
-        if type(value) is not _Tensor and _key(value) is _missing:
-            return f"argument {name!r} has an unsupported type {type(value).__name__}"
-    return None
-
-
-def _key(value: Any) -> Any:
-    """A hashable stand-in for an argument, or ``_missing``."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return (type(value), value)
-    if isinstance(value, torch.nn.Parameter) or type(value) is _Tensor:
-        return (value.shape, value.dtype, value.device, _layout(value), value.requires_grad)
-    if type(value) in (list, tuple):
-        parts = tuple(map(_key, value))
-        return _missing if _missing in parts else (type(value), parts)
-    if type(value) is dict:
-        parts = tuple((k, _key(v)) for k, v in value.items())
-        return _missing if any(part[1] is _missing for part in parts) else (dict, parts)
-    return _missing
-
-
-# ---------------------------------------------------------------------------------------------
-# Installing and removing
 
 
 def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -371,7 +42,7 @@ def plan_of(model: torch.nn.Module) -> Any:
     return handle.plan if isinstance(handle, Handle) else None
 
 
-def _own_forward(model: torch.nn.Module) -> Any:
+def own_forward(model: torch.nn.Module) -> Any:
     """A forward that somebody else set on the instance, or None."""
     current = model.__dict__.get("forward")
     return None if current is None or is_dispatcher(current) else current
@@ -392,7 +63,7 @@ def original_forward(model: torch.nn.Module) -> Callable[..., Any]:
     plan = plan_of(model)
     if plan is not None:
         return plan.original(model)  # type: ignore[no-any-return]
-    return _own_forward(model) or forward_of_class(model)
+    return own_forward(model) or forward_of_class(model)
 
 
 def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
@@ -401,7 +72,7 @@ def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
     Raises (from the returned function):
         RuntimeError: somebody wrapped the forward since, in a way that cannot be unwound.
     """
-    previous = _own_forward(model)
+    previous = own_forward(model)
     original = plan.original(model)
     signature = inspect.signature(original)
     function = types.FunctionType(forward.__code__, forward.__globals__, "forward")

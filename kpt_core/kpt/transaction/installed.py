@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpt.transaction.dispatch import Plan
 from kpt.transaction.guard import InputGuard
 from kpt.transaction.memory import holds_copies
+from kpt.transaction.serving import Plan
 from kpt.transaction.watch import Watch
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ class _Recompute(torch.autograd.Function):
 
 
 def _autocast_state() -> list[tuple[str, bool, torch.dtype]]:
-    from kpt.transaction.dispatch import autocast_devices
+    from kpt.transaction.ambient import autocast_devices
 
     return [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in autocast_devices()]
 
