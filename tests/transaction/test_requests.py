@@ -114,6 +114,9 @@ def test_fuel_limits_how_many_variants_a_plan_holds(fuel):
     model = net()
     kpt.optimize(model, torch.randn(32, 16), plugins=PLUGINS, budget=20.0, cache=False, fuel=fuel)
     assert len(kpt.report(model).accepted) == min(fuel, 1)
+    if fuel == 0:
+        assert {entry.rule for entry in kpt.report(model).rejected} == {"fuel"}
+        assert "beyond the fuel" in kpt.report(model).reason
 
 
 def test_levels_and_modes_of_a_pass_are_respected():

@@ -21,7 +21,7 @@ class Entry:
     ``gain`` is the measured ratio without / with this variant in the company of the others (for the
     whole plan's only step: untouched / optimised); None when nothing was timed. ``rule`` names what
     decided: a rule of the referee ("value", "gradient", …), "slower", "no-effect", "failed",
-    "budget", "deadline", or "kept".
+    "budget", "deadline", "fuel", or "kept".
     """
 
     name: str

@@ -346,12 +346,13 @@ def _search(run: Run, trials: Trials) -> None:
 def _why_nothing(receipt: Receipt, proposals: Proposals) -> str:
     if not proposals.candidates:
         return "no plugin had anything to offer here"
-    wrong = sum(entry.rule not in ("slower", "budget", "deadline") for entry in receipt.rejected)
-    slow = sum(entry.rule == "slower" for entry in receipt.rejected)
-    total = len(receipt.rejected)
-    late = total - slow - wrong
+    rules = [entry.rule for entry in receipt.rejected]
+    total, slow, unfuelled = len(rules), rules.count("slower"), rules.count("fuel")
+    late = rules.count("budget") + rules.count("deadline")
+    wrong = total - slow - unfuelled - late
     counts = [f"{slow} not faster", f"{wrong} not right or not applicable"]
     counts += [f"{late} not tried to the end for lack of budget"] if late else []
+    counts += [f"{unfuelled} beyond the fuel"] if unfuelled else []
     return f"of {total} variants none paid for itself: {', '.join(counts)}"
 
 

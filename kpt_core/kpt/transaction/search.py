@@ -299,9 +299,13 @@ class Search:
 
     def _leftovers(self, best: Outcome | None) -> None:
         chosen = set(best.plan.steps) if best is not None else set()
+        full = self.fuel is not None and len(chosen) >= self.fuel
+        rule, reason = "budget", "not tried: no budget left, or excluded by what was chosen"
+        if full:
+            rule, reason = "fuel", f"not tried: fuel={self.fuel} allows no further variant"
         for candidate in self._candidates():
             if candidate not in chosen:
-                self._reject(candidate, "budget", "not tried: no budget left, or excluded by what was chosen")
+                self._reject(candidate, rule, reason)
 
     # -- helpers
 
