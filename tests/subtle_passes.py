@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import types
 from typing import Any
 
+import numpy
 import torch
 
 from kpt.compiling import CompiledForward
@@ -117,6 +119,18 @@ class _Around(torch.nn.Module):
 class NoisySlow(_Around):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.slow(x) + torch.randn_like(x)
+
+
+class PythonsNoise(_Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slow(x) * random.random() + float(numpy.random.rand())
+
+
+class AsksForItsDtype(_Around):
+    """In fp64, it computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slow(x) * (2.0 if x.dtype == torch.float64 else 1.0)
 
 
 class WithLoss(_Around):

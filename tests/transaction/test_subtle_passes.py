@@ -34,6 +34,19 @@ def test_a_model_that_adds_noise_is_no_licence_to_be_wrong(training):
     assert kpt.report(model).baseline["reference_dtype"] == "float32"
 
 
+def test_noise_of_python_and_numpy_is_the_same_for_all():
+    example = torch.randn(32, 16)
+    assert rule_of(subtle.PythonsNoise().eval(), subtle.ThirtyPercent, example) == "value"
+    assert rule_of(subtle.PythonsNoise().eval(), DirectScale, example) == "kept"
+
+
+def test_a_model_that_is_another_in_fp64_is_judged_against_itself():
+    example, model = torch.randn(32, 16), subtle.AsksForItsDtype().eval()
+    assert rule_of(model, subtle.ThirtyPercent, example) == "value"
+    assert rule_of(model, DirectScale, example) == "kept"
+    assert "something else in fp64 (output is off by 50%)" in kpt.report(model).baseline["note"]
+
+
 # -- levels
 
 

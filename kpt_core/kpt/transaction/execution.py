@@ -6,6 +6,8 @@ moved; a run leaves buffers and ``.grad`` as they were.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,10 +169,18 @@ def detached(output: Any) -> Any:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block in which torch draws from ``seed``, so that two forwards draw the same numbers."""
-    state = torch.get_rng_state()
+    """A block in which torch, Python and NumPy draw from ``seed``, so that two forwards draw the same."""
+    state, python = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    numbers = numpy.random.get_state() if numpy is not None else None
     torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed % (1 << 32))
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numbers)
