@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _WARM_UP = 3
 #: Seconds that one product spends in torch and in oneDNN's set-up, and not here.
 _BETWEEN = 15e-6
+#: Bytes of weights up to which it is tried: some of the packed copies stay in oneDNN's cache after an undo.
+_LARGEST = 256 << 20
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
@@ -106,6 +108,11 @@ class OnednnGraph:
             yield Skip("oneDNN Graph compiles for one size, and sizes are declared dynamic")
         elif not products:
             yield Skip("the model has no linear layer and no convolution")
+        elif observation.parameter_bytes > _LARGEST:
+            size = observation.parameter_bytes >> 20
+            yield Skip(
+                f"oneDNN would keep packed copies of {size} MiB of weights for the life of the process"
+            )
         else:
             estimate = estimates.estimate(observation, hardware)
             faster = max(estimates.rate_ratio(hardware, estimates.ONEDNN), 1.0)

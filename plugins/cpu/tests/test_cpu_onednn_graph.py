@@ -121,6 +121,7 @@ def test_reasons_to_skip():
     linear, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     assert "dynamic" in skips(OnednnGraph(), observe(linear, x, dynamic_shapes={"input": {0: "batch"}}))[0]
     assert "no linear layer" in skips(OnednnGraph(), observe(nn.Sequential(nn.ReLU()), x))[0]
+    assert "300 MiB" in skips(OnednnGraph(), observe(linear, x, parameter_bytes=300 << 20))[0]
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
