@@ -560,3 +560,21 @@ def test_files_that_are_none_although_their_checksum_is_right(tmp_path, monkeypa
     with pytest.raises(ArtifactError) as caught:
         kpt.load(path, plugins=[])
     assert caught.value.code == "damaged" and Path(name).name in caught.value.message
+
+
+def test_state_that_is_no_tensor_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    class Extra(Linear):
+        def get_extra_state(self):
+            return {"epoch": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Extra)
+    with pytest.raises(ArtifactError, match="_extra_state.*dict") as caught:
+        unoptimised(Extra(), tmp_path / "artifact")
+    assert caught.value.code == "extra-state" and caught.value.hint
+    assert not list(tmp_path.glob("*artifact*"))

@@ -23,6 +23,7 @@ def untied(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, st
             raise ArtifactError(
                 "extra-state",
                 f"state_dict()[{name!r}] is a {type(tensor).__name__}, which safetensors cannot hold.",
+                "Keep it in a buffer, or save the model by other means and call kpt.optimize after loading.",
             )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:

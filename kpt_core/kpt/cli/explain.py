@@ -65,7 +65,7 @@ def read_receipt(path: Path) -> Any:
     file = path / "receipt.json" if path.is_dir() else path
     if not file.is_file():
         what = "has no receipt.json, so it is no artifact" if path.is_dir() else "does not exist"
-        raise usage(f"{path} {what}.", "Pass what kpt optimize wrote.")
+        raise usage(f"{path} {what}.", "Pass what kpt optimize wrote; a model is named with --model.")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(data, dict) and isinstance(data.get("receipt"), dict):
