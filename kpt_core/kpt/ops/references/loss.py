@@ -25,7 +25,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Cross entropy of ``logits`` (N, C) with class indices ``target`` (N,).
 
-    ``weight`` (C,) weighs classes; targets equal to ``ignore_index`` do not count;
+    ``weight`` (C,) weighs classes; targets equal to ``ignore_index`` do not count, whatever their logits;
     ``label_smoothing`` spreads that share of each target over all classes. Returns a scalar, or
     (N,) with ``reduction="none"``.
     """
@@ -34,7 +34,9 @@ def cross_entropy(
     safe = torch.where(counts, target, torch.zeros_like(target))
     given = torch.ones_like(logs[0]) if weight is None else weight.to(logs.dtype)
     factor = torch.where(counts, given[safe], torch.zeros_like(given[safe]))
-    loss = -logs.gather(-1, safe[:, None])[:, 0] * factor
+    picked = -logs.gather(-1, safe[:, None])[:, 0]
+    # Not by a product with zero alone: the class that stands in for an ignored one may be ruled out (-inf).
+    loss = torch.where(counts, picked, torch.zeros_like(picked)) * factor
     if label_smoothing:
         spread = -(logs * given).sum(-1) / logs.shape[-1]
         spread = torch.where(counts, spread, torch.zeros_like(spread))

@@ -28,7 +28,9 @@ def cross_entropy(
     counts = target != ignore_index
     safe = torch.where(counts, target, torch.zeros_like(target))
     factor = counts.to(logits.dtype) if weight is None else weight.to(logits.dtype)[safe] * counts
-    rows = rows + z_loss * factor * torch.logsumexp(logits, dim=-1).square()
+    total = torch.logsumexp(logits, dim=-1)
+    # Not by a product with zero alone: the logits of a row that does not count may sum to infinity.
+    rows = rows + z_loss * factor * torch.where(counts, total, torch.zeros_like(total)).square()
     if reduction == "none":
         return rows  # type: ignore[no-any-return]
     if reduction == "sum":

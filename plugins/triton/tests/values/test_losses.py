@@ -133,6 +133,14 @@ def test_infinite_logits(length: str) -> None:
     assert cross_entropy(logits, target, reduction="none").isnan().nonzero().tolist() == [[1]]
 
 
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2}, {"reduction": "sum"}, {"reduction": "none"}])
+def test_a_row_that_does_not_count_may_rule_out_any_class(length: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    logits, target, _ = _draw(6, 40)
+    logits[:, 0] = float("-inf")
+    _compare(logits, target.where(target != 0, 1), **options)
+
+
 @pytest.mark.parametrize("first", [-300.0, -100.0, -40.0, float("-inf"), 300.0])
 def test_first_classes_far_from_the_others(length: str, first: float) -> None:
     """Sums of exponentials over the first classes' maximum would overflow, lose digits, or have none."""
