@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -252,7 +252,9 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
             if refusal is not None:
                 reason = f"{site.name}: {refusal}"
                 continue
-            sites.append(site)
+            # A kernel made for a site is made for what the site's own binding passes to it.
+            others = () if spec.setup else tuple(supported(spec, site.others, mode)[0])
+            sites.append(replace(site, others=others) if site.others else site)
     except KeyboardInterrupt:
         raise
     except plugins.PluginError as error:

@@ -232,6 +232,39 @@ def test_the_attention_interface_of_transformers(masked: bool) -> None:
     torch.testing.assert_close(compiled(**inputs)[keep], expected[keep], rtol=1e-4, atol=1e-5)
 
 
+def test_a_mask_that_transformers_builds_only_where_it_is_captured_reaches_the_kernel() -> None:
+    transformers = pytest.importorskip("transformers")
+    from kpt.compiling import CompiledForward
+
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=72, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=9, num_key_value_heads=3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (1, 20)), "use_cache": False}
+    attention = ops.recognise(model, [Call((), inputs)]).of("attention")
+    assert len(attention) == 2
+    for site in attention:
+        (masked,) = site.others
+        assert "mask" not in site.binding.arguments and "is_causal" in site.binding.arguments
+        assert "mask" in masked.binding.arguments and masked.name == site.name
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for site in attention:
+            ops.install(model, site, ops.reference("attention"))
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = CompiledForward(model.forward, backend=keep)
+        torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert not any("scaled_dot_product" in name for name in called)
+    compiled.dispose()
+
+
 def test_the_soft_cap_that_gemma2_passes_but_sdpa_ignores() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Gemma2Config(
@@ -272,6 +305,7 @@ def test_attention_interfaces_with_extras() -> None:
     without = sites(Interface("ignoring"), *heads)["TABLE[]"]
     assert with_cap.binding.arguments["softcap"] == "softcap" and "softcap" not in without.binding.arguments
     assert without.binding.arguments["scale"] == "scaling"
+    assert not with_cap.others and not without.others  # neither heeds a mask
 
 
 TABLE: dict[str, Any] = {}

@@ -50,7 +50,9 @@ def bind_function(module: torch.nn.Module, site: Site, kernel: Callable[..., Any
     original = site.original
     if original is None:
         raise ValueError(f"{site.name} is not the site of a function or call")
-    replacement = site.binding.function(kernel, original, module)
+    replacement = original
+    for served in (*reversed(site.others), site):
+        replacement = served.binding.function(kernel, replacement, module)
     bound = getattr(module, site.attribute)
     function = getattr(bound, "__func__", None)
     if function is None or bound.__self__ is not module:

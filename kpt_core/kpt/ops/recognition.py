@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,10 +114,29 @@ class _Work:
             reason = outcome.reason
             if outcome.hypothesis is not None:
                 if self.mode in outcome.modes:
-                    self.sites.append(self._site(captured, kind, outcome))
+                    site = self._site(captured, kind, outcome)
+                    self.sites.append(replace(site, others=tuple(self._others(captured, site))))
                     return
                 reason = f"it is {outcome.hypothesis.op} in evaluation mode only"
         self.left_alone.append((name, reason))
+
+    def _others(self, captured: Captured, site: Site) -> Iterator[Site]:
+        """``site`` for calls that no example shows, where a recogniser knows of some and they are proved."""
+        for recogniser in self.recognisers if site.kind != "module" else ():
+            find = getattr(recogniser, "unseen", None)
+            unseen = find(captured.module, captured) if find is not None else None
+            if unseen is None:
+                continue
+            hypotheses = [h for h in self._hypotheses(unseen, site.kind) if h.op == site.op]
+            if not hypotheses:
+                continue
+            try:
+                outcome = self._outcome(unseen, hypotheses)
+            except OutOfTime:
+                self.unfinished += 1
+                continue
+            if outcome.hypothesis is not None and self.mode in outcome.modes:
+                yield self._site(unseen, site.kind, outcome)
 
     def _hypotheses(self, captured: Captured, kind: str) -> list[Hypothesis]:
         found: list[Hypothesis] = []

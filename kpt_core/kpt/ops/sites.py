@@ -253,7 +253,8 @@ class Site:
     this module's ``attribute`` calls, by the name ``callee``), ``"call"`` (a named torch call or an
     entry of a function table) or ``"graph"`` (``nodes`` of a captured graph, from ``inputs`` to
     ``outputs``). ``modes`` and ``dtypes`` are those it was proved for, ``examples`` what it saw when
-    the model ran.
+    the model ran. ``others`` are the same place for calls that the examples do not show, each with a
+    proof and a binding of its own; they serve what the site's own binding does not.
     """
 
     op: str
@@ -271,6 +272,7 @@ class Site:
     nodes: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    others: tuple[Site, ...] = ()
 
     @property
     def name(self) -> str:
@@ -312,7 +314,8 @@ class Site:
 
     def at(self, root: torch.nn.Module) -> Site:
         """The same site in another copy of the model."""
-        return replace(self, module=root.get_submodule(self.path))
+        others = tuple(other.at(root) for other in self.others)
+        return replace(self, module=root.get_submodule(self.path), others=others)
 
     def changed(self) -> str | None:
         """Why the proof no longer covers the module, or None while it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from torch import nn
 
 import kpt
+from kpt import ops
 from kpt.compiling import CompiledForward
+from kpt.judge.calls import Call
+from kpt.kernels import KernelBehaviour, supported
 from kpt.ops.references.attention import attention as reference
+from kpt.ops.sites import Site
 from kpt.testing import KernelSuite
 from kpt_plugin_cpu import inductor, native_attention, plugin
 from kpt_plugin_cpu.native_attention import attention
@@ -232,3 +237,43 @@ def test_it_is_offered_and_judged_like_any_other_kernel():
     x = calls[0]
     torch.testing.assert_close(optimised(*x), Attends.forward(model, *x))
     kpt.restore(optimised)
+
+
+@torch.no_grad()
+def test_it_serves_grouped_queries_where_a_compiler_sees_a_mask_that_the_examples_have_not():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=576, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=9, num_key_value_heads=3, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    call = Call((), {"input_ids": torch.randint(0, 64, (1, 40))})
+    sites, reason = supported(SPEC, ops.recognise(model, [call]).sites, "inference")
+    assert len(sites) == 2, reason
+    expected = model(**call.kwargs).logits
+    for compiler in (None, "eager"):
+        behaviour = KernelBehaviour(SPEC, tuple(sites))
+        undo = behaviour.apply(model, behaviour.propose(None, None)[0])
+        forward = CompiledForward(model.forward, backend=compiler) if compiler else model
+        with torch.profiler.profile() as profile:
+            found = forward(**call.kwargs).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert behaviour.verify_applied(model)
+        assert any(event.key == "kpt_cpu::attention" for event in profile.key_averages())
+        undo()
+
+
+def test_a_kernel_that_takes_no_masks_keeps_the_sites_without():
+    spec = replace(SPEC, supports=f"{__name__}:takes_no_mask")
+    bindings = [SimpleNamespace(arguments=dict.fromkeys(names)) for names in (("q",), ("q", "mask"))]
+    without, masked = (
+        Site("attention", "", "call", nn.Identity(), binding, dtypes=("float32",)) for binding in bindings
+    )
+    for given in (SPEC, spec):
+        (kept,), reason = supported(given, [replace(without, others=(masked,))], "inference")
+        assert reason is None and kept.binding is without.binding
+        assert len(kept.others) == (given is SPEC)
+
+
+def takes_no_mask(site: Site) -> str | None:
+    return "it has a mask" if "mask" in site.binding.arguments else None

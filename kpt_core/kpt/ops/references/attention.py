@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,6 +97,25 @@ class Attentions:
                         arguments = {"q": q, "k": k, "v": v, **masks, **scale, **softcap, **sinks}
                         for output in outputs:
                             yield Hypothesis("attention", arguments, result.format(output), conditions)
+
+    def unseen(self, module: torch.nn.Module, captured: Captured) -> Captured | None:
+        """The calls with a mask that no example has, as a compiler may see them.
+
+        A model leaves the mask out where a flag says as much, and builds it where it may not look at
+        values or at how it is run: transformers does so whenever dynamo captures it.
+        """
+        masks = [name for name in captured.names if "mask" in name]
+        if len(masks) != 1 or not isinstance(captured.function, types.FunctionType):
+            return None
+        calls = []
+        for call in captured.calls:
+            four = [value for value in call.values() if isinstance(value, Seen) and len(value.shape) == 4]
+            if call.get(masks[0]) is not None or len(four) != 3:
+                return None
+            (batch, _, length, _), keys, device = four[0].shape, four[1].shape[2], four[0].device
+            mask = torch.ones(length, keys, dtype=torch.bool).tril().expand(batch, 1, length, keys)
+            calls.append({**call, masks[0]: Seen.of(mask.to(device))})
+        return replace(captured, calls=calls)
 
 
 def _first(value: object) -> object:
