@@ -79,6 +79,38 @@ def test_other_inputs_run_the_original_forward_and_are_counted(change, reason):
     assert reason in found
 
 
+class Summing(torch.nn.Module):
+    """A forward whose result depends on what kind of container it is given, and on one that is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, more: object = None):
+        y = self.net(x)
+        return (y, more) if more is not None and isinstance(more, (list, dict)) else y
+
+
+@pytest.mark.parametrize("given", [[], {}, {"a": []}])
+def test_an_empty_container_is_no_argument_left_out(given):
+    model, example = Summing().eval(), torch.randn(32, 16)
+    optimized(model, example, plugins=PLUGINS)
+    with torch.no_grad():
+        assert isinstance(model(example, more=given), tuple)
+    assert fast_calls(model) == 0
+    assert fallbacks(model) == {"argument 'more' is of another structure than proven": 1}
+
+
+def test_a_list_is_no_tuple():
+    model, example = Summing().eval(), torch.randn(32, 16)
+    optimized(model, (example, (torch.ones(2),)), plugins=PLUGINS)
+    with torch.no_grad():
+        assert isinstance(model(example, (torch.ones(2),)), torch.Tensor)
+        assert isinstance(model(example, [torch.ones(2)]), tuple)
+    assert fast_calls(model) == 1
+    assert fallbacks(model) == {"argument 'more' is of another structure than proven": 1}
+
+
 def test_declared_sizes_are_served():
     model, _ = ready(dynamic_shapes={"x": {0: "batch"}})
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -12,6 +12,10 @@ from kpt.judge.layouts import layout_of
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
     from kpt.judge.draws import InputSpec
+
+
+#: The leaves by name, and the structure of each argument.
+_Form: TypeAlias = "tuple[list[tuple[str, Any]], dict[str, Any]]"
 
 
 class InputGuard:
@@ -30,6 +34,8 @@ class InputGuard:
             name: (dim.low, dim.high if dim.declared else None) for name, dim in spec.dimensions.items()
         }
         self.forms = [self._form(call.args, call.kwargs) for call in calls]
+        #: By example, the arguments passed by name that hold no data.
+        self.constants = [{n: v for n, v in call.kwargs.items() if tree.is_atom(v)} for call in calls]
 
     def misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why the call is outside of what was proven, or None."""
@@ -40,13 +46,19 @@ class InputGuard:
         # The example that comes closest explains best: structural reasons sort before sizes.
         return min(reasons, key=lambda reason: reason[0])[1] if reasons else "no example inputs"  # type: ignore[index]
 
-    def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    def _form(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Form:
+        named = dict(sorted(kwargs.items()))
         positional = [(("args", *path), leaf) for path, leaf in tree.walk(args)]
-        by_keyword = [(("kwargs", *path), leaf) for path, leaf in tree.walk(dict(sorted(kwargs.items())))]
-        return [(self.spec.name_of(path), _describe(leaf)) for path, leaf in (*positional, *by_keyword)]
+        by_keyword = [(("kwargs", *path), leaf) for path, leaf in tree.walk(named)]
+        leaves = [(self.spec.name_of(path), _describe(leaf)) for path, leaf in (*positional, *by_keyword)]
+        paths = (
+            *((("args", i), v) for i, v in enumerate(args)),
+            *((("kwargs", k), v) for k, v in named.items()),
+        )
+        return leaves, {self.spec.name_of(path): tree.structure(value) for path, value in paths}
 
-    def _difference(self, form: Any, known: Any) -> tuple[int, str] | None:
-        leaves, known_leaves = form, known
+    def _difference(self, form: _Form, known: _Form) -> tuple[int, str] | None:
+        (leaves, containers), (known_leaves, known_containers) = form, known
         names, known_names = [n for n, _ in leaves], [n for n, _ in known_leaves]
         if names != known_names:
             return 3, f"the arguments differ: got {', '.join(names)}; proven for {', '.join(known_names)}"
@@ -83,6 +95,10 @@ class InputGuard:
                 return 2, f"{name!r} has the strides {list(got.strides)}; proven for {list(want.strides)}"
             if self.training and got.requires_grad and not want.requires_grad:
                 return 2, f"{name!r} requires a gradient; proven without"
+        # A list and a tuple of the same tensors have the same leaves, and one that is empty has none.
+        for name in (*containers, *known_containers):
+            if containers.get(name) != known_containers.get(name):
+                return 3, f"argument {name!r} is of another structure than proven"
         return None
 
 

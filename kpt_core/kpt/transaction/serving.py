@@ -19,7 +19,7 @@ from kpt.transaction.ambient import ambient_state, transformed
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
-from kpt.transaction.signature import Canonical
+from kpt.transaction.signature import Canonical, constant_defaults, defaults_in
 
 if TYPE_CHECKING:
     from kpt.compiling import CompiledForward
@@ -100,6 +100,12 @@ class Plan:
         self._misses = misses if misses is not None else dict[str, int]
         self._missed_before = self._misses()
         self._canonical = Canonical(self.original(model))
+        self._defaults = constant_defaults(self.original(model))
+        #: The defaults that examples passed, in each way that some example did it.
+        self._passed: list[dict[str, Any]] = []
+        for constants in inputs.constants:
+            if (passed := defaults_in(constants, self._defaults)) not in self._passed:
+                self._passed.append(passed)
         self._known: dict[Any, str | None] = {}
         self._ambient = ambient or ambient_state()
         self._flags = (bool(self._ambient[0]), self._ambient[1])
@@ -159,7 +165,11 @@ class Plan:
                 if args:
                     args, kwargs = self._canonical(args, kwargs)
                 key, reason = self._miss(args, kwargs)
-                reason = reason or self.watch.stale(grad)
+                if reason is None:
+                    reason = self.watch.stale(grad)
+                elif self._defaults:
+                    args, kwargs, key, reason = self._as_proven(args, kwargs, reason)
+                    reason = reason or self.watch.stale(grad)
                 if self._writes_inputs and reason is None and _share_memory((*args, *kwargs.values())):
                     reason = "the forward writes to an input that shares memory with another"
         if reason is not None:
@@ -254,6 +264,27 @@ class Plan:
             self._known.clear()
         self._known[hashed] = reason
         return hashed, reason
+
+    def _as_proven(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any, str | None]:
+        """A call that no example is like, with defaults passed and left out as in an example that it is like.
+
+        Returns the call, its key, and why it is outside of what was proven: a call that is like no example
+        comes back as it is, with the reason that is left once defaults make no difference.
+        """
+        same = defaults_in(kwargs, self._defaults)
+        bare = {name: value for name, value in kwargs.items() if name not in same}
+        misfits: list[str] = []
+        for passed in self._passed:
+            form = {**passed, **bare}
+            if form.keys() == kwargs.keys():
+                continue
+            key, misfit = self._miss(args, form)
+            if misfit is None:
+                return args, form, key, None
+            misfits.append(misfit)
+        return args, kwargs, None, misfits[0] if same and misfits else reason
 
     def _ambient_reason(self) -> str:
         if _function_modes() or _dispatch_modes():
