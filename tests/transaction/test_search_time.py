@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kpt.judge.clock import Timing
+from kpt.specs import Phase, Variant
 from kpt.transaction.budget import Budget
-from kpt.transaction.plan import Plan, Proposals
+from kpt.transaction.plan import Candidate, Plan, Proposals
 from kpt.transaction.search import Search
 from kpt.transaction.trial import Outcome
 
@@ -41,3 +43,41 @@ def test_a_trial_that_was_wrong_says_nothing_of_the_commit() -> None:
     search = Search(trials, Proposals(), Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
     search._keep_for_commit(Outcome(Plan(), rule="value", setup_seconds=1.0, seconds=90.0))
     assert search._time_for(89.0)
+
+
+def _candidate(name: str, phase: Phase, setup: float) -> Candidate:
+    variant = Variant(name, predicted_gain=1.5, setup_seconds=setup)
+    return Candidate(variant, phase, "test", name, make=lambda: None)
+
+
+class _Stopping(_Trials):
+    """Compilers never come back; whatever else is tried is faster."""
+
+    def run(self, plan: Plan, **options: Any) -> Outcome:
+        if any(step.phase == "compile" for step in plan.steps):
+            self.now += 20.0
+            return Outcome(plan, rule="deadline", reason="stopped", seconds=20.0)
+        self.now += 1.0
+        return Outcome(plan, timing=FASTER, seconds=1.0, applied=_Applied())  # type: ignore[arg-type]
+
+
+class _Applied:
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("setup", [5.0, 10.0])
+def test_a_compiler_that_was_stopped_says_nothing_of_the_shapes_beside_it(setup: float) -> None:
+    """They announced its set-up, which without it they do not have."""
+    shapes, other = _candidate("shapes", "shapes", 10.0), _candidate("other", "compile", 10.0)
+    compiler = _candidate("compiler", "compile", setup)
+    trials = _Stopping()
+    offered = Proposals([shapes, compiler, other] if setup < 10.0 else [shapes, other, compiler])
+    search = Search(trials, offered, Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    trials.observation = SimpleNamespace(deterministic=False)  # type: ignore[attr-defined]
+    found = search.run()
+    assert found.best is not None and found.best.plan.steps == (shapes,)
+    assert {entry.name: entry.rule for entry in found.rejected} == {
+        "compiler": "deadline",
+        "other": "deadline",
+    }

@@ -174,11 +174,11 @@ class Search:
             if not any(step.variant.setup_seconds for step in plan.steps):
                 self._wrong_plans.add(plan.key)
                 return False  # nobody announced to be slow: they are tried one by one
-            slowest = max(plan.steps, key=lambda step: step.variant.setup_seconds)
+            slowest = max(plan.steps, key=_own_setup)
             self._reject_outcome(slowest, outcome)
             # What announces as long a set-up would take the rest of the budget the same way.
             for other in self._candidates():
-                if other.variant.setup_seconds >= slowest.variant.setup_seconds:
+                if _own_setup(other) >= _own_setup(slowest):
                     reason = f"not tried: {slowest.name}, with no longer a set-up, was stopped"
                     self._reject(other, "deadline", reason)
             return True
@@ -368,6 +368,15 @@ class Search:
         self.found.rejected.append(
             Entry(candidate.name, candidate.phase, candidate.plugin, rule, reason, gain, dict(figures or {}))
         )
+
+
+def _own_setup(candidate: Candidate) -> tuple[bool, float]:
+    """By whose set-up a stack was slow: longest last.
+
+    Other shapes have none of their own: what they announce is that a compiler beside them is set up twice.
+    """
+    seconds = candidate.variant.setup_seconds
+    return seconds > 0.0 and candidate.phase != "shapes", seconds
 
 
 def _ratio(outcome: Outcome) -> float:
