@@ -76,6 +76,20 @@ def test_a_default_that_is_passed_is_served(passed):
     assert fast_calls(model) == 3 and not fallbacks(model)
 
 
+def test_what_is_remembered_of_one_call_serves_its_like_only():
+    x = torch.randn(32, 16)
+    model = ready([{"x": x}, {"x": x, "mask": torch.ones(4)}])
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x, flag=True), Optional().eval()(x))
+            assert torch.equal(model(x, torch.zeros(4), flag=True), torch.zeros(32, 4))
+            assert isinstance(model(x, flag=False), tuple)
+        assert fast_calls(model) == 6 and sum(fallbacks(model).values()) == 3
+        model(x[:7], flag=True)
+        model.net.slow.weight.data = torch.ones(16)
+        assert torch.equal(model(x, flag=True), Optional.forward(model, x))
+
+
 def test_a_default_that_is_passed_by_position_is_served():
     x = torch.randn(32, 16)
     model = ready(x)

@@ -107,6 +107,8 @@ class Plan:
             if (passed := defaults_in(constants, self._defaults)) not in self._passed:
                 self._passed.append(passed)
         self._known: dict[Any, str | None] = {}
+        #: By the key of a call unlike an example in defaults: what to leave out, what to pass, the key then.
+        self._served_as: dict[Any, tuple[frozenset[str], dict[str, Any], Any]] = {}
         self._ambient = ambient or ambient_state()
         self._flags = (bool(self._ambient[0]), self._ambient[1])
         self._parameters = tuple(model.parameters())
@@ -168,7 +170,7 @@ class Plan:
                 if reason is None:
                     reason = self.watch.stale(grad)
                 elif self._defaults:
-                    args, kwargs, key, reason = self._as_proven(args, kwargs, reason)
+                    args, kwargs, key, reason = self._as_proven(args, kwargs, key, reason)
                     reason = reason or self.watch.stale(grad)
                 if self._writes_inputs and reason is None and _share_memory((*args, *kwargs.values())):
                     reason = "the forward writes to an input that shares memory with another"
@@ -266,25 +268,35 @@ class Plan:
         return hashed, reason
 
     def _as_proven(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, reason: str
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any, str | None]:
         """A call that no example is like, with defaults passed and left out as in an example that it is like.
 
         Returns the call, its key, and why it is outside of what was proven: a call that is like no example
         comes back as it is, with the reason that is left once defaults make no difference.
         """
+        known = self._served_as.get(key)
+        if known is not None:
+            omitted, passed, proven = known
+            kept = {name: value for name, value in kwargs.items() if name not in omitted}
+            return args, {**passed, **kept}, proven, None
         same = defaults_in(kwargs, self._defaults)
-        bare = {name: value for name, value in kwargs.items() if name not in same}
+        kept = {name: value for name, value in kwargs.items() if name not in same}
         misfits: list[str] = []
         for passed in self._passed:
-            form = {**passed, **bare}
+            form = {**passed, **kept}
             if form.keys() == kwargs.keys():
                 continue
-            key, misfit = self._miss(args, form)
+            proven, misfit = self._miss(args, form)
             if misfit is None:
-                return args, form, key, None
+                # Keys of 0.0 and -0.0 are equal, and what a guard knows no key of has none.
+                if key is not None and not any(isinstance(value, float) for value in same.values()):
+                    if len(self._served_as) >= _MAX_KEYS:
+                        self._served_as.clear()
+                    self._served_as[key] = (frozenset(same), passed, proven)
+                return args, form, proven, None
             misfits.append(misfit)
-        return args, kwargs, None, misfits[0] if same and misfits else reason
+        return args, kwargs, key, misfits[0] if same and misfits else reason
 
     def _ambient_reason(self) -> str:
         if _function_modes() or _dispatch_modes():
