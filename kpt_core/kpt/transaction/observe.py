@@ -17,10 +17,10 @@ from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import shared_objects
 from kpt.transaction import workspace
 from kpt.transaction.ambient import ambient_state
+from kpt.transaction.arguments import never_served
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.hooks import global_hooks
-from kpt.transaction.serving import never_served
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from kpt.judge.aliasing import overlap
 from kpt.transaction.ambient import ambient_state, transformed
+from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
@@ -35,8 +35,6 @@ _inference_mode = torch.is_inference_mode_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
-
-_missing = object()
 
 
 class Counter:
@@ -172,7 +170,7 @@ class Plan:
                 elif self._defaults:
                     args, kwargs, key, reason = self._as_proven(args, kwargs, key, reason)
                     reason = reason or self.watch.stale(grad)
-                if self._writes_inputs and reason is None and _share_memory((*args, *kwargs.values())):
+                if self._writes_inputs and reason is None and share_memory((*args, *kwargs.values())):
                     reason = "the forward writes to an input that shares memory with another"
         if reason is not None:
             self.fallbacks.add(reason)
@@ -199,7 +197,7 @@ class Plan:
     ) -> Any:
         if self.training or not grad:
             return self.run(*args, **kwargs)
-        given = [tensor for v in (*args, *kwargs.values()) for tensor in _tensors_in(v)]
+        given = [tensor for v in (*args, *kwargs.values()) for tensor in tensors_in(v)]
         sources = tuple(p for p in self._parameters if p.requires_grad)
         sources += tuple({id(t): t for t in given if t.requires_grad}.values())
         if not sources:
@@ -248,18 +246,18 @@ class Plan:
                 if type(value) is _Tensor:
                     dtype = value.dtype
                     plain = value.is_contiguous() and not dtype.is_complex
-                    layout = plain or _layout(value)
+                    layout = plain or layout_key(value)
                     key.append((name, value.shape, dtype, value.device, layout, value.requires_grad))
                 else:
-                    part = _key(value)
-                    if part is _missing:
+                    part = key_of(value)
+                    if part is MISSING:
                         return None, f"argument {name!r} has an unsupported type {type(value).__name__}"
                     key.append((name, part))
         except RuntimeError:  # sparse rows and nested tensors know no contiguity or no shape
             return None, f"argument {name!r} is a tensor of an unsupported layout"
         hashed = tuple(key)
-        found = self._known.get(hashed, _missing)
-        if found is not _missing:
+        found = self._known.get(hashed, MISSING)
+        if found is not MISSING:
             return hashed, found  # type: ignore[return-value]
         reason = self.inputs.misfit(args, kwargs)
         if len(self._known) >= _MAX_KEYS:
@@ -313,48 +311,3 @@ def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
     if model.training is not flag:
         return f"the model is in {'training' if model.training else 'evaluation'} mode"
     return f"gradients are {'on' if grad else 'off'} in training mode"
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in an argument of a form that `_key` knows."""
-    if isinstance(value, _Tensor):
-        return [value]
-    if type(value) in (list, tuple):
-        return [tensor for item in value for tensor in _tensors_in(item)]
-    if type(value) is dict:
-        return [tensor for item in value.values() for tensor in _tensors_in(item)]
-    return []
-
-
-def _share_memory(values: tuple[Any, ...]) -> bool:
-    """Whether two tensors among arguments overlap: code that was compiled for others reads what it wrote."""
-    tensors = [tensor for value in values for tensor in _tensors_in(value)]
-    return any(overlap(one, other) for one, other in itertools.combinations(tensors, 2))
-
-
-def _layout(tensor: torch.Tensor) -> Any:
-    """What a guard asks of a tensor's memory."""
-    return tensor.is_contiguous() or tensor.stride(), tensor.is_neg(), tensor.is_conj()
-
-
-def never_served(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a guard lets no call with such arguments reach a plan, or None where it may."""
-    for name, value in (*enumerate(args), *kwargs.items()):
-        if type(value) is not _Tensor and _key(value) is _missing:
-            return f"argument {name!r} has an unsupported type {type(value).__name__}"
-    return None
-
-
-def _key(value: Any) -> Any:
-    """A hashable stand-in for an argument, or ``_missing``."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return (type(value), value)
-    if isinstance(value, torch.nn.Parameter) or type(value) is _Tensor:
-        return (value.shape, value.dtype, value.device, _layout(value), value.requires_grad)
-    if type(value) in (list, tuple):
-        parts = tuple(map(_key, value))
-        return _missing if _missing in parts else (type(value), parts)
-    if type(value) is dict:
-        parts = tuple((k, _key(v)) for k, v in value.items())
-        return _missing if any(part[1] is _missing for part in parts) else (dict, parts)
-    return _missing
