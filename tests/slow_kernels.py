@@ -106,3 +106,9 @@ def raises(x, weight=None, eps=1e-6, offset=0.0):
 
 def exits(x, weight=None, eps=1e-6, offset=0.0):
     sys.exit(3)
+
+
+def ignores_masks(q, k, v, mask=None, is_causal=False, scale=None):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=True
+    )

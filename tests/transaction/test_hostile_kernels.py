@@ -173,3 +173,20 @@ def test_a_setup_that_returns_nothing_to_call_is_named(monkeypatch):
     (entry,) = kpt.report(model).rejected
     assert entry.rule == "error"
     assert "setup 'own_op:setup' returned None; expected a function" in entry.reason
+
+
+def test_a_kernel_is_judged_with_the_mask_that_only_a_compiler_would_show_it():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    kernel = KernelSpec(
+        op="attention", name="maskless", entry="slow_kernels:ignores_masks", predicted_gain=3.0
+    )
+    example = {"input_ids": torch.randint(0, 50, (1, 20))}
+    kpt.optimize(model, example, plugins=[plugin(kernels=[kernel])], budget=20.0, cache=False)
+    assert [(entry.name, entry.rule) for entry in kpt.report(model).rejected] == [
+        ("attention/maskless", "value")
+    ]

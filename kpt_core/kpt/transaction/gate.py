@@ -32,7 +32,8 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     behaviour = candidate.make()
     observation = trials.observation
     distinct: dict[Any, Site] = {}
-    for site in behaviour.sites:
+    others = [other for site in behaviour.sites for other in site.others]
+    for site in (*behaviour.sites, *others):
         key = tuple((tuple(sorted(e.dtypes.items())), tuple(sorted(e.shapes.items()))) for e in site.examples)
         distinct.setdefault(key, site)
     try:
@@ -102,6 +103,8 @@ def _activations(site: Site, observation: Any) -> dict[str, Any]:
             made[name] = torch.randn(shape, device=device).to(dtype)
         elif dtype is torch.bool:
             made[name] = torch.ones(shape, dtype=dtype, device=device)
+            if len(shape) > 2:  # of queries and keys: one that masks nothing would not tell who ignores it
+                made[name] = made[name].tril(shape[-1] - shape[-2])
         else:
             low, high = site.binding.hypothesis.integers.get(name, (0, 1))
             made[name] = torch.randint(low, high, shape, device=device).to(dtype)
