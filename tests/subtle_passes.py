@@ -121,6 +121,12 @@ class NoisySlow(_Around):
         return self.slow(x) + torch.randn_like(x)
 
 
+class Masked(_Around):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        result = self.slow(x) * scale
+        return result if mask is None else result * mask
+
+
 class PythonsNoise(_Around):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.slow(x) * random.random() + float(numpy.random.rand())

@@ -310,6 +310,16 @@ def test_results_that_are_remembered_by_tensor_are_a_replay():
     assert "same tensors with new values" in kpt.report(model).rejected[0].reason
 
 
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0)])
+def test_calls_that_differ_in_more_than_values_are_not_mixed(scale):
+    x = torch.randn(32, 16)
+    masks = (None, torch.rand(16))
+    calls = [{"x": x + n, "mask": masks[n], "scale": scale[n]} for n in range(2)]
+    model = subtle.Masked().eval()
+    kpt.optimize(model, calls, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    assert kpt.report(model).optimized, [entry.reason for entry in kpt.report(model).rejected]
+
+
 @pytest.mark.parametrize(
     ("offered", "rule", "text"),
     [

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
 
 _STOPS = (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError)
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,9 @@ class Judgement:
         """
         given = first.expected.call.clone()
         mine, new = given.leaves(), second.expected.call.leaves()
-        pairs = [
-            (old, other)
-            for (_, old), (_, other) in zip(mine, new)
-            if isinstance(old, torch.Tensor) and isinstance(other, torch.Tensor)
-        ]
-        if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_refillable, pairs)):
+        both = [(old, other) for (_, old), (_, other) in zip(mine, new)]
+        pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]
+        if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_alike, both)):
             return passed()
         self._one(applied, first, given)
         with torch.no_grad():
@@ -234,8 +232,11 @@ class Judgement:
         return verdict, mine.output
 
 
-def _refillable(pair: tuple[torch.Tensor, torch.Tensor]) -> bool:
+def _alike(pair: tuple[Any, Any]) -> bool:
+    """Whether the calls differ in the values of a tensor at most here: else both are judged apart."""
     old, new = pair
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return old is new or (type(old) is type(new) and isinstance(old, _CONSTANTS) and old == new)
     return (
         old.shape == new.shape
         and old.dtype == new.dtype
