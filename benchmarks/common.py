@@ -23,6 +23,9 @@ for folder in ("examples", "tests"):
 
 VERSIONS_OF = ("kpt-core", "kpt-plugin-cpu", "torch", "transformers", "onnxruntime", "openvino", "torchao")
 
+#: What tells two processors of one name apart: a hypervisor often hides the rest of the name.
+GENERATION = (("family", "cpu family"), ("model", "model"))
+
 
 def machine() -> dict[str, Any]:
     """The processor, what of it this process may use, and the memory."""
@@ -34,9 +37,11 @@ def machine() -> dict[str, Any]:
             facts[key.strip()] = value.strip()
     telling = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
     flags = facts.get("flags", "").split()
+    name = facts.get("model name", platform.processor() or platform.machine())
+    generation = ", ".join(f"{part} {facts[key]}" for part, key in GENERATION if key in facts)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "processor": facts.get("model name", platform.processor() or platform.machine()),
+        "processor": f"{name} ({generation})" if generation else name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": [flag for flag in telling if flag in flags],
         "memory_gib": round(memory / 2**30, 1),
@@ -92,13 +97,16 @@ def with_todays(
 ) -> dict[str, Any]:
     """``records`` and those that today's result file already holds, so that a long run can be done in parts.
 
-    Records of a run with other settings are left out. Each record names the commit it was measured on.
+    Records of another machine or of a run with other settings are left out. Each record names the commit it
+    was measured on.
     """
     path = folder / f"{name}-{today()}.json"
     if not path.exists():
         return dict(records)
     before = json.loads(path.read_text(encoding="utf-8"))
-    if before["settings"] != rounded(settings):
+    here = rounded(machine())
+    same_machine = all(before["machine"].get(key) == value for key, value in here.items())
+    if before["settings"] != rounded(settings) or not same_machine:
         return dict(records)
     return {**before[part], **records}
 

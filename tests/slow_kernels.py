@@ -46,6 +46,10 @@ def contiguous_only(x, weight=None, eps=1e-6, offset=0.0):
     return right(flat, weight, eps, offset)
 
 
+def contiguous_only_when_wide(x, weight=None, eps=1e-6, offset=0.0):
+    return (contiguous_only if x.shape[-1] >= 40 else right)(x, weight, eps, offset)
+
+
 def even_rows_only(x, weight=None, eps=1e-6, offset=0.0):
     rows = x.reshape(-1, x.shape[-1])
     done = right(rows, weight, eps, offset)
@@ -98,6 +102,18 @@ class NormNet(torch.nn.Module):
 
     def forward(self, x):
         return self.last(self.batch(self.norm(self.first(x))))
+
+
+class FiveWidths(torch.nn.Module):
+    """Norms of five sizes, the widest of which comes last and alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (16, 16, 24, 24, 32, 32, 36, 36, 40)
+        self.norms = torch.nn.ModuleList(slow_models.SlowNorm(width) for width in widths)
+
+    def forward(self, x):
+        return torch.cat([norm(x[:, : norm.weight.numel()]) for norm in self.norms], dim=-1)
 
 
 def raises(x, weight=None, eps=1e-6, offset=0.0):

@@ -60,7 +60,7 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
             Variant(
                 name=f"{self.spec.op}/{self.spec.name}",
                 params={"regions": names},
-                predicted_gain=self.spec.predicted_gain,
+                predicted_gain=kernels.predicted(self.spec, observation, hardware, self.sites),
                 setup_seconds=self.seconds,
                 reproducible=self.spec.reproducible,
             )
@@ -213,7 +213,7 @@ def _offer(
     for candidate in modules:
         if candidate.phase == "kernels" and _inside(sites, candidate.variant.sites):
             conflicts.update(candidate.provides)
-    for variant in make().propose(observation, observation.hardware):
+    for variant in kernels.variants_of(make(), observation, registered, proposals):
         proposals.offer(
             variant=variant,
             phase="kernels",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class KernelBehaviour:
             Variant(
                 name=f"{self.spec.op}/{self.spec.name}",
                 params={"sites": list(paths)},
-                predicted_gain=self.spec.predicted_gain,
+                predicted_gain=predicted(self.spec, observation, hardware, self.sites),
                 sites=paths,
                 derives=self.spec.holds_weights,
                 reproducible=self.spec.reproducible,
@@ -207,7 +208,7 @@ def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
             proposals.skip(name, registered.plugin, "kernels", reason or "")
             continue
         make = functools.partial(KernelBehaviour, spec, tuple(sites), registry=registry)
-        for variant in make().propose(observation, observation.hardware):
+        for variant in variants_of(make(), observation, registered, proposals):
             proposals.offer(
                 variant=variant,
                 phase="kernels",
@@ -220,6 +221,37 @@ def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
                 priority=spec.priority,
             )
     return siteless
+
+
+def predicted(spec: KernelSpec, observation: Any, hardware: Any, sites: tuple[Site, ...]) -> float:
+    """The gain that the kernel's ``predict`` expects on these sites, or the spec's own figure.
+
+    Raises:
+        PluginError: ``predict`` cannot be loaded, or returned something else than a positive number.
+    """
+    if spec.predict is None:
+        return spec.predicted_gain
+    gain = plugins.load(spec.predict)(observation, hardware, sites)
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0.0 < gain < math.inf:
+        raise plugins.PluginError(
+            f"The kernel's predict {spec.predict!r} returned {gain!r}; expected a ratio of latencies above 0."
+        )
+    return float(gain)
+
+
+def variants_of(
+    behaviour: KernelBehaviour, observation: Any, registered: Any, proposals: Any
+) -> list[Variant]:
+    """What ``behaviour`` offers; an exception in the plugin's ``predict`` is a skip with that reason."""
+    try:
+        return behaviour.propose(observation, observation.hardware)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a stranger's `predict` may raise anything; it loses this kernel only
+        raised = f"predict raised {type(error).__name__}: {error}"
+        reason = error.message if isinstance(error, plugins.PluginError) else raised
+        proposals.skip(f"{behaviour.spec.op}/{behaviour.spec.name}", registered.plugin, "kernels", reason)
+        return []
 
 
 def _unfit(spec: KernelSpec, observation: Any) -> str | None:

@@ -128,7 +128,9 @@ class KernelSpec:
     ``setup(site) -> callable`` which may pack weights once and returns the function to call
     instead of ``entry``; a kernel with a ``setup`` holds derived weights unless
     ``derives=False``. ``dtypes`` and ``hardware`` (device types or profile names) are empty for
-    "any". ``tuner`` names a `Tuner`, which several kernels may share; ``kpt bench --tune`` runs it.
+    "any". ``predict`` names ``predict(observation, hardware, sites) -> float``, the expected ratio latency
+    before / after where measured rates tell it; without one ``predicted_gain`` stands for every model.
+    ``tuner`` names a `Tuner`, which several kernels may share; ``kpt bench --tune`` runs it.
     """
 
     op: str
@@ -145,6 +147,7 @@ class KernelSpec:
     setup: str | None = None
     derives: bool | None = None
     tuner: str | None = None
+    predict: str | None = None
     predicted_gain: float = 1.05
     source: str = ""
 

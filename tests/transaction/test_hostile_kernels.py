@@ -62,6 +62,14 @@ def test_a_hostile_kernel_is_rejected_by_its_rule_and_leaves_no_trace(name, rule
     assert fingerprints.ours(model) == []
 
 
+def test_a_kernel_is_judged_on_every_kind_of_site_that_it_would_serve():
+    model = slow_kernels.FiveWidths().eval()
+    offer = offered("contiguous_only_when_wide")
+    kpt.optimize(model, torch.randn(64, 40), plugins=[offer], budget=60.0, cache=False)
+    (entry,) = kpt.report(model).rejected
+    assert entry.rule == "stride"
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_right_kernel_is_kept(training):
     model = optimized(norm_net(training), torch.randn(64, 16), plugins=[offered("right")])

@@ -18,6 +18,17 @@ def latest(folder: Path, benchmark: str) -> tuple[Path, dict[str, Any]] | None:
     return (files[-1], json.loads(files[-1].read_text(encoding="utf-8"))) if files else None
 
 
+def by_machine(folder: Path, benchmark: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest result file of ``benchmark`` on each machine, newest first."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(folder.glob(f"{benchmark}-[0-9]*.json"), reverse=True):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        machine = content["machine"]
+        key = json.dumps([machine[part] for part in ("processor", "cores", "threads", "instructions")])
+        found.setdefault(key, (path, content))
+    return list(found.values())
+
+
 def origin(path: Path, content: dict[str, Any]) -> str:
     """Where the figures come from: machine, versions, date, file."""
     machine, versions = content["machine"], content["versions"]
@@ -43,14 +54,17 @@ def page(folder: Path) -> str:
         "call; a contender that could not be set up stays in the table. Errors are relative to fp64. "
         "Run `make bench` for the figures of your own machine.",
     ]
-    models, families = latest(folder, "cpu_models"), latest(folder, "families")
-    if models:
-        parts += ["## Six models on the CPU", origin(*models)]
+    machines, families = by_machine(folder, "cpu_models"), latest(folder, "families")
+    for models in machines:
+        title = "Six models on the CPU"
+        if len(machines) > 1:
+            title += f": {models[1]['machine']['processor']}, {models[1]['date']}"
+        parts += [f"## {title}", origin(*models)]
         for record in models[1]["models"].values():
             parts += model_section(record)
     if families:
         parts += ["## Small models of many families", origin(*families), *family_section(families[1])]
-    if not models and not families:
+    if not machines and not families:
         parts.append(NOTHING_YET)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -76,6 +90,8 @@ def model_section(record: dict[str, Any]) -> list[str]:
         else:
             rows.append([shown, row["status"], "", "", "", row["reason"]])
     header = ["contender", "ratio to eager", "ms", "error", "set-up, s", "accepted, or why not"]
+    if "commit" in record:
+        parts.append(f"Commit {record['commit']}.")
     parts.append(table(header, rows))
     verdicts = {"ahead": "is ahead of", "level": "is level with", "behind": "is behind"}
     for level, row in record["standing"].items():

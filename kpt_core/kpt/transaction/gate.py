@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from kpt.transaction.plan import Candidate
     from kpt.transaction.trial import Trials
 
-#: Sites of one kernel that differ in what they saw are judged apart, up to this many.
-_MOST_SITES = 3
+#: Sites of one kernel that differ in what they saw are judged apart: this many in any case, those that serve
+#: most sites first,
+_LEAST_KINDS = 3
+#: and all others while this share of the budget lasts. The trial judges every site with the whole model.
+_SHARE = 0.05
 #: Elements of a weight above which the judge takes the model's own.
 _LARGE = 1 << 20
 #: Elements of the activations and weights together above which scales and layouts are tried on fewer rows:
@@ -31,20 +34,28 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     """Judge a kernel candidate on one site of each kind that it would serve."""
     behaviour = candidate.make()
     observation = trials.observation
-    distinct: dict[Any, Site] = {}
+    distinct: dict[Any, list[Site]] = {}
     others = [other for site in behaviour.sites for other in site.others]
     for site in (*behaviour.sites, *others):
         key = tuple((tuple(sorted(e.dtypes.items())), tuple(sorted(e.shapes.items()))) for e in site.examples)
-        distinct.setdefault(key, site)
+        distinct.setdefault(key, []).append(site)
+    kinds = sorted(distinct.values(), key=len, reverse=True)
+    enough = trials.budget.spent() + _SHARE * trials.budget.seconds
+    judged = 0
     try:
         with trials.untouched(), trials.budget.limit(0.2 * trials.budget.seconds):
-            for site in list(distinct.values())[:_MOST_SITES]:
+            for site, *_ in kinds:
+                if judged >= _LEAST_KINDS and trials.budget.spent() > enough:
+                    break
                 verdict = _judge_site(behaviour, site, observation)
                 if not verdict.passed:
                     return verdict
+                judged += 1
     except KeyboardInterrupt:
         raise
     except compiling.DeadlinePassed:
+        if judged >= _LEAST_KINDS:
+            return passed()
         return Verdict(False, "deadline", "judging the kernel alone took more than a fifth of the budget")
     except BaseException as error:  # noqa: BLE001 - a stranger's kernel may raise anything
         return rejected("error", f"{type(error).__name__}: {str(error)[:300]}")

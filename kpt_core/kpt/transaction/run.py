@@ -20,6 +20,7 @@ from kpt.transaction.budget import Budget, BudgetSpent
 from kpt.transaction.commit import Committed, commit
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
+from kpt.transaction.ledger import Found
 from kpt.transaction.observe import (
     Observation,
     Unsuitable,
@@ -32,7 +33,7 @@ from kpt.transaction.observe import (
 from kpt.transaction.plan import Proposals
 from kpt.transaction.propose import propose, rebuild
 from kpt.transaction.receipt import Entry, Receipt
-from kpt.transaction.search import Found, Search
+from kpt.transaction.search import Search
 from kpt.transaction.trial import Trials
 from kpt.transaction.workspace import WorkspaceError
 

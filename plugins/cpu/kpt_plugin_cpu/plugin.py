@@ -23,7 +23,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         setup="kpt_plugin_cpu.onednn:prepare",
         hardware=("cpu",),
         dtypes=("float32",),
-        predicted_gain=1.2,
+        predict="kpt_plugin_cpu.onednn:predict",
         source="oneDNN through torch.ops.mkldnn",
     )
     yield KernelSpec(

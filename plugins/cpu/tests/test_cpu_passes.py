@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from observing import PROFILE, applied, observe, relative, skips, variants
 
 from kpt.transaction.plan import Candidate, assemble
+from kpt_plugin_cpu import onednn
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.channels_last import ChannelsLast
 from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
@@ -214,6 +215,16 @@ def test_the_first_aggressive_stack_has_the_fastest_products_measured(mlp, int8,
     assert precision.source == first
     assert precision.variant.params.get("rest", "bfloat16") == "bfloat16"
     assert compiled.name == "inductor:frozen"
+
+
+def test_onednn_is_predicted_from_the_measured_rates(mlp):
+    share = 0.6  # of eager's time in products, at the measured 1e11 operations a second
+    observation = observe(mlp, torch.randn(2, 128), operations=share * 1e9, baseline_seconds=1e-2)
+    assert onednn.predict(observation, PROFILE, ()) == pytest.approx(1 / (share / 2 + 1 - share))
+    level = replace(PROFILE, matmul_rates={"float32": 1e11, "float32:onednn": 1e11})
+    assert onednn.predict(observation, level, ()) == pytest.approx(1.0)
+    unknown = replace(PROFILE, matmul_rates={})
+    assert 1.0 < onednn.predict(observation, unknown, ()) < 1.1
 
 
 # ---- layout ----------------------------------------------------------------------------------
