@@ -130,12 +130,12 @@ def family_section(content: dict[str, Any]) -> list[str]:
 
 
 def block(folder: Path) -> str:
-    """The short table for the README."""
-    models, families = latest(folder, "cpu_models"), latest(folder, "families")
+    """The short tables for the README: one for each machine, newest first."""
+    machines, families = by_machine(folder, "cpu_models"), latest(folder, "families")
     parts = []
-    if models:
+    for path, content in machines:
         rows = []
-        for record in models[1]["models"].values():
+        for record in content["models"].values():
             if "failed" in record:
                 rows.append([record["title"], record["failed"], "", "", ""])
                 continue
@@ -143,7 +143,7 @@ def block(folder: Path) -> str:
             peers = {n: r for n, r in record["contenders"].items() if not n.startswith("kpt") and speed(r)}
             best = max(peers, key=lambda name: speed(peers[name]))
             rows.append([record["title"], *cells, f"{speed(peers[best]):.2f}× {best}"])
-        parts += [table(["times faster than eager fp32", *LEVELS, "best peer"], rows), origin(*models)]
+        parts += [table(["times faster than eager fp32", *LEVELS, "best peer"], rows), origin(path, content)]
     if families:
         parts += family_section(families[1])[:1]
     return "\n\n".join(part.strip() for part in parts) if parts else NOTHING_YET
