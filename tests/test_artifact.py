@@ -578,3 +578,34 @@ def test_state_that_is_no_tensor_is_named_before_anything_is_written(tmp_path, m
         unoptimised(Extra(), tmp_path / "artifact")
     assert caught.value.code == "extra-state" and caught.value.hint
     assert not list(tmp_path.glob("*artifact*"))
+
+
+class Nested(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, batch: dict[str, torch.Tensor], scale: torch.Tensor | None = None) -> torch.Tensor:
+        return self.net(batch["x"]) if scale is None else self.net(batch["x"]) * scale
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"batch": {"x": {0: "rows", 1: None}}},
+        {"batch": {"x": {-2: torch.export.Dim.DYNAMIC}}},
+        {"batch": {"x": [("rows", 2, 64), 16]}},
+        {"batch": {"x": {0: torch.export.Dim("rows", min=2, max=64)}}, "scale": None},
+    ],
+)
+def test_every_form_of_declared_dimensions_is_saved(tmp_path: Path, declared: Any) -> None:
+    model = Nested().eval()
+    example = {"batch": {"x": torch.randn(8, 16)}}
+    kpt.optimize(model, example, plugins=[plugin(DirectScale)], budget=20, dynamic_shapes=declared)
+    assert kpt.report(model).optimized
+    again = load(kpt.save(model, tmp_path / "artifact"), model=Nested())
+    with torch.no_grad():
+        for rows in (3, 11):
+            call = {"x": torch.randn(rows, 16)}
+            assert torch.equal(again(call), model(call))
+    assert kpt.report(again).calls["optimized"] == 2

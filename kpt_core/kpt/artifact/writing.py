@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,8 +16,13 @@ from kpt.artifact import verification
 from kpt.artifact.building import how_to_build
 from kpt.artifact.folder import ArtifactError
 from kpt.artifact.tensors import untied
+from kpt.judge.draws import InputSpec
 from kpt.transaction import distributed
 from kpt.transaction.api import report, request_of
+from kpt.transaction.dispatch import original_forward
+
+if TYPE_CHECKING:
+    from kpt.transaction.run import Request
 
 
 def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] | None = None) -> Path:
@@ -62,7 +67,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
             "request": {
                 "level": request.level,
                 "objective": request.objective,
-                "dynamic_shapes": _plain_shapes(request.dynamic_shapes),
+                "dynamic_shapes": _plain_shapes(model, request),
             },
             "inputs": receipt.inputs,
             "verify": verify,
@@ -107,16 +112,16 @@ def _put(scratch: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _plain_shapes(shapes: Any) -> Any:
-    if not shapes:
+def _plain_shapes(model: torch.nn.Module, request: Request) -> dict[str, Any] | None:
+    """What was declared, in the one form that JSON holds whichever of its forms the user chose."""
+    if not request.dynamic_shapes or not request.examples:
         return None
-    return {
-        name: {str(axis): _plain_dimension(dim) for axis, dim in axes.items()}
-        for name, axes in shapes.items()
+    spec = InputSpec.from_calls(request.examples, request.dynamic_shapes, original_forward(model))
+    ranges = {
+        name: [name, dim.low, dim.high if dim.declared else None] for name, dim in spec.dimensions.items()
     }
-
-
-def _plain_dimension(dim: Any) -> Any:
-    if isinstance(dim, (str, list, tuple)):
-        return dim
-    return [dim.__name__, getattr(dim, "min", None), getattr(dim, "max", None)]
+    return {
+        leaf.name: {str(axis): ranges[name] for axis, name in leaf.dims.items()}
+        for leaf in spec.leaves
+        if leaf.dims
+    }
