@@ -153,6 +153,25 @@ def test_autocast_and_deterministic_mode_are_part_of_the_guard():
     }
 
 
+def test_a_default_device_is_part_of_the_guard_and_no_obstacle():
+    example = torch.randn(32, 16)
+    torch.set_default_device("cpu")
+    try:
+        model = optimized(net(), example, plugins=PLUGINS)
+        waiting = kpt.optimize(net(), plugins=PLUGINS, cache=False, budget=20)
+        with torch.no_grad():
+            assert torch.equal(model(example), net()(example))
+            waiting(example)
+            with torch.device("meta"):
+                model(example)
+    finally:
+        torch.set_default_device(None)
+    with torch.no_grad():
+        model(example)
+    assert fast_calls(model) == 1 and kpt.report(waiting).optimized
+    assert fallbacks(model) == {"the default device differs from when the model was optimised": 2}
+
+
 def test_a_model_optimised_under_autocast_is_served_under_autocast():
     model, example = net(), torch.randn(32, 16)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ import torch
 
 from kpt.judge.calls import Call
 from kpt.transaction import dispatch
-from kpt.transaction.ambient import transformed
+from kpt.transaction.ambient import default_devices, transformed
 from kpt.transaction.signature import Canonical
 
 #: Set while a run is under way: calls of other models that wait are answered and not observed.
@@ -73,7 +73,7 @@ def _unobservable() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_function_stack() > 0
+        or default_devices() is None
         or torch._C._len_torch_dispatch_stack() > 0
         or transformed()
         or torch._C._current_graph_task_id() != -1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from kpt.transaction.ambient import ambient_state, transformed
+from kpt.transaction.ambient import ambient_state, default_devices, transformed
 from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.hooks import global_hooks
@@ -109,6 +109,8 @@ class Plan:
         self._served_as: dict[Any, tuple[frozenset[str], dict[str, Any], Any]] = {}
         self._ambient = ambient or ambient_state()
         self._flags = (bool(self._ambient[0]), self._ambient[1])
+        self._devices: tuple[str, ...] | None = self._ambient[4]
+        self._function_modes = len(self._devices or ())
         self._parameters = tuple(model.parameters())
         self._modes = tuple((module, module.training) for module in model.modules())
         self.switched_off: str | None = None
@@ -152,11 +154,12 @@ class Plan:
                 reason = _mode_reason(model, self._flag, grad)
             elif (
                 (_any_autocast(), _deterministic()) != self._flags
-                or _function_modes()
+                or _function_modes() != self._function_modes
                 or _dispatch_modes()
                 or _transform() is not None
                 or forward_ad._current_level >= 0
                 or (self._flags[0] and ambient_state()[0] != self._ambient[0])
+                or (self._function_modes and default_devices() != self._devices)
             ):
                 reason = self._ambient_reason()
             elif global_hooks():
@@ -297,13 +300,15 @@ class Plan:
         return args, kwargs, key, misfits[0] if same and misfits else reason
 
     def _ambient_reason(self) -> str:
-        if _function_modes() or _dispatch_modes():
+        if default_devices() is None or _dispatch_modes():
             return "a torch function or dispatch mode is active"
         if transformed():
             return "a function transform (torch.func) or forward-mode differentiation is active"
         now, then = ambient_state(), self._ambient
         if now[0] != then[0]:
             return "autocast differs from when the model was optimised"
+        if now[4] != then[4]:
+            return "the default device differs from when the model was optimised"
         return "torch's deterministic mode differs from when the model was optimised"
 
 
