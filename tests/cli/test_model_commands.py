@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 
@@ -11,7 +12,8 @@ import torch
 
 import kpt
 from kpt.cli.contest import Entrant, by_name, contest, eager
-from kpt.cli.output import CommandError
+from kpt.cli.explain import _table
+from kpt.cli.output import CommandError, Output
 from kpt.judge.calls import Call
 from kpt.plugins import registry
 from kpt.transaction.receipt import Entry, Receipt
@@ -186,6 +188,15 @@ def test_explain_lists_the_ops_of_a_model(kpt_cli, model_file):
     sites = kpt_cli(*options, "--json").json["sites"]
     assert {site["op"]: site["path"] for site in sites} == {"layer_norm": "norm", "linear": "out"}
     assert "1 × layer_norm, 1 × linear" in kpt_cli(*options).out
+
+
+def test_brackets_in_a_result_are_no_markup():
+    site = {"op": "linear", "path": "out", "kind": "module", "arguments": {"weight": "self.packed[bits]"}}
+    alone = [["norm", "ValueError: no [eps] in [/model]"]]
+    data = {"model": "Net", "parameters": 1, "sites": [site], "left_alone": alone}
+    shown = io.StringIO()
+    Output(stdout=shown).result({}, _table(data))
+    assert "self.packed[bits]" in shown.getvalue() and "no [eps] in [/model]" in shown.getvalue()
 
 
 def entrants(*functions):

@@ -136,3 +136,14 @@ def test_the_whole_run_is_not_counted_as_the_plans():
     committed = dispatch.plan_of(model).committed
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert 0 < memory.derived_bytes(model, committed.applied) <= weights
+
+
+def test_brackets_in_names_and_reasons_are_shown_as_they_are():
+    """rich reads ``[word]`` as a style, which it swallows, and ``[/word]`` as the end of one: an error."""
+    reason = "RuntimeError: [enforce fail at alloc.cpp:83] cannot open [/usr/lib/x.so]"
+    entry = Entry("pack[q]", "kernels", "toy[/x]", "failed", reason, 1.0)
+    skip = {"name": "fold[0]", "phase": "layout", "plugin": "toy[/x]", "reason": "no [conv] here"}
+    receipt = Receipt("Net", "inference", "exact", "latency", rejected=[entry], skipped=[skip])
+    shown = " ".join(str(receipt).split())
+    for text in ("pack[q]", "toy[/x]", "[enforce fail at alloc.cpp:83]", "[/usr/lib/x.so]", "no [conv] here"):
+        assert text in shown

@@ -44,11 +44,14 @@ class Output:
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
     def console(self) -> Console:
-        """A console on stdout, as wide as the terminal, or wide enough for any table in a pipe."""
+        """A console on stdout, as wide as the terminal, or wide enough for any table in a pipe.
+
+        Brackets in what it prints are brackets: reasons and names are other people's text.
+        """
         from rich.console import Console
 
         width = None if self.stdout.isatty() else 160
-        return Console(file=self.stdout, width=width, highlight=False, soft_wrap=False)
+        return Console(file=self.stdout, width=width, highlight=False, markup=False, soft_wrap=False)
 
     def result(self, data: Mapping[str, Any], shown: RenderableType | None = None) -> None:
         """Print the command's one result: ``data`` with ``--json``, else ``shown``."""

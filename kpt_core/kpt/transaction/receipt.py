@@ -165,6 +165,7 @@ class Receipt:
 
         yield Text(self.headline(), style="bold green" if self.optimized else "bold yellow")
         yield Text(self._facts())
+        # Names and reasons are plugins' and exceptions' own: rich would take their brackets for markup.
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("")
         for column in ("variant", "phase", "plugin"):
@@ -175,16 +176,11 @@ class Receipt:
             for entry in entries:
                 gain = "" if entry.gain is None else f"{entry.gain:.2f}x"
                 why = entry.reason if entry.rule in ("kept",) else f"{entry.rule}: {entry.reason}"
-                table.add_row(Text(mark, style=style), entry.name, entry.phase, entry.plugin, gain, why)
+                facts = (entry.name, entry.phase, entry.plugin, gain, why)
+                table.add_row(Text(mark, style), *map(Text, facts))
         for skip in self.skipped:
-            table.add_row(
-                Text("skip", style="dim"),
-                skip["name"],
-                skip["phase"],
-                skip["plugin"],
-                "",
-                Text(skip["reason"], "dim"),
-            )
+            names = (skip["name"], skip["phase"], skip["plugin"], "")
+            table.add_row(Text("skip", "dim"), *map(Text, names), Text(skip["reason"], "dim"))
         if table.row_count:
             yield table
         for line in (*self._calls(), *self.notes):
