@@ -108,7 +108,7 @@ def test_safetensors_fills_its_architecture(tmp_path, model):
 def test_weights_of_a_checkpoint_and_wrapper_prefixes_are_found(tmp_path, model):
     path = tmp_path / "checkpoint.pth"
     wrapped = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": wrapped}, path)
+    torch.save({"epoch": 3, "rng_state": torch.get_rng_state(), "state_dict": wrapped}, path)
     said: list[str] = []
     loaded = load_model(path, arch=f"{ARCH}:Small", notice=said.append)
     assert same(loaded.model, model)

@@ -33,7 +33,7 @@ def weights_in(path: Path, content: Any, tell: Notice) -> dict[str, Any]:
             and any(isinstance(entry, torch.Tensor) for entry in value.values())
         )
 
-    if isinstance(content, Mapping) and not is_weights(content):
+    if isinstance(content, Mapping):  # tensors beside the weights (a random state) make it no state dict
         nested = [key for key in _NESTED if is_weights(content.get(key))]
         if nested:
             tell(f"{path}: the weights are the entry {nested[0]!r} of the checkpoint.")
