@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import queue
 import signal
 import time
 
@@ -15,6 +17,26 @@ from slow_models import DirectScale, fast_forward
 class Sleeps(DirectScale):
     def apply(self, model, variant):
         time.sleep(1000.0)
+
+
+class WaitsInForward(DirectScale):
+    """Right in the first two calls; the third waits for what never comes, and so does every later one."""
+
+    def replacement(self):
+        calls = itertools.count()
+
+        def forward(self, x):
+            if next(calls) >= 2:
+                queue.Queue().get()
+            return fast_forward(self, x)
+
+        return forward
+
+
+class UndoWaits(DirectScale):
+    def apply(self, model, variant):
+        super().apply(model, variant)
+        return lambda: time.sleep(1000.0)
 
 
 class SleepsInSteps(DirectScale):

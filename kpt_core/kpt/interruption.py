@@ -1,15 +1,17 @@
 """How running work is stopped when its deadline passes.
 
-A trial is Python code that calls native code and starts compilers. Three things stop it:
+A trial is Python code that calls native code and starts compilers. Four things stop it:
 
 * an exception raised asynchronously in its thread, delivered between two bytecodes;
+* a signal, where the thread is the main one: it ends a wait in the operating system (a sleep, a lock, a pipe,
+  a child process), during which there are no bytecodes;
 * the end of its compilers: their processes are killed, so that whoever waits for them fails;
-* repetition of both until the block is left, because foreign code may swallow the exception.
+* repetition of all of it until the block is left, because foreign code may swallow the exception.
 
 What can't be interrupted is a single native call (one matrix product, one weight packing, loading a
-shared library): the exception arrives when it returns. The import of a module is not interrupted either,
-for as long as `_IMPORT_PATIENCE`: what is imported half is left registered elsewhere, and the library can't
-be imported again in this process.
+shared library), and a wait in another thread than the main one: the exception arrives when it returns. The
+import of a module is not interrupted either, for as long as `_IMPORT_PATIENCE`: what is imported half is
+left registered elsewhere, and the library can't be imported again in this process.
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ _COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "pt
 #: Seconds past the deadline for which the import of a module is let come to its end. That of a compiler
 #: takes 2 to 6 s where nothing is cached; a module that hangs must not hang the run.
 _IMPORT_PATIENCE = 10.0
+
+
+#: Wakes the main thread. Programs that do not handle it ignore it, so that one too many does no harm.
+_WAKE: signal.Signals | None = getattr(signal, "SIGURG", None)
 
 
 class DeadlinePassed(BaseException):
@@ -217,6 +223,28 @@ def raise_in_thread(thread_id: int, exception: type[BaseException]) -> bool:
     return ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), argument) == 1
 
 
+def _woken(number: int, frame: FrameType | None) -> None:
+    """Does nothing: running any Python code at all delivers the exception that is pending."""
+
+
+def _listens() -> bool:
+    """Have the main thread run `_woken` when it is signalled; False where somebody else decides that."""
+    if (
+        _WAKE is None
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(_WAKE) is not signal.SIG_DFL
+    ):
+        return False
+    signal.signal(_WAKE, _woken)
+    return True
+
+
+def _wake(thread_id: int) -> None:
+    """End the wait of a thread, if it is the main thread and listens."""
+    if _WAKE is not None and thread_id == threading.main_thread().ident and signal.getsignal(_WAKE) is _woken:
+        signal.pthread_kill(thread_id, _WAKE)
+
+
 def _imports(frame: FrameType | None) -> int:
     """How many imports are under way in the calls that led to ``frame``."""
     number = 0
@@ -236,6 +264,7 @@ class _Watch:
         self.interval = interval
         self.fired = False
         self._ended = False
+        self._listens = False
         # A program may call kpt while it is itself being imported.
         self._imports = _imports(sys._getframe())
         # Held until the block is left. A plain lock: unlike an Event, it cannot be torn by a Ctrl-C.
@@ -245,6 +274,7 @@ class _Watch:
 
     def start(self) -> None:
         _watches.add(self)
+        self._listens = _listens()
         # `Thread.start` waits for the new thread in Python code, which a Ctrl-C can tear.
         _thread.start_new_thread(self._run, ())
 
@@ -259,6 +289,7 @@ class _Watch:
                 if not waits:
                     self.fired = True
                     raise_in_thread(self.thread_id, DeadlinePassed)
+                    _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
                     stop_workers()
             if self._inside.acquire(timeout=0.01 if waits else self.interval):
@@ -276,6 +307,10 @@ class _Watch:
                 self._ended = True
                 self._inside.release()
         _watches.discard(self)
+        if self._listens:
+            assert _WAKE is not None
+            signal.signal(_WAKE, signal.SIG_DFL)
+            self._listens = False
         if not fired:
             return
         # One may be pending. Taking it back (setting NULL) leaves CPython's "exception pending" flag

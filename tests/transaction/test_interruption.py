@@ -17,7 +17,7 @@ import kpt
 import stopping_passes as stopping
 from fingerprints import optimized
 from kpt import interruption
-from kpt.transaction import events
+from kpt.transaction import applied, events
 from slow_models import DirectScale, net, plugin
 
 
@@ -44,6 +44,8 @@ def stays_the_same(model: torch.nn.Module, run) -> None:
 @pytest.mark.parametrize(
     "offered",
     [
+        stopping.Sleeps,
+        stopping.WaitsInForward,
         stopping.SleepsInSteps,
         stopping.Loops,
         stopping.SwallowsEverything,
@@ -65,6 +67,30 @@ def test_the_budget_holds(offered):
         assert all(rule in ("deadline", "budget") or "budget" in rule for rule in stopped), receipt.rejected
 
     stays_the_same(model, run)
+
+
+def test_an_undo_that_does_not_come_back_is_stopped(monkeypatch):
+    monkeypatch.setattr(applied, "_UNDO_SECONDS", 0.1)
+    model, example = model_in_mid_life(), torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(stopping.UndoWaits)])
+    kpt.restore(model)
+    assert kpt.report(model).notes == ["UndoWaits:direct: undo did not come back and was stopped"]
+
+
+def test_a_signal_handler_of_the_users_is_left_alone():
+    heard = []
+    before = signal.signal(signal.SIGURG, lambda number, frame: heard.append(number))
+    mine = signal.getsignal(signal.SIGURG)
+    try:
+        with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05, interval=0.05):
+            while True:
+                time.sleep(0.001)
+        assert signal.getsignal(signal.SIGURG) is mine and heard == []
+    finally:
+        signal.signal(signal.SIGURG, before)
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05):
+        time.sleep(1000.0)
+    assert signal.getsignal(signal.SIGURG) is before
 
 
 def test_a_trial_that_overruns_does_not_take_the_others_down():

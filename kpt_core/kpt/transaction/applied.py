@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kpt.transaction.plan import Candidate, Plan
 
 
+#: How long one undo may take. The workspace is dropped anyhow; what it frees beside that is its own affair.
+_UNDO_SECONDS = 5.0
+
+
 class StepFailed(Exception):
     """One variant could not be applied, or had no effect; ``step`` names the culprit."""
 
@@ -27,8 +31,8 @@ class StepFailed(Exception):
 class Applied:
     """A workspace of ``model`` with ``plan`` applied.
 
-    `close` undoes the plan, frees compiled code and drops the workspace; an undo that raises is noted in
-    ``undo_errors``.
+    `close` undoes the plan, frees compiled code and drops the workspace; an undo that raises, or does not
+    come back, is noted in ``undo_errors``.
 
     Raises:
         StepFailed: a variant's ``apply`` raised or returned no undo.
@@ -164,9 +168,12 @@ class Applied:
     def close(self) -> None:
         for step, undo in reversed(self._undos):
             try:
-                undo()
-            except (KeyboardInterrupt, compiling.DeadlinePassed):
+                with compiling.deadline(_UNDO_SECONDS):
+                    undo()
+            except KeyboardInterrupt:
                 raise
+            except compiling.DeadlinePassed:
+                self.undo_errors.append(f"{step.name}: undo did not come back and was stopped")
             except BaseException as error:  # noqa: BLE001 - the workspace is dropped anyway; the receipt says so
                 self.undo_errors.append(f"{step.name}: undo raised {type(error).__name__}: {error}")
         self._undos.clear()
