@@ -41,6 +41,11 @@ def test_a_named_tuple_is_one_call() -> None:
     assert as_calls(batch)[0].args == (batch.image, batch.label)
 
 
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    assert as_calls(packed)[0].args == (packed,) and len(as_calls([packed, packed])) == 2
+
+
 def test_a_data_loader_yields_positional_arguments() -> None:
     loader = DataLoader(TensorDataset(torch.arange(6.0), torch.arange(6)), batch_size=2)
     calls = as_calls(loader)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from kpt.judge import tree
 
@@ -175,7 +176,7 @@ def _is_numpy(value: Any) -> bool:
 def _as_call(value: Any, where: str, *, element: bool) -> Call | None:
     if isinstance(value, Call):
         call = value
-    elif isinstance(value, torch.Tensor):
+    elif isinstance(value, (torch.Tensor, PackedSequence)):  # the latter is a tuple, and one argument
         call = Call((value,))
     elif isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
