@@ -57,6 +57,10 @@ _IMPORT_PATIENCE = 10.0
 _WAKE: signal.Signals | None = getattr(signal, "SIGURG", None)
 
 
+#: Seconds that a new thread is waited for.
+_START_PATIENCE = 1.0
+
+
 class DeadlinePassed(BaseException):
     """A block ran past its deadline. Not an `Exception`, so that foreign handlers let it through."""
 
@@ -265,6 +269,8 @@ class _Watch:
         self.fired = False
         self._ended = False
         self._listens = False
+        self._runs = False
+        self._starts_until = 0.0
         # A program may call kpt while it is itself being imported.
         self._imports = _imports(sys._getframe())
         # Held until the block is left. A plain lock: unlike an Event, it cannot be torn by a Ctrl-C.
@@ -273,12 +279,18 @@ class _Watch:
         self._lock = threading.Lock()
 
     def start(self) -> None:
+        # Until it has run, CPython 3.11 knows a new thread by its creator's id: an exception for this thread
+        # would end the new one, which then watches nothing.
+        self._starts_until = time.monotonic() + _START_PATIENCE
         _watches.add(self)
         self._listens = _listens()
         # `Thread.start` waits for the new thread in Python code, which a Ctrl-C can tear.
         _thread.start_new_thread(self._run, ())
+        while not self._runs and time.monotonic() < self._starts_until:
+            time.sleep(0)
 
     def _run(self) -> None:
+        self._runs = True
         if self._inside.acquire(timeout=max(0.0, self.deadline - time.monotonic())):
             return
         while True:
@@ -286,18 +298,25 @@ class _Watch:
                 if self._ended:
                     return
                 waits = self._importing() and time.monotonic() < self.deadline + _IMPORT_PATIENCE
+                waits = waits or self._another_starts()
                 if not waits:
                     self.fired = True
                     raise_in_thread(self.thread_id, DeadlinePassed)
                     _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
                     stop_workers()
-            if self._inside.acquire(timeout=0.01 if waits else self.interval):
+            if self._inside.acquire(timeout=0.005 if waits else self.interval):
                 return
 
     def _importing(self) -> bool:
         """Whether the thread imports a module that it began to import inside the block."""
         return _imports(sys._current_frames().get(self.thread_id)) > self._imports
+
+    def _another_starts(self) -> bool:
+        """Whether a watch over the same thread has a thread of its own that did not run yet."""
+        now = time.monotonic()
+        mine = [watch for watch in tuple(_watches) if watch.thread_id == self.thread_id]
+        return any(not watch._runs and now < watch._starts_until for watch in mine)
 
     def leave(self) -> None:
         """No exception is raised once this returns; it may itself be interrupted."""

@@ -77,6 +77,19 @@ def test_an_undo_that_does_not_come_back_is_stopped(monkeypatch):
     assert kpt.report(model).notes == ["UndoWaits:direct: undo did not come back and was stopped"]
 
 
+def test_a_deadline_ends_no_thread_that_watches_another(monkeypatch):
+    ended = []
+    monkeypatch.setattr("sys.unraisablehook", lambda raised: ended.append(raised.exc_type))
+    for step in range(200):
+        with pytest.raises(interruption.DeadlinePassed), interruption.deadline(5e-4 * (step % 7)):
+            for _ in range(200):
+                with interruption.deadline(5.0):
+                    pass
+            time.sleep(30.0)
+    time.sleep(0.05)
+    assert ended == []
+
+
 def test_a_signal_handler_of_the_users_is_left_alone():
     heard = []
     before = signal.signal(signal.SIGURG, lambda number, frame: heard.append(number))
