@@ -310,6 +310,20 @@ def test_results_that_are_remembered_by_tensor_are_a_replay():
     assert "same tensors with new values" in kpt.report(model).rejected[0].reason
 
 
+@pytest.mark.parametrize("way", ["an array", "a number of NumPy's", "an object"])
+def test_outputs_that_are_no_tensors_are_judged(way):
+    model = subtle.Handover(way).eval()
+    assert rule_of(model, subtle.ThirtyPercent, torch.randn(32, 16)) == "value"
+    optimized(model, torch.randn(32, 16), plugins=[plugin(DirectScale)])
+
+
+@pytest.mark.parametrize("way", ["a generator", "a coroutine"])
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_what_is_computed_after_the_call_is_left_alone(way):
+    model = kpt.optimize(subtle.Handover(way).eval(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+    assert "is computed after the call" in kpt.report(model).reason
+
+
 @pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0)])
 def test_calls_that_differ_in_more_than_values_are_not_mixed(scale):
     x = torch.randn(32, 16)

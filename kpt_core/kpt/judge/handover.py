@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from typing import Any
 
 import torch
@@ -59,8 +58,8 @@ def judge_structure(candidate: Any, eager: Any) -> Verdict | None:
                 "structure", f"{mine.name} is {type(mine.value).__name__}, eager's {type(own.value).__name__}"
             )
         if not mine.is_tensor:
-            if tree.is_atom(own.value) and not _equal(mine.value, own.value):
-                return rejected("value", f"{mine.name} is {mine.value!r}, eager's {own.value!r}")
+            if not outputs.equal_objects(mine.value, own.value):
+                return rejected("value", f"{mine.name} is {_short(mine.value)}, eager's {_short(own.value)}")
             continue
         if _class_of(mine.value) is not _class_of(own.value):
             return rejected(
@@ -91,10 +90,9 @@ def _class_of(tensor: torch.Tensor) -> type:
     return torch.Tensor if isinstance(tensor, plain) else type(tensor)
 
 
-def _equal(first: Any, second: Any) -> bool:
-    if isinstance(first, float) and isinstance(second, float):
-        return math.isclose(first, second, rel_tol=1e-5) or (math.isnan(first) and math.isnan(second))
-    return bool(first == second)
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _difference(candidate: Any, eager: Any) -> str:

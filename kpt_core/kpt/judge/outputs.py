@@ -7,7 +7,9 @@ fp64 copy of either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +34,52 @@ class Leaf:
 
 
 def leaves(output: Any) -> list[Leaf]:
-    """The named leaves of ``output`` in a stable order."""
-    return [Leaf(tree.spell(path), leaf) for path, leaf in tree.walk(output)]
+    """The named leaves of ``output`` in a stable order; NumPy's arrays and numbers as tensors."""
+    return [Leaf(tree.spell(path), _as_tensor(leaf)) for path, leaf in tree.walk(output)]
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """A tensor with a copy of what an array of numbers holds; anything else as it is."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or tree.is_atom(leaf) or not isinstance(leaf, (numpy.ndarray, numpy.generic)):
+        return leaf
+    try:
+        return torch.from_numpy(numpy.array(leaf))
+    except TypeError:  # text, objects, dates
+        return leaf
+
+
+def computed_later(leaf: Any) -> bool:
+    """Whether what a leaf holds is computed after the call: a generator, a coroutine, a future."""
+    return isinstance(leaf, (Iterator, AsyncIterator, Awaitable, Future))
+
+
+def equal_objects(first: Any, second: Any, depth: int = 6) -> bool:
+    """Whether two leaves that are no tensors are the same to whoever gets them.
+
+    Numbers are compared up to rounding, objects by their own ``==`` or else by what they hold. What has
+    neither is not equal.
+    """
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=1e-5) or (math.isnan(first) and math.isnan(second))
+    if first is second or depth == 0:
+        return True
+    if type(first) in (list, tuple) and type(first) is type(second):
+        pairs = list(zip(first, second))
+        return len(first) == len(second) and all(equal_objects(*pair, depth - 1) for pair in pairs)
+    if type(first) is dict and type(second) is dict:
+        return first.keys() == second.keys() and all(
+            equal_objects(value, second[key], depth - 1) for key, value in first.items()
+        )
+    if tree.is_atom(first) or type(first) is not type(second) or type(first).__eq__ is not object.__eq__:
+        try:
+            same = first == second
+            return bool(same.all() if hasattr(same, "all") else same)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+    if not hasattr(first, "__dict__"):
+        return False
+    return equal_objects(vars(first), vars(second), depth)
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:

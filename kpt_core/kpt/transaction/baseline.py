@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.judge import outputs, tree
+from kpt.judge import outputs
 from kpt.judge.calls import Call
 from kpt.judge.state import untouched
 from kpt.transaction import workspace
@@ -81,7 +81,7 @@ class Baseline:
         except Exception as error:  # noqa: BLE001 - upstream code without an fp64 path; the receipt says so
             self._no_reference(f"the model cannot run in fp64 ({type(error).__name__}: {str(error)[:120]})")
             return
-        if not any(isinstance(t, torch.Tensor) for _, t in tree.walk(result.output)):
+        if not outputs.tensors(result.output):
             self._no_reference("the model returns no tensor")
             return
         other = self._something_else(call, result.output)

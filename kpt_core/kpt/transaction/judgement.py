@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
-from kpt.judge import handover, outputs, referee
+from kpt.judge import handover, outputs, referee, tree
+from kpt.judge.calls import copied_leaf
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
 from kpt.judge.verdict import Verdict, passed, rejected
@@ -246,6 +247,6 @@ def _alike(pair: tuple[Any, Any]) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    from kpt.judge import tree
-
-    return tree.rebuild(output, lambda path, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+    return tree.rebuild(
+        output, lambda path, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
+    )

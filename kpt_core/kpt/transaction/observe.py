@@ -259,6 +259,9 @@ def _warm_up(
             for path, leaf in tree.walk(output):
                 if isinstance(leaf, torch.Tensor) and leaf.is_nested:
                     raise Unsuitable(f"{tree.spell(path)} is a nested tensor, which cannot be compared")
+                if outputs.computed_later(leaf):
+                    kind = type(leaf).__name__
+                    raise Unsuitable(f"{tree.spell(path)} is a {kind}: it is computed after the call")
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start, writes
