@@ -61,6 +61,16 @@ def test_values_structure_and_counts_follow_the_original(model):
 
 
 @torch.no_grad()
+def test_a_traced_module_is_compiled_where_it_stands():
+    """dynamo reads ``module.forward.__code__`` of a graph module, which is the compiled forward itself."""
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU()))
+    x = torch.randn(4, 6)
+    expected = traced(x)
+    traced.forward = CompiledForward(traced.forward, backend="eager")
+    assert torch.allclose(traced(x), expected) and traced.forward.executions == 1
+
+
+@torch.no_grad()
 def test_sealed_never_compiles_and_counts_misses(model):
     forward = compiled(model)
     forward(torch.randn(4, 6))

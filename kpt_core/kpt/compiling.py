@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -297,6 +297,12 @@ class CompiledForward:
         """The compiled code memoised for calls like this one, or None. Calls made to it are not counted."""
         key = structure_of(args, kwargs)
         return self._table.get(key) if key is not None else None
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the original forward: dynamo looks for it where it traces an `fx.GraphModule`."""
+        code: CodeType = self.forward.__code__  # type: ignore[attr-defined]
+        return code
 
     @property
     def executions(self) -> int:
