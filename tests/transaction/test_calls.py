@@ -353,6 +353,26 @@ def test_accelerate_hooks_added_later():
     assert torch.equal(model(example), before) and fingerprints.ours(model) == []
 
 
+def test_a_forward_put_in_place_of_ours_stays_and_is_optimised_in_turn():
+    model, example = ready()
+    model.forward = types.MethodType(lambda self, x: self.last(self.slow(x)) * 2.0, model)
+    expected = model(example)
+    mine = model.forward
+    kpt.restore(model)
+    assert model.forward is mine and torch.equal(model(example), expected)
+    kpt.refresh(model)
+    assert kpt.report(model).optimized
+    assert torch.equal(model(example), expected) and fast_calls(model) == 1
+
+
+def test_a_wrapper_that_finds_ours_in_a_global_is_named(monkeypatch):
+    model, _ = ready()
+    monkeypatch.setitem(globals(), "_before", model.forward)
+    model.forward = lambda x: _before(x) + 1.0  # noqa: F821 - as a notebook writes it
+    with pytest.raises(RuntimeError, match="wraps the optimised forward and cannot be unwound"):
+        kpt.restore(model)
+
+
 def test_a_wrapper_that_cannot_be_unwound_is_named_and_nothing_is_lost():
     class Opaque:
         __slots__ = ("inner",)

@@ -114,6 +114,39 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
+def _reaches(function: Any, installed: Any, model: torch.nn.Module) -> bool:
+    """Whether ``function`` may call ``installed``: a plain function that holds and names nothing that does is
+    no wrapper around it, but what somebody put in its place."""
+    seen: set[int] = set()
+    pending = [function]
+    while pending:
+        value = pending.pop()
+        if value is installed:
+            return True
+        if id(value) in seen or not callable(value) or isinstance(value, (type, torch.nn.Module)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.MethodType):
+            pending += [value.__func__] if value.__self__ is model else [value.__func__, value.__self__]
+            continue
+        if isinstance(value, types.BuiltinFunctionType):
+            continue
+        if not isinstance(value, types.FunctionType):
+            return True  # nobody can say what it calls
+        pending += [_content(cell) for cell in value.__closure__ or ()]
+        pending += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        pending += vars(value).values()
+        named = (value.__globals__.get(name) for name in _named(value.__code__))
+        pending += [held for held in named if isinstance(held, (types.FunctionType, types.MethodType))]
+    return False
+
+
+def _named(code: types.CodeType) -> set[str]:
+    """The globals and attributes that ``code`` and the functions inside it name."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_named, inner))
+
+
 def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any) -> None:
     """Take the dispatcher out from under a wrapper that was put around it after the commit."""
     replacement = previous if previous is not None else forward_of_class(model)
@@ -145,7 +178,7 @@ def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any)
         for inner in (getattr(function, "__wrapped__", None), getattr(function, "func", None)):
             if callable(inner):
                 pending.append(inner)
-    if unwound:
+    if unwound or not _reaches(wrapper, installed, model):
         return
     raise RuntimeError(
         f"{getattr(wrapper, '__qualname__', type(wrapper).__name__)} wraps the optimised forward and cannot "
