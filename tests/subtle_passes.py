@@ -273,6 +273,39 @@ class HidesCopies(SaysNothingOfCopies):
         return lambda: model.slow.__dict__.pop("forward", None)
 
 
+class _Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+
+class CopiesInArrays(SaysNothingOfCopies):
+    """In NumPy's memory, in a slot and in a default."""
+
+    def apply(self, model, variant):
+        held = _Slotted(model.slow.weight.detach().numpy().copy())
+
+        copied = model.slow.bias.detach().numpy().copy()
+
+        def forward(x, *, bias=copied):
+            return torch.addcmul(torch.from_numpy(bias), x, torch.from_numpy(held.weight))
+
+        model.slow.forward = forward
+        self.applied = 1
+        return lambda: model.slow.__dict__.pop("forward", None)
+
+
+class LiveArrays(DirectScale):
+    """NumPy's views of the live weights are no copies."""
+
+    def apply(self, model, variant):
+        weight, bias = model.slow.weight.detach().numpy(), model.slow.bias.detach().numpy()
+        model.slow.forward = lambda x: torch.addcmul(torch.from_numpy(bias), x, torch.from_numpy(weight))
+        self.applied = 1
+        return lambda: model.slow.__dict__.pop("forward", None)
+
+
 class Remembers(RootWrapper):
     """Looks a result up by the tensor that it was asked for."""
 

@@ -285,7 +285,7 @@ def test_what_eager_itself_counts_is_blamed_on_nobody_and_put_back():
 # -- copies, memory, order of memory
 
 
-@pytest.mark.parametrize("offered", [subtle.SaysNothingOfCopies, subtle.HidesCopies])
+@pytest.mark.parametrize("offered", [subtle.SaysNothingOfCopies, subtle.HidesCopies, subtle.CopiesInArrays])
 def test_copies_of_weights_are_watched_though_nobody_was_told(offered):
     model, x = net(), torch.randn(32, 16)
     optimized(model, x, plugins=[plugin(offered)])
@@ -299,8 +299,9 @@ def test_copies_of_weights_are_watched_though_nobody_was_told(offered):
         assert torch.equal(result, model(x))
 
 
-def test_an_honest_plan_without_copies_watches_no_weights():
-    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
+@pytest.mark.parametrize("offered", [DirectScale, subtle.LiveArrays])
+def test_an_honest_plan_without_copies_watches_no_weights(offered):
+    model = optimized(net(), torch.randn(32, 16), plugins=[plugin(offered)])
     assert kpt.report(model).watched_tensors == 0
 
 

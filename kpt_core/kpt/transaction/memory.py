@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 from collections.abc import Callable
@@ -93,6 +94,8 @@ class _Walk:
             self._kept.append(item)
             if isinstance(item, torch.Tensor):
                 pending.extend(self._tensor(item))
+            elif hasattr(item, "__array_interface__") and hasattr(item, "nbytes"):
+                pending.extend(self._array(item))
             else:
                 pending.extend(_parts(item))
 
@@ -111,6 +114,13 @@ class _Walk:
             self.total += size
         return []
 
+    def _array(self, array: Any) -> list[Any]:
+        """Counts an array of NumPy's; a view leads to what it is a view of, a tensor it may be."""
+        base = getattr(array, "base", None)
+        if base is None:
+            self.total += int(array.nbytes)
+        return [] if base is None else [base]
+
 
 def _parts(item: Any) -> list[Any]:
     """What ``item`` holds. Objects of kpt's own, which refer to the whole run, are not entered."""
@@ -118,17 +128,27 @@ def _parts(item: Any) -> list[Any]:
         return [value for name, value in vars(item).items() if "hooks" not in name]
     if isinstance(item, dict):
         return [*item.values()]
-    if isinstance(item, (list, tuple, set, frozenset)):
+    if isinstance(item, (list, tuple, set, frozenset, collections.deque)):
         return [*item]
     if isinstance(item, types.FunctionType):
-        return [*(_content(cell) for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+        defaults = (*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values())
+        return [*(_content(cell) for cell in item.__closure__ or ()), *defaults, *vars(item).values()]
     if isinstance(item, types.MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, functools.partial):
         return [item.func, *item.args, *item.keywords.values()]
     if type(item).__module__.split(".")[0] == "kpt":
         return []
-    return [*getattr(item, "__dict__", {}).values()]
+    held = (getattr(item, name, None) for name in _slots(item.__class__))
+    return [*getattr(item, "__dict__", {}).values(), *held]
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(cls: type) -> tuple[str, ...]:
+    """What the classes written in Python among ``cls`` and its bases keep beside the dictionary."""
+    declared = (vars(base).get("__slots__", ()) for base in cls.__mro__)
+    names = (name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots))
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _content(cell: types.CellType) -> Any:
