@@ -296,6 +296,39 @@ def test_gradients_through_a_model_optimised_for_inference(plan):
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
 
 
+class PartlyDetached(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = self.net(x)
+        return {"result": result, "scores": result.detach() * 2.0, "scaled": x * 2.0}
+
+
+class WithoutGradients(PartlyDetached):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [PartlyDetached, WithoutGradients])
+@pytest.mark.parametrize("input_requires", [False, True])
+def test_outputs_carry_gradients_where_eagers_do(cls, input_requires):
+    torch.manual_seed(0)
+    model, x = cls().eval(), torch.randn(32, 16)
+    twin = copy.deepcopy(model)
+    optimized(model, x, plugins=[plugin(DirectScale)])
+    given = [x.clone().requires_grad_(input_requires) for _ in range(2)]
+    mine, theirs = model(given[0]), twin(given[1])
+    assert fast_calls(model) == 1
+    assert {k: t.requires_grad for k, t in mine.items()} == {k: t.requires_grad for k, t in theirs.items()}
+    if cls is PartlyDetached:
+        mine["result"].sum().backward()
+        theirs["result"].sum().backward()
+        assert all(torch.allclose(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters()))
+
+
 def test_frozen_parameters_get_no_gradient():
     model, example = ready()
     model.requires_grad_(False)

@@ -34,4 +34,5 @@ def plan_for(model: torch.nn.Module, applied: Applied, observation: Observation)
         direct=applied.direct,
         misses=applied.misses,
         writes_inputs=observation.writes_inputs,
+        detached=observation.detached,
     )

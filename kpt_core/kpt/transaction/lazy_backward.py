@@ -20,7 +20,13 @@ from kpt.judge import tree
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, fast: Any, slow: Any, structure: list[Any], inputs: Any, *sources: torch.Tensor
+        ctx: Any,
+        fast: Any,
+        slow: Any,
+        structure: list[Any],
+        inputs: Any,
+        detached: frozenset[str],
+        *sources: torch.Tensor,
     ) -> Any:
         ctx.slow = slow
         ctx.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
@@ -29,12 +35,15 @@ class _Recompute(torch.autograd.Function):
         output = fast()
         structure.append(output)
         mine = {id(source) for source in sources}
-        tensors = tuple(
-            leaf.view_as(leaf) if id(leaf) in mine else leaf
-            for _, leaf in tree.walk(output)
-            if isinstance(leaf, torch.Tensor)
+        named = [(path, leaf) for path, leaf in tree.walk(output) if isinstance(leaf, torch.Tensor)]
+        tensors = tuple(leaf.view_as(leaf) if id(leaf) in mine else leaf for _, leaf in named)
+        ctx.mark_non_differentiable(
+            *(
+                tensor
+                for (path, _), tensor in zip(named, tensors)
+                if not _differentiable(tensor) or tree.spell(path) in detached
+            )
         )
-        ctx.mark_non_differentiable(*(t for t in tensors if not _differentiable(t)))
         return tensors
 
     @staticmethod
@@ -52,7 +61,7 @@ class _Recompute(torch.autograd.Function):
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             outputs = [t for _, t in tree.walk(ctx.slow()) if isinstance(t, torch.Tensor)]
         pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
         results: list[torch.Tensor | None] = [None] * len(sources)
         if pairs and wanted:
             found = torch.autograd.grad(
@@ -64,7 +73,7 @@ class _Recompute(torch.autograd.Function):
             )
             for index, gradient in zip(wanted, found):
                 results[index] = gradient
-        return (None, None, None, None, *results)
+        return (None, None, None, None, None, *results)
 
 
 def _autocast_state() -> list[tuple[str, bool, torch.dtype]]:
@@ -82,18 +91,20 @@ def with_backward(
     slow: Callable[[], Any],
     sources: Sequence[torch.Tensor],
     inputs: Sequence[torch.Tensor] = (),
+    *,
+    detached: frozenset[str] = frozenset(),
 ) -> Any:
     """``fast()``'s result, differentiable with respect to ``sources`` through ``slow()``.
 
     ``sources`` are the parameters and inputs that require a gradient; ``slow`` must use those very
     tensors and return the same structure. ``inputs`` are all tensors of the call: the backward needs
-    them as they are now.
+    them as they are now. ``detached`` names the outputs that carry no gradient in ``slow()`` either.
 
     Raises (in the backward):
         RuntimeError: an input was written to meanwhile, as autograd itself says it.
     """
     structure: list[Any] = []
-    tensors = iter(_Recompute.apply(fast, slow, structure, tuple(inputs), *sources))
+    tensors = iter(_Recompute.apply(fast, slow, structure, tuple(inputs), detached, *sources))
     return tree.rebuild(
         structure.pop(), lambda path, leaf: next(tensors) if isinstance(leaf, torch.Tensor) else leaf
     )

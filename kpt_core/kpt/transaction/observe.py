@@ -50,7 +50,9 @@ class Observation:
     ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
     ``moving`` which attributes of objects that modules hold (by the object's id) each call changes.
     ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time,
-    ``writes_inputs`` says that the forward changes tensors that it is given.
+    ``writes_inputs`` says that the forward changes tensors that it is given. ``detached`` names the outputs
+    that carry no gradient where gradients are recorded: in a call like the examples, and in one whose inputs
+    require gradients.
     """
 
     model: torch.nn.Module
@@ -75,6 +77,7 @@ class Observation:
     moving: frozenset[tuple[int, str]] = frozenset()
     unfinished_proofs: int = 0
     writes_inputs: bool = False
+    detached: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
     @property
     def dynamic(self) -> bool:
@@ -201,6 +204,10 @@ def observe(
     runner = Runner(plain, training=mode == "training")
     seconds, writes = _warm_up(model, runner, plain, calls)
     moving = _state_of_calls(runner, plain, calls[0])
+    looked_at = calls if 2 * len(calls) * seconds < 0.05 * deadline.left() else calls[:1]
+    detached = (frozenset[str](), frozenset[str]())
+    if mode == "inference":
+        detached = _detached(runner, plain, looked_at, False), _detached(runner, plain, looked_at, True)
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
@@ -234,6 +241,7 @@ def observe(
             moving=moving,
             unfinished_proofs=recognition.unfinished,
             writes_inputs=writes,
+            detached=detached,
         ),
         plain,
     )
@@ -293,6 +301,33 @@ def _explain(
         f"the model is in training mode, and no gradient can be taken through its outputs ({told}); "
         "call model.eval() to optimise it for inference"
     ) from error
+
+
+def _detached(
+    runner: Runner, plain: torch.nn.Module, calls: list[Call], inputs_require: bool
+) -> frozenset[str]:
+    """The outputs that carry no gradient when gradients are recorded, as under a forward's own ``no_grad``.
+
+    None are named where the forward cannot run so. What a backward would need is not kept.
+    """
+
+    def given(path: tree.Path, leaf: Any) -> Any:
+        takes = isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+        return leaf.requires_grad_() if inputs_require and takes else leaf
+
+    carries: dict[str, bool] = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+    for call in calls:
+        call = call.clone().map(given)
+        with runner.buffers_kept(), torch.enable_grad(), hooks:
+            try:
+                output = plain.forward(*call.args, **call.kwargs)
+            except Exception as error:  # noqa: BLE001 - it ran without gradients, which is what is optimised
+                _log.debug("The forward does not run with gradients: %s", error)
+                return frozenset()
+        for name, tensor in outputs.tensors(output).items():
+            carries[name] = carries.get(name, False) or tensor.requires_grad
+    return frozenset(name for name, does in carries.items() if not does)
 
 
 def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:

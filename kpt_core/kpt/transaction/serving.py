@@ -80,6 +80,7 @@ class Plan:
         direct: CompiledForward | None = None,
         misses: Callable[[], dict[str, int]] | None = None,
         writes_inputs: bool = False,
+        detached: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset()),
     ) -> None:
         self.run = run
         self.previous = own_forward(model)
@@ -88,6 +89,7 @@ class Plan:
         self.training = training
         self._flag = model.training
         self._writes_inputs = writes_inputs
+        self._detached = detached
         # In training mode a call with gradients is a training step, and one without is inference.
         self._strict = model.training and any(p.requires_grad for p in model.parameters())
         self.fallbacks = Counter()
@@ -210,6 +212,7 @@ class Plan:
             lambda: self._again(model, args, kwargs),
             sources,
             given,
+            detached=self._detached[any(tensor.requires_grad for tensor in given)],
         )
 
     def _again(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
