@@ -43,7 +43,8 @@ def how_to_build(
     reference = f"{cls.__module__}:{cls.__qualname__}"
     if _builds_alone(cls, model):
         return {"kind": "class", "arch": reference}
-    copy = workspace.clone(model, {id(p): _on_meta(p) for p in model.parameters()})
+    on_meta = {id(p): _on_meta(p) for p in model.parameters()}
+    copy = workspace.clone(model, on_meta, hooks=lambda model, hook: False)
     copy.eval()
     try:
         torch.save(copy, str(scratch / layout.STRUCTURE))

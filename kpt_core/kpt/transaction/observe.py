@@ -20,7 +20,7 @@ from kpt.transaction.ambient import ambient_state
 from kpt.transaction.arguments import never_served
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
-from kpt.transaction.hooks import global_hooks
+from kpt.transaction.hooks import global_hooks, is_own
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _SLOTS = frozenset(vars(torch.nn.Module()))
 #: while these are not half of it: a busy machine needs ten times what a quiet one does.
 _SHARE = 0.1
 _SECONDS = 5.0
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _log = logging.getLogger("kpt")
 
@@ -164,8 +163,8 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
             )
         if module is model:
             continue
-        for hooks in _HOOKS:
-            if getattr(module, hooks, None):
+        for hooks in workspace.CALLED_HOOKS:
+            if any(not is_own(model, hook) for hook in (getattr(module, hooks, None) or {}).values()):
                 raise Unsuitable(
                     f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
                     "remove it, or optimise the modules inside"

@@ -115,6 +115,9 @@ class Trials:
         self.accuracy_after: dict[str, float] = {}
         self.judgement = Judgement(observation, baseline, budget)
         self.state = state
+        #: What plans are applied to copies of. A forward that registers hooks when it is first called does so
+        #: eagerly, and not while a compiler looks on.
+        self.source = baseline.plain if workspace.has_hooks(baseline.plain) else observation.model
         #: What the eager forward itself changes by being called is put back, and no pass is blamed for it.
         self.eager_changes = frozenset(state.differences())
         if self.eager_changes:
@@ -191,11 +194,11 @@ class Trials:
             holder.append(quiet := self._prepared(self.baseline.judged, plan))
             verdict = self.judgement.judge(quiet, draws)
             if verdict.passed:
-                holder.insert(0, applied := self._prepared(observation.model, plan))
+                holder.insert(0, applied := self._prepared(self.source, plan))
                 values, verdict = verdict, self.judgement.judge_dropout(applied)
                 verdict.figures.update(values.figures)
         else:
-            holder.append(applied := self._prepared(observation.model, plan))
+            holder.append(applied := self._prepared(self.source, plan))
             verdict = self.judgement.judge(applied, draws)
         outcome.setup_seconds = holder[0].setup_seconds if holder else 0.0
         outcome.figures = dict(verdict.figures)
@@ -286,7 +289,7 @@ class Trials:
             return
         try:
             if self.accuracy_before is None:
-                untouched_copy = workspace.clone(self.baseline.plain)
+                untouched_copy = workspace.copy_of(self.baseline.plain)
                 self.accuracy_before = self._measure(self.accuracy, untouched_copy)
             with self._as_served(applied) as served:
                 after = self._measure(self.accuracy, served)
@@ -307,7 +310,7 @@ class Trials:
     def _as_served(self, applied: Applied) -> Iterator[torch.nn.Module]:
         """A copy of the model that serves calls as a committed one does: what the plan was not proven for
         (another mode, of a submodule too) runs the original forward."""
-        served = workspace.clone(self.baseline.plain)
+        served = workspace.copy_of(self.baseline.plain)
         plan = plan_for(served, applied, self.observation)
         uninstall = dispatch.install(served, plan)
         try:

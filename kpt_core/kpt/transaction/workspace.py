@@ -2,7 +2,7 @@
 
 Trials and committed plans live in a workspace, so that nothing a pass does reaches the user's
 modules: dropping the workspace undoes it. Module objects, their dictionaries and containers are new;
-parameters, buffers and every other tensor are the user's objects; hooks stay behind.
+parameters, buffers and every other tensor are the user's objects; the user's hooks stay behind.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import copy
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kpt.ops.clone import blank, slots
 from kpt.transaction.dispatch import is_dispatcher
+from kpt.transaction.hooks import is_own
 from kpt.transaction.structure import OURS, Ear, Store
 
 _HOOK_DICTS = tuple(
@@ -24,6 +26,8 @@ _HOOK_DICTS = tuple(
     for name in vars(torch.nn.Module())
     if "hooks" in name and isinstance(vars(torch.nn.Module())[name], dict)
 )
+#: The tables of hooks that a call goes through; others, of flags, have the same numbers as keys.
+CALLED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type, torch.Tensor)
 
@@ -32,10 +36,16 @@ class WorkspaceError(RuntimeError):
     """The model's structure cannot be copied; the message names the module."""
 
 
-def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None) -> torch.nn.Module:
-    """A structural copy of ``model`` that shares its tensors and carries no hooks.
+def clone(
+    model: torch.nn.Module,
+    tensors: dict[int, torch.Tensor] | None = None,
+    *,
+    hooks: Callable[[torch.nn.Module, Any], bool] = is_own,
+) -> torch.nn.Module:
+    """A structural copy of ``model`` that shares its tensors and carries no hooks but its library's own.
 
-    ``tensors`` maps ``id(original)`` to a replacement for tensors that must not be shared.
+    ``tensors`` maps ``id(original)`` to a replacement for tensors that must not be shared; ``hooks`` says of
+    the model and a hook whether the copy carries it.
 
     Raises:
         WorkspaceError: a module cannot be copied (a scripted module, say).
@@ -54,9 +64,11 @@ def clone(model: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None
     for module in modules:
         target = memo[id(module)]
         state = target.__dict__
+        tables = (module.__dict__[name] for name in CALLED_HOOKS)
+        carried = {number for table in tables for number, hook in table.items() if hooks(model, hook)}
         for name, value in module.__dict__.items():
             if name in _HOOK_DICTS:
-                state[name] = OrderedDict()
+                state[name] = OrderedDict((n, copier(item)) for n, item in value.items() if n in carried)
             elif name in _STRUCTURE:
                 kind: Any = dict if type(value) in (Ear, Store) else type(value)
                 state[name] = kind((key, copier(item)) for key, item in value.items())
@@ -152,6 +164,11 @@ class _Copier:
         return new_function
 
 
+def has_hooks(model: torch.nn.Module) -> bool:
+    """Whether a call of some module inside ``model`` goes through hooks."""
+    return any(module.__dict__[name] for module in model.modules() for name in CALLED_HOOKS)
+
+
 def submodule(model: torch.nn.Module, path: str) -> torch.nn.Module:
     """The module at ``path`` ("" is the root)."""
     return model.get_submodule(path) if path else model
@@ -177,7 +194,12 @@ def cast_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and id(value) not in replaced:
                 replaced[id(value)] = value.detach().to(cast_dtype(value, dtype))
-    return clone(model, replaced)
+    return copy_of(model, replaced)
+
+
+def copy_of(space: torch.nn.Module, tensors: dict[int, torch.Tensor] | None = None) -> torch.nn.Module:
+    """A copy of a workspace: with its hooks, which its forward registered and will not register again."""
+    return clone(space, tensors, hooks=lambda model, hook: True)
 
 
 def cast_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -194,7 +216,7 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     Rates are found where libraries keep them: in dropout modules, in float attributes with "drop" in
     their names, and in such attributes of a module's ``config``.
     """
-    quiet = clone(model)
+    quiet = copy_of(model)
     for module in quiet.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
