@@ -193,13 +193,19 @@ def test_unsuitable_models_come_back_with_a_reason():
             self.calls += 1
             return self.net(x)
 
+    compiled = net()
+    compiled.compile(backend="eager")
     for model, text in (
         (torch.jit.script(torch.nn.Linear(16, 4)).eval(), "scripted"),
+        (compiled, "model.compile() was called"),
         (Counting().eval(), "calls on every call"),
     ):
         assert kpt.optimize(model, torch.randn(32, 16), plugins=PLUGINS, budget=20.0) is model
         assert text in kpt.report(model).reason
     assert model.calls == 0
+    assert "model.compile() was called" in kpt.report(kpt.optimize(compiled, plugins=PLUGINS)).reason
+    compiled._compiled_call_impl = None
+    optimized(compiled, torch.randn(32, 16), plugins=PLUGINS)
 
 
 def test_importing_kpt_is_light():

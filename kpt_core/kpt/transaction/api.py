@@ -17,6 +17,7 @@ from kpt import plugins
 from kpt.specs import LEVELS, OBJECTIVES
 from kpt.transaction import dispatch, distributed
 from kpt.transaction.accuracy import Accuracy
+from kpt.transaction.observe import unreachable
 from kpt.transaction.receipt import Receipt
 from kpt.transaction.run import Request, execute
 from kpt.transaction.serving import Plan
@@ -334,8 +335,9 @@ def _defer(model: torch.nn.Module, request: Request) -> None:
 
     _receipts.pop(model, None)
     _requests[model] = request
-    if isinstance(model, torch.jit.ScriptModule):
-        _receipts[model] = original("the model is a scripted module, which has no Python forward to change")
+    reason = unreachable(model)
+    if reason is not None:
+        _receipts[model] = original(reason)
         return
     Deferred(model, start)
 

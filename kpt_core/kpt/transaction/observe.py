@@ -145,24 +145,37 @@ def mode_of(model: torch.nn.Module) -> Mode:
     return "training" if trains else "inference"
 
 
+def unreachable(model: torch.nn.Module) -> str | None:
+    """Why calls of ``model`` would never reach a forward that is set on it, or None."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is a scripted module, which has no Python forward to change"
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        return (
+            "model.compile() was called, so that calls run what torch.compile made of the model and no other "
+            "forward; set model._compiled_call_impl = None first to have it optimised instead"
+        )
+    return None
+
+
 def refuse_unsuitable(model: torch.nn.Module) -> None:
     """Refuse what cannot be copied or must not be bypassed.
 
     Raises:
         Unsuitable: with the reason.
     """
+    reason = unreachable(model)
+    if reason is not None:
+        raise Unsuitable(reason)
     if global_hooks():
         raise Unsuitable(
             "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
             "optimised forward would bypass; remove it first"
         )
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise Unsuitable(
-                f"{name or 'the model'} is a scripted module, which has no Python forward to change"
-            )
         if module is model:
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsuitable(f"{name} is a scripted module, which has no Python forward to change")
         for hooks in workspace.CALLED_HOOKS:
             if any(not is_own(model, hook) for hook in (getattr(module, hooks, None) or {}).values()):
                 raise Unsuitable(
