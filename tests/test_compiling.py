@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kpt import compiling, interruption
-from kpt.compiling import CapturedForward, CompiledForward
+from kpt.compiling import CapturedForward, CompiledForward, executions_of_thread
 
 
 class Branchy(torch.nn.Module):
@@ -455,3 +455,59 @@ def test_a_captured_forward_runs_its_graph_as_the_pass_left_it(model):
         assert forward.idle
         assert torch.equal(outer(x)["out"], expected) and torch.equal(forward(x)["out"], expected)
     assert (len(seen), forward.executions, outer.executions) == (2, 1, 1)
+
+
+@torch.no_grad()
+def test_code_for_zero_does_not_serve_minus_zero():
+    """The two are equal, also to dynamo's guards; what is divided by them is not."""
+
+    def divided(x, options, by=1.0):
+        return x / torch.full_like(x, options["by"] * by)
+
+    x = torch.ones(3)
+    forward = CompiledForward(divided, backend="eager")
+    for by in (0.0, -0.0, 0.0):
+        assert torch.equal(forward(x, {"by": by}), divided(x, {"by": by}))
+        assert torch.equal(forward(x, {"by": 1.0}, by), divided(x, {"by": 1.0}, by))
+    assert (forward.graphs, forward.misses) == (2, 2)
+    forward.seal()
+    assert torch.equal(forward(x, {"by": -0.0}), divided(x, {"by": -0.0}))
+    assert forward.misses == 3
+
+
+@torch.no_grad()
+def test_a_thread_counts_what_it_ran_itself(model):
+    forward = compiled(model)
+    x = torch.randn(4, 6)
+    before = executions_of_thread()
+    forward(x)
+    thread = threading.Thread(target=forward, args=(x,))
+    thread.start()
+    thread.join(60)
+    assert forward.executions == 2 and executions_of_thread() == before + 1
+
+
+class Freed:
+    """Runs Python code while it is collected, until that is interrupted."""
+
+    def __del__(self):
+        while True:
+            time.sleep(0.001)
+
+
+class Failing:
+    def __del__(self):
+        raise ValueError
+
+
+def test_a_deadline_that_passes_in_a_finaliser_says_nothing(monkeypatch):
+    """Python prints what a finaliser raises; the exception comes again where it is heard."""
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
+    before = sys.unraisablehook
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.1, interval=0.05):
+        Freed()
+        Failing()
+        while True:
+            time.sleep(0.001)
+    assert printed == [ValueError] and sys.unraisablehook is before

@@ -20,6 +20,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import itertools
+import math
 import sys
 import threading
 import time
@@ -40,6 +41,7 @@ __all__ = [
     "DeadlinePassed",
     "collect",
     "deadline",
+    "executions_of_thread",
     "named_tensors",
     "stop_workers",
 ]
@@ -56,6 +58,18 @@ _compiling = threading.RLock()
 _active: list[CompiledForward] = []
 _created: ContextVar[_Created | None] = ContextVar("kpt_compiled_forwards", default=None)
 _is_compiling = torch.compiler.is_compiling
+
+
+class _Thread(threading.local):
+    executions = 0
+
+
+_thread = _Thread()
+
+
+def executions_of_thread() -> int:
+    """How many calls of compiled forwards ran compiled code in this thread."""
+    return _thread.executions
 
 
 class _Created(list["CompiledForward"]):
@@ -104,6 +118,25 @@ _grad_enabled = torch.is_grad_enabled
 _inference_enabled = torch.is_inference_mode_enabled
 
 
+#: In place of -0.0, which is equal to 0.0, and of which the inverse is not.
+_NEGATIVE_ZERO = "-0.0"
+
+
+def _is_negative_zero(value: Any) -> bool:
+    return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0.0
+
+
+def _negative_zeros(value: Any, path: tuple[Any, ...] = ()) -> frozenset[tuple[Any, ...]]:
+    """Where in the arguments of a call -0.0 is."""
+    if isinstance(value, (tuple, list)):
+        items: Any = enumerate(value)
+    elif isinstance(value, dict):
+        items = value.items()
+    else:
+        return frozenset({path}) if _is_negative_zero(value) else frozenset()
+    return frozenset().union(*(_negative_zeros(item, (*path, key)) for key, item in items))
+
+
 def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
     """Append to ``parts`` what compiled code depends on in ``value``; False if that isn't known."""
     kind = type(value)
@@ -117,7 +150,7 @@ def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
         return True
     parts.append(kind)
     if kind in _SCALARS:
-        parts.append(value)
+        parts.append(_NEGATIVE_ZERO if _is_negative_zero(value) else value)
         return True
     if kind is tuple or kind is list:
         parts.append(len(value))
@@ -262,7 +295,7 @@ class CompiledForward:
         self._executions = itertools.count()
         self._misses = itertools.count()
         self._table: dict[Any, Callable[..., Any]] = {}
-        self._compiled: list[tuple[Any, Callable[..., Any]]] = []
+        self._compiled: list[tuple[Any, Callable[..., Any], frozenset[Any]]] = []
         self._modules: list[Any] = []
         self._environments: list[Any] = []
         try:
@@ -291,6 +324,7 @@ class CompiledForward:
                 next(self._misses)
                 return self.forward(*args, **kwargs)
         next(self._executions)
+        _thread.executions += 1
         return target(*args, **kwargs)
 
     def lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
@@ -318,23 +352,34 @@ class CompiledForward:
         self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         """The compiled code for a structure that isn't memoised; compile it if that is allowed."""
-        target = self._satisfied(args, kwargs)
-        if target is None and not self.sealed:
+        target, unknown = self._satisfied(args, kwargs)
+        if unknown and not self.sealed:
             with _compiling:
-                target = self._satisfied(args, kwargs) or self._compile(args, kwargs)
+                target, unknown = self._satisfied(args, kwargs)
+                if unknown:
+                    target = self._compile(args, kwargs)
         if target is not None and key is not None:
             if len(self._table) >= TABLE_LIMIT:
                 self._table.clear()
             self._table[key] = target
         return target
 
-    def _satisfied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """The first compiled code whose guards all hold for this call."""
+    def _satisfied(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any] | None, bool]:
+        """The first compiled code whose guards all hold for this call, and whether none holds.
+
+        Dynamo's guards take -0.0 for 0.0, and so would dynamo when it was asked to compile: a call that
+        differs in that only has no code, and is not to be compiled either.
+        """
         local_values = {"args": args, "kwargs": kwargs}
-        for guards, target in self._compiled:
+        unknown = True
+        for guards, target, zeros in self._compiled:
             if guards.check(local_values):
-                return target
-        return None
+                unknown = False
+                if zeros == _negative_zeros((args, kwargs)):
+                    return target, False
+        return None, unknown
 
     # -- compiling
 
@@ -373,7 +418,7 @@ class CompiledForward:
         for entry in fresh:
             # What dynamo made of the frame, called as a plain function: no frame hook, no guards.
             target = FunctionType(entry.code, self._globals, "compiled_forward")
-            self._compiled.append((entry.guard_manager, target))
+            self._compiled.append((entry.guard_manager, target, _negative_zeros((args, kwargs))))
         return target
 
     def _enter_settings(self, stack: ExitStack) -> None:
@@ -450,7 +495,7 @@ class CompiledForward:
             if environment is not None and environment.tracked_fakes:
                 environment.tracked_fakes.clear()
         self._environments.clear()
-        _release_guards([guards for guards, _ in self._compiled])
+        _release_guards([guards for guards, *_ in self._compiled])
         self._compiled.clear()
         cache = _module_cache()
         if cache is not None and self._modules:

@@ -24,11 +24,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Names of the programs that a compiler driver runs.
 _COMPILERS = (
@@ -301,6 +301,7 @@ class _Watch:
                 waits = waits or self._another_starts()
                 if not waits:
                     self.fired = True
+                    _hush_finalisers()
                     raise_in_thread(self.thread_id, DeadlinePassed)
                     _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
@@ -332,6 +333,12 @@ class _Watch:
             self._listens = False
         if not fired:
             return
+        try:
+            self._deliver()
+        finally:
+            _hush_finalisers()
+
+    def _deliver(self) -> None:
         # One may be pending. Taking it back (setting NULL) leaves CPython's "exception pending" flag
         # set, and with it a profiled frame of Python 3.11 never gets past its first instruction. So it
         # is delivered here instead.
@@ -343,6 +350,31 @@ class _Watch:
                 time.sleep(0)
         except DeadlinePassed:
             return
+
+
+class _Hush:
+    """A `sys.unraisablehook` that says nothing of deadlines.
+
+    What is raised in a finaliser or the callback of a weak reference reaches nobody, and Python prints it.
+    A deadline that passes there is raised again until it is heard.
+    """
+
+    def __init__(self, before: Callable[[sys.UnraisableHookArgs], Any]) -> None:
+        self.before = before
+
+    def __call__(self, unraisable: sys.UnraisableHookArgs, /) -> None:
+        if not issubclass(unraisable.exc_type, DeadlinePassed):
+            self.before(unraisable)
+
+
+def _hush_finalisers() -> None:
+    """Set the hook while a watch interrupts its thread, and take it back afterwards if it is still there."""
+    hook = sys.unraisablehook
+    wanted = any(watch.fired for watch in tuple(_watches))
+    if wanted and not isinstance(hook, _Hush):
+        sys.unraisablehook = _Hush(hook)
+    elif not wanted and isinstance(hook, _Hush):
+        sys.unraisablehook = hook.before
 
 
 #: Watches that were started and not yet told that their block was left.

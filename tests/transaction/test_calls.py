@@ -11,8 +11,10 @@ import torch
 
 import fingerprints
 import kpt
+import mixed_models
 import slow_models
 from fingerprints import fallbacks, fast_calls, optimized
+from kpt.transaction.copies import HANDLE
 from slow_models import DirectScale, net, plugin
 
 PLUGINS = [plugin(DirectScale)]
@@ -213,6 +215,48 @@ def test_eight_threads():
     for thread in threads:
         thread.join(60)
     assert wrong == [] and fast_calls(model) == 400
+
+
+def test_a_call_that_compiled_code_refused_is_no_call_that_another_thread_ran():
+    model, example = mixed_models.Mixed().eval(), torch.randn(32, 64)
+    optimized(model, example, plugins=[plugin(mixed_models.Compiled)])
+    plan = model.__dict__[HANDLE].plan
+    compiled, plan.direct = plan.direct, None
+    assert compiled is not None
+
+    def refused(*args, **kwargs):
+        thread = threading.Thread(target=torch.no_grad()(compiled.__call__), args=args, kwargs=kwargs)
+        thread.start()
+        thread.join(60)
+        return plan.original(model)(*args, **kwargs)
+
+    plan.run = refused
+    before = compiled.executions
+    with torch.no_grad():
+        model(example)
+    assert compiled.executions == before + 1
+    assert fast_calls(model) == 0
+    assert fallbacks(model) == {"the compiled code's own guard refused the call": 1}
+
+
+class Divided(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, by: float = 1.0, more: list | None = None):
+        return self.net(x) / torch.tensor(by if more is None else more[0])
+
+
+@pytest.mark.parametrize("write", [lambda v: {"by": v}, lambda v: {"more": [v]}])
+def test_zero_is_not_minus_zero(write):
+    model, example = Divided().eval(), torch.randn(32, 16)
+    optimized(model, ({"x": example, **write(0.0)}), plugins=PLUGINS)
+    with torch.no_grad():
+        assert torch.equal(model(example, **write(-0.0)), -model(example, **write(0.0)))
+    assert fast_calls(model) == 1
+    (reason,) = fallbacks(model)
+    assert "is -0.0; proven for 0.0" in reason
 
 
 def test_hooks_that_are_there_before_are_respected_or_refused_by_name():

@@ -94,14 +94,8 @@ class Applied:
 
     @property
     def executions(self) -> Callable[[], int] | None:
-        """Counts runs of compiled graphs, or None when the plan compiles nothing."""
-        if not self.compiled:
-            return None
-        if len(self.compiled) == 1:
-            only = self.compiled[0]
-            return lambda: only.executions
-        compiled = tuple(self.compiled)
-        return lambda: sum(item.executions for item in compiled)
+        """Counts runs of compiled graphs in the thread that asks, or None when the plan compiles nothing."""
+        return compiling.executions_of_thread if self.compiled else None
 
     def misses(self) -> dict[str, int]:
         """Calls of parts of the plan that ran the original code of that part, by part.

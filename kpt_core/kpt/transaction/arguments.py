@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def never_served(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 
 def key_of(value: Any) -> Any:
     """A hashable stand-in for an argument, or ``MISSING``."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+    if isinstance(value, float):
+        return (type(value), value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
+    if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
         return (type(value), value)
     if isinstance(value, torch.nn.Parameter) or type(value) is _Tensor:
         return (value.shape, value.dtype, value.device, layout_key(value), value.requires_grad)

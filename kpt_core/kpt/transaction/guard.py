@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -65,7 +66,8 @@ class InputGuard:
         sizes: dict[str, int] = {}
         for (name, got), (_, want) in zip(leaves, known_leaves):
             if not isinstance(got, _TensorForm) or not isinstance(want, _TensorForm):
-                if type(got) is not type(want) or got != want:  # 1, 1.0 and True are equal
+                # 1, 1.0 and True are equal, as are 0.0 and -0.0.
+                if type(got) is not type(want) or got != want or _sign(got) != _sign(want):
                     return 2, f"argument {name!r} is {got!r}; proven for {want!r}"
                 continue
             for field in ("dtype", "device", "contiguous", "kind", "conjugate"):
@@ -122,6 +124,11 @@ class _TensorForm:
 
     def __repr__(self) -> str:
         return f"a {str(self.dtype).removeprefix('torch.')} tensor of shape {list(self.shape)}"
+
+
+def _sign(value: Any) -> float:
+    """That of a number: 0.0 and -0.0 are equal, and what is divided by them is not."""
+    return math.copysign(1.0, value) if isinstance(value, float) else 1.0
 
 
 def _describe(leaf: Any) -> Any:
