@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -74,10 +75,18 @@ def of_process() -> dict[str, Any]:
         "logging": (logging.root.manager.disable, logging.root.level),
         "recursion": sys.getrecursionlimit(),
         "garbage collector": (gc.isenabled(), gc.get_threshold()),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGURG)],
         "hooks of all modules": [dict(table) for table in _global_hooks()],
         "shared code": {
             (owner.__name__, name): id(value)
-            for owner in (torch.nn.Linear, torch.nn.BatchNorm1d, torch.nn.functional, slow_models.SlowScale)
+            for owner in (
+                torch,
+                torch.linalg,
+                torch.nn.Linear,
+                torch.nn.BatchNorm1d,
+                torch.nn.functional,
+                slow_models.SlowScale,
+            )
             for name, value in vars(owner).items()
             if callable(value)
         },

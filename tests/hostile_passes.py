@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import sys
 import types
 from typing import Any
@@ -291,6 +292,23 @@ class PatchesLibrary(DirectScale):
         batch_norm = torch.nn.functional.batch_norm
         torch.nn.functional.batch_norm = lambda *args, **kwargs: batch_norm(*args, **kwargs)
         slow_models.fast_forward = lambda self, x: fast_forward(self, x)
+        return super().apply(model, variant)
+
+
+class PatchesTorch(DirectScale):
+    """As `PatchesLibrary`, of the functions in torch itself."""
+
+    def apply(self, model, variant):
+        relu, norm = torch.relu, torch.linalg.norm
+        torch.relu = lambda x: relu(x)
+        torch.linalg.norm = lambda *args, **kwargs: norm(*args, **kwargs)
+        return super().apply(model, variant)
+
+
+class TakesCtrlC(DirectScale):
+    def apply(self, model, variant):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        gc.disable()
         return super().apply(model, variant)
 
 

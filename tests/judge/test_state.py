@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -59,6 +61,9 @@ DISTURBANCES: dict[str, Callable[[], Any]] = {
     "torch function modes": lambda: TorchFunctionMode().__enter__(),
     "torch dispatch modes": lambda: PoisonMode().__enter__(),
     "anomaly detection": lambda: torch.set_anomaly_enabled(True),
+    "garbage collector": gc.disable,
+    "handler of SIGINT": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    "handler of SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "warning filters": lambda: warnings.simplefilter("error"),
     "environment": lambda: os.environ.update(KPT_TEST_VARIABLE="1", PATH=""),
     "working directory": lambda: os.chdir("/"),

@@ -44,6 +44,7 @@ CASES = [
     (hostile.PatchesClass, "global-state", False, {}),
     (hostile.PatchesBase, "global-state", False, {}),
     (hostile.PatchesLibrary, "global-state", False, {}),
+    (hostile.PatchesTorch, "global-state", False, {}),
     (hostile.ReseedsRandom, "global-state", False, {}),
     (hostile.ChangesGlobalsOnApply, "failed", False, {}),
     (hostile.WrongAndUndoRaises, "value", False, {}),
@@ -104,8 +105,16 @@ def test_random_states_are_not_moved_by_a_run():
     before = fingerprints.of_process()
     kpt.optimize(model, example, plugins=[plugin(hostile.ReseedsRandom)], budget=20.0, cache=False)
     assert fingerprints.differences(before, fingerprints.of_process()) == []
-    optimized(model, example, plugins=[plugin(DirectScale)])
+    kpt.restore(optimized(model, example, plugins=[plugin(DirectScale)]))  # whose watch listens to torch
     assert fingerprints.differences(before, fingerprints.of_process()) == []
+
+
+def test_a_pass_that_takes_ctrl_c_and_the_collector_gives_them_back():
+    before, example = fingerprints.of_process(), torch.randn(32, 16)
+    optimized(net(), example, plugins=[plugin(hostile.TakesCtrlC)])
+    assert {"signals", "garbage collector"}.isdisjoint(
+        fingerprints.differences(before, fingerprints.of_process())
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -143,6 +152,7 @@ UNABLE_TO_RUN = {
     hostile.PatchesClass,
     hostile.PatchesBase,
     hostile.PatchesLibrary,
+    hostile.PatchesTorch,
 }
 
 

@@ -18,6 +18,14 @@ _DESCRIPTORS = (property, classmethod, staticmethod)
 #: What torch's compiler replaces in `torch.nn.Module` when it is first used.
 _OF_TORCH = frozenset({"__init__", "__setstate__"})
 _MISSING = object()
+#: What every forward may call. Their other names (modules, constants) are not code.
+_SHARED: dict[str, ModuleType] = {
+    "torch": torch,
+    "torch.nn.functional": torch.nn.functional,
+    "torch.linalg": torch.linalg,
+    "torch.fft": torch.fft,
+    "torch.special": torch.special,
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,14 @@ class _Owner:
 
 class CodeState:
     """The methods of a model's classes and their bases, the functions of the modules that define them, and
-    torch's functional interface, as they are at construction."""
+    torch's own functions, as they are at construction."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         classes = dict.fromkeys(
             base for module in model.modules() for base in type(module).__mro__ if base is not object
         )
         classes[torch.Tensor] = None
-        namespaces = {"torch.nn.functional": torch.nn.functional}
+        namespaces = dict(_SHARED)
         for cls in classes:
             module = sys.modules.get(cls.__module__)
             if isinstance(module, ModuleType) and cls.__module__.split(".")[0] != "torch":

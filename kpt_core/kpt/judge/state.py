@@ -7,7 +7,9 @@ import itertools
 import logging
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +39,8 @@ class Snapshot:
 
     Random states (Python, NumPy if imported, every device in use), default dtype and device, gradient
     mode, autocast, deterministic and precision flags, backend flags, thread counts, compiler
-    configuration, modes, hooks of all modules, warning filters, logging's threshold, the garbage collector's,
-    environment and working directory.
+    configuration, modes, hooks of all modules, warning filters, logging's threshold, the garbage collector,
+    handlers of Ctrl-C and SIGTERM, environment and working directory.
     """
 
     def __init__(self) -> None:
@@ -300,11 +302,24 @@ def _process() -> list[_Item]:
         _Item("threshold of logging", lambda: logging.root.manager.disable, logging.disable),
         _Item("level of the root logger", lambda: logging.root.level, logging.root.setLevel),
         _Item("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        _Item("garbage collector", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+        *_handlers(),
         _Item(
             "thresholds of the garbage collector", gc.get_threshold, lambda value: gc.set_threshold(*value)
         ),
         _Item("environment", lambda: dict(os.environ), _put_environment),
         _Item("working directory", os.getcwd, os.chdir),
+    ]
+
+
+def _handlers() -> list[_Item]:
+    """Handlers of the signals that end a program; only the main thread may set them."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [
+        _Item(f"handler of {number.name}", partial(signal.getsignal, number), partial(signal.signal, number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not None  # a handler that is not Python's could not be put back
     ]
 
 
