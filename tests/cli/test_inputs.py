@@ -29,6 +29,11 @@ def test_unnamed_specs_become_positional_arguments():
     assert scale.dtype == torch.bfloat16 and scale.shape == () and -2 <= float(scale) <= -1
 
 
+def test_complex_numbers_need_no_range():
+    z = example_inputs(["z=complex64[3,4]"])["z"]
+    assert z.dtype == torch.complex64 and z.shape == (3, 4) and float(z.imag.std()) > 0.1
+
+
 def test_the_same_spec_gives_the_same_values():
     assert torch.equal(example_inputs(["x=float32[5]"])["x"], example_inputs(["x=float32[5]"])["x"])
 

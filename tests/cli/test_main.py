@@ -22,7 +22,7 @@ def shell(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plugins", "--help"], ["optimize", "--help"], [], ["plugins"]]
+    "arguments", [["--help"], ["-h"], ["plugins", "--help"], ["optimize", "--help"], [], ["plugins"]]
 )
 def test_help_is_a_result(kpt_cli, arguments):
     answer = kpt_cli(*arguments)

@@ -106,11 +106,15 @@ def _tensor(
         raise usage(f"--inputs {item!r}: {values!r} is neither LOW..HIGH nor ones nor zeros.", _EXAMPLE)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
+    if dtype.is_complex and limits is None:
+        return torch.randn(shape, dtype=dtype, generator=generator)
     if dtype.is_floating_point:
         if limits is None:
             return torch.randn(shape, generator=generator).to(dtype)
         low, high = float(limits[1]), float(limits[2])
         return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
+    if dtype.is_complex:
+        raise usage(f"--inputs {item!r}: complex numbers have no range.", "Leave it out.")
     if limits is None:
         raise usage(f"--inputs {item!r}: integers need their range LOW..HIGH (HIGH excluded).", _EXAMPLE)
     low, high = int(float(limits[1])), int(float(limits[2]))

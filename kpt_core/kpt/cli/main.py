@@ -77,6 +77,7 @@ def optimize_main() -> int:
 
 def run(arguments: list[str]) -> int:
     """Run ``arguments``; every error becomes a message and an exit code."""
+    arguments = ["--help" if argument == "-h" else argument for argument in arguments]
     if not arguments or arguments in [[group] for group in _GROUPS]:
         arguments = [*arguments, "--help"]
     output = Output(json="--json" in arguments)
