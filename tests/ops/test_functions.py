@@ -313,7 +313,7 @@ TABLE: dict[str, Any] = {}
 
 def test_labels_are_proved_where_a_wrong_index_only_raises():
     """Sites on an accelerator that take integers are proved on the CPU: assertions there end the device."""
-    from kpt.ops.capture import Seen
+    from kpt.ops.captured import Seen
     from kpt.ops.examples import Examples
 
     signature = inspect.signature(lambda logits, target: None)

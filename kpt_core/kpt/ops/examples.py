@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kpt.ops.capture import Captured, Seen
+from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import clone
 from kpt.ops.sites import Anything, Binding, Hypothesis
 

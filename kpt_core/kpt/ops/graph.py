@@ -16,7 +16,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kpt.ops import index
-from kpt.ops.capture import Captured, Seen, untouched_randomness
+from kpt.ops.capture import untouched_randomness
+from kpt.ops.captured import Captured, Seen
 from kpt.ops.hypotheses import Literals
 from kpt.ops.proof import Outcome, OutOfTime, prove
 from kpt.ops.recognition import GRAPH_PROOFS, Recognition

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from kpt.ops.capture import Captured, Seen, codes_of
+from kpt.ops.callees import codes_of
+from kpt.ops.captured import Captured, Seen
 from kpt.ops.hypotheses import attribute_names, class_functions
 
 #: Set for classes that Python code defines.

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kpt.ops.capture import Captured, Seen
+from kpt.ops.captured import Captured
+from kpt.ops.comparison import difference, gradients_of, tensors, versions_of
 from kpt.ops.examples import Examples
 from kpt.ops.promote import Promoted, Refused, Trace
 from kpt.ops.scan import executed
@@ -128,10 +129,10 @@ class _Proof:
     def _filter(self, twin: torch.nn.Module, bound: dict[str, Any], what: str) -> Any:
         """Run the site on ``bound`` in fp64 and drop the hypotheses that disagree."""
         self._clock()
-        versions = _versions(twin, bound)
+        versions = versions_of(twin, bound)
         with Promoted():
             out = self._call(twin, bound)
-        if versions != _versions(twin, bound):
+        if versions != versions_of(twin, bound):
             raise Unproved("it writes to its inputs, parameters or buffers")
         survivors = []
         nearest, nearest_error = "", float("inf")
@@ -293,7 +294,7 @@ class _Proof:
                 leaf.requires_grad_()
             try:
                 with torch.enable_grad(), Promoted():
-                    grads = _grads(self._call(twin, inputs), [*leaves, *weights])
+                    grads = gradients_of(self._call(twin, inputs), [*leaves, *weights])
             except RuntimeError as error:
                 for leaf in leaves:
                     leaf.requires_grad_(False)
@@ -301,7 +302,7 @@ class _Proof:
                     raise Unproved(f"it has no gradient {where}: {_short(error)}") from error
                 continue
             with torch.enable_grad():
-                claimed = _grads(self._claim(twin, inputs, binding), [*leaves, *weights])
+                claimed = gradients_of(self._claim(twin, inputs, binding), [*leaves, *weights])
             self._same_gradients(grads, claimed, where)
             for leaf in leaves:
                 leaf.requires_grad_(False)
@@ -430,66 +431,3 @@ def _name(dtype: torch.dtype) -> str:
 def _short(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0][:160] if text else ""
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-
-
-def _versions(twin: torch.nn.Module, bound: dict[str, Any]) -> list[int]:
-    state = [*twin.parameters(), *twin.buffers(), *tensors(bound)]
-    return [t._version for t in state]
-
-
-def _grads(out: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    total: torch.Tensor | None = None
-    for tensor in tensors(out):
-        if tensor.requires_grad:
-            # any vector without structure will do; a random one would be refused in here
-            weight = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).mul(2.3).cos()
-            term = (tensor * weight.view(tensor.shape)).sum()
-            total = term if total is None else total + term
-    if total is None:
-        return [None] * len(leaves)
-    return list(torch.autograd.grad(total, leaves, allow_unused=True))
-
-
-def difference(one: Any, other: Any) -> float:
-    """The largest difference relative to the largest value; infinite when the structures differ."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one.shape != other.shape:
-            return float("inf")
-        if one.numel() == 0:
-            return 0.0
-        a, b = one.detach(), other.detach()
-        if not a.is_floating_point():
-            return 0.0 if bool((a == b).all()) else float("inf")
-        a, b = a.double(), b.double()
-        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
-        scale = float(torch.where(b.isfinite(), b.abs(), 0.0).max())
-        worst = float(apart.max())
-        if worst != worst:
-            return float("inf")
-        return worst / max(scale, 1e-300) if worst else 0.0
-    if type(one) is not type(other):
-        return float("inf")
-    if isinstance(one, (tuple, list)):
-        if len(one) != len(other):
-            return float("inf")
-        return max((difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
-    if isinstance(one, dict):
-        if one.keys() != other.keys():
-            return float("inf")
-        return max((difference(one[key], other[key]) for key in one), default=0.0)
-    return 0.0 if one is other or one == other else float("inf")
-
-
-__all__ = ["Outcome", "OutOfTime", "Seen", "difference", "prove", "tensors"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.ops import index, keys
-from kpt.ops.capture import Captured, Seen, observe, untouched_randomness
+from kpt.ops.capture import observe, untouched_randomness
+from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import hooked
 from kpt.ops.proof import Outcome, OutOfTime, prove
 from kpt.ops.sites import Binding, Example, Hypothesis, Site

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kpt.ops.capture import Seen
+from kpt.ops.captured import Seen
 from kpt.ops.hypotheses import attribute, numbers_written
 from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
-    from kpt.ops.capture import Captured
+    from kpt.ops.captured import Captured
 
 
 def attention(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.ops.capture import Seen
+from kpt.ops.captured import Seen
 from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
-    from kpt.ops.capture import Captured
+    from kpt.ops.captured import Captured
 
 
 def cross_entropy(

@@ -14,7 +14,7 @@ from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
-    from kpt.ops.capture import Captured
+    from kpt.ops.captured import Captured
 
 #: Activations by the name that kernels receive.
 ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {

@@ -16,7 +16,7 @@ from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
-    from kpt.ops.capture import Captured
+    from kpt.ops.captured import Captured
 
 _LOW = (torch.float16, torch.bfloat16)
 

@@ -14,7 +14,7 @@ from kpt.specs import OpSpec
 if TYPE_CHECKING:
     import torch.nn
 
-    from kpt.ops.capture import Captured, Seen
+    from kpt.ops.captured import Captured, Seen
 
 
 def _rotated(x: torch.Tensor, interleaved: bool) -> torch.Tensor:

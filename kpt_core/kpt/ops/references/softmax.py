@@ -12,7 +12,7 @@ from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
-    from kpt.ops.capture import Captured
+    from kpt.ops.captured import Captured
 
 
 def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
