@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 import torch
+import torch._dynamo  # replaces functions of torch's when it is first imported
 
 import kpt
 import slow_models

@@ -389,6 +389,13 @@ class VerifyRaises(DirectScale):
         raise RuntimeError("verify is broken")
 
 
+class VerifyIsAmbiguous(DirectScale):
+    """Answers with a tensor, whose truth value is an error."""
+
+    def verify_applied(self, model):
+        return model.slow.weight > 0.0
+
+
 class MissesRaise(DirectScale):
     """Right, and could not be reported on."""
 

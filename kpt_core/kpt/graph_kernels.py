@@ -19,6 +19,8 @@ import torch
 
 from kpt import kernels, plugins
 from kpt.compiling import CapturedForward
+from kpt.ops.index import catalogue
+from kpt.plugins.validation import nearest
 from kpt.specs import KernelSpec, Undo, Variant
 
 if TYPE_CHECKING:
@@ -167,11 +169,16 @@ def propose(
     siteless = list(siteless)
     hopeful = [registered for registered in siteless if wanted(registered)]
     found = look(frozenset(registered.spec.op for registered in hopeful)) if hopeful else None
+    known = catalogue(registry)
     usable: list[tuple[Any, list[Site]]] = []
     for registered in siteless:
         spec: KernelSpec = registered.spec
         sites: list[Site] = []
-        reason = f"the model has no {spec.op} site"
+        reason = (
+            f"the model has no {spec.op} site"
+            if spec.op in known
+            else f"there is no op {spec.op!r}; {nearest(spec.op, known)}"
+        )
         if found is not None and wanted(registered):
             sites, refusal = kernels.supported(spec, found.sites, observation.mode)
             reason = refusal or found.reason or reason

@@ -90,6 +90,13 @@ def test_a_kernel_without_a_backward_is_not_tried_in_training():
     assert [skip["reason"] for skip in kpt.report(model).skipped] == ["has no backward"]
 
 
+def test_a_kernel_of_an_op_that_nobody_knows_is_told_the_nearest():
+    spec = KernelSpec(op="rmsnorm", name="mistyped", entry="slow_kernels:right")
+    model = kpt.optimize(norm_net(False), torch.randn(64, 16), plugins=[plugin(kernels=[spec])], budget=20.0)
+    reasons = [skip["reason"] for skip in kpt.report(model).skipped]
+    assert reasons == ["there is no op 'rmsnorm'; did you mean 'rms_norm'?"]
+
+
 def test_of_many_kernels_only_the_right_one_is_kept():
     names = ["one_percent", "nan", "contiguous_only", "right", "leaves_unwritten"]
     specs = [

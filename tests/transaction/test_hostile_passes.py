@@ -54,6 +54,7 @@ CASES = [
     (hostile.NoUndo, "failed", False, {}),
     (hostile.NoEffect, "no-effect", False, {}),
     (hostile.VerifyRaises, "failed", False, {}),
+    (hostile.VerifyIsAmbiguous, "failed", False, {}),
     (hostile.MissesRaise, "failed", False, {}),
     (hostile.MissesAreANumber, "failed", False, {}),
     (hostile.Slower, "slower", False, {}),
@@ -205,6 +206,13 @@ def test_the_wrong_pass_is_named_and_the_right_one_kept_beside_it():
     assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
     rules = {entry.name: entry.rule for entry in receipt.rejected}
     assert rules["OnePercent:direct"] == "value"
+
+
+def test_a_pass_that_does_not_say_whether_it_was_applied_is_blamed_alone():
+    offered = [plugin(hostile.VerifyIsAmbiguous, slow_models.DirectScale)]
+    receipt = kpt.report(optimized(trained_net(False), torch.randn(32, 16), plugins=offered))
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+    assert "verify_applied raised RuntimeError" in receipt.rejected[0].reason
 
 
 def test_an_undo_that_raises_harms_nobody_and_is_noted():

@@ -131,7 +131,7 @@ class Applied:
         """
         for step, behaviour in self.behaviours:
             try:
-                applied = behaviour.verify_applied(self.module)
+                applied = bool(behaviour.verify_applied(self.module))
             except (KeyboardInterrupt, compiling.DeadlinePassed):
                 raise
             except BaseException as error:
