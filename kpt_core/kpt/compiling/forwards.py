@@ -1,30 +1,12 @@
-"""Compiled forwards: dynamo finds the graph once, and later calls run it without dynamo.
-
-`torch.compile` keeps compiled code on code objects, compiles again whenever a guard fails, falls
-back to eager without a word after eight entries, and evaluates every guard on each call. A
-`CompiledForward` differs in four ways:
-
-* Each instance traces a code object and a globals dictionary of its own; when it is disposed of,
-  compiled code, guards and constants die with it. `torch._dynamo.reset` is never needed.
-* Guards are *memoised*: the full set is evaluated when an input structure (shapes, strides, dtypes,
-  values of scalars, grad mode) is first seen; afterwards one dictionary look-up selects the compiled
-  code, which is called directly. Whoever calls guards the rest: module modes, hooks, weights, scalar
-  attributes (`forget` drops what was memoised when those changed).
-* After `seal` nothing is ever compiled: an unknown structure that satisfies the guards of existing
-  code is memoised, any other one runs the original forward and is counted as a miss.
-* Settings of the compiler hold during compilation only.
-"""
+"""Forwards that run as compiled or captured graphs, and who collects those that a plan makes."""
 
 from __future__ import annotations
 
 import builtins
 import inspect
 import itertools
-import math
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
@@ -33,18 +15,8 @@ from typing import Any
 
 import torch
 
-from kpt.interruption import DeadlinePassed, deadline, stop_workers
-
-__all__ = [
-    "CapturedForward",
-    "CompiledForward",
-    "DeadlinePassed",
-    "collect",
-    "deadline",
-    "executions_of_thread",
-    "named_tensors",
-    "stop_workers",
-]
+from kpt.compiling.call_structure import named_tensors, negative_zeros, structure_of
+from kpt.compiling.torch_compiler import forget_modules, marked_dynamic, module_cache, release_guards
 
 GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -109,138 +81,9 @@ def _entry(*args: Any, **kwargs: Any) -> Any:
     return _forward(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - in each instance's globals
 
 
-# ---------------------------------------------------------------------------------------------
-# The structure of a call
-
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_SCALARS = (int, float, bool, str, complex, type(None), torch.dtype, torch.device)
-_grad_enabled = torch.is_grad_enabled
-_inference_enabled = torch.is_inference_mode_enabled
-
-
-#: In place of -0.0, which is equal to 0.0, and of which the inverse is not.
-_NEGATIVE_ZERO = "-0.0"
-
-
-def _is_negative_zero(value: Any) -> bool:
-    return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0.0
-
-
-def _negative_zeros(value: Any, path: tuple[Any, ...] = ()) -> frozenset[tuple[Any, ...]]:
-    """Where in the arguments of a call -0.0 is."""
-    if isinstance(value, (tuple, list)):
-        items: Any = enumerate(value)
-    elif isinstance(value, dict):
-        items = value.items()
-    else:
-        return frozenset({path}) if _is_negative_zero(value) else frozenset()
-    return frozenset().union(*(_negative_zeros(item, (*path, key)) for key, item in items))
-
-
-def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
-    """Append to ``parts`` what compiled code depends on in ``value``; False if that isn't known."""
-    kind = type(value)
-    if kind in _TENSORS:
-        identities.append(id(value))
-        parts.append(value.shape)
-        parts.append(value.stride())
-        parts.append(value.dtype)
-        parts.append(value.requires_grad)
-        parts.append(value.device)
-        return True
-    parts.append(kind)
-    if kind in _SCALARS:
-        parts.append(_NEGATIVE_ZERO if _is_negative_zero(value) else value)
-        return True
-    if kind is tuple or kind is list:
-        parts.append(len(value))
-        return all(_structure(item, parts, identities) for item in value)
-    if kind is dict:
-        parts.append(tuple(value))
-        return all(_structure(item, parts, identities) for item in value.values())
-    return False
-
-
-def structure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """A hashable description of a call, or None when an argument has a type unknown here."""
-    parts: list[Any] = [_grad_enabled(), _inference_enabled(), len(args)]
-    identities: list[int] = []
-    for value in args:
-        if not _structure(value, parts, identities):
-            return None
-    for name, value in kwargs.items():
-        parts.append(name)
-        if not _structure(value, parts, identities):
-            return None
-    if len(identities) > 1 and len(set(identities)) != len(identities):
-        # The same tensor twice: compiled code may be specialised to which ones are equal.
-        parts.append(tuple(identities.index(identity) for identity in identities))
-    return tuple(parts)
-
-
-def named_tensors(
-    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The tensors of a call by name, spelt as an input spec does: ``mask``, ``past[0].keys``."""
-    found: dict[str, torch.Tensor] = {}
-
-    def visit(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, (tuple, list)):
-            for index, item in enumerate(value):
-                visit(f"{name}[{index}]", item)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                visit(f"{name}[{key}]" if isinstance(key, int) else f"{name}.{key}", item)
-
-    arguments: Mapping[str, Any] = kwargs
-    if args:
-        arguments = {str(index): value for index, value in enumerate(args)} | kwargs
-        if signature is not None:
-            arguments = {}
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
-                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments |= value
-                else:
-                    arguments[name] = value
-    for name, value in arguments.items():
-        visit(name, value)
-    return found
-
-
-# ---------------------------------------------------------------------------------------------
-# Compiling
-
-
 def _backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """The one backend that dynamo knows of (it keeps each for ever); the active instance compiles."""
     return _active[-1]._lower(graph, example_inputs)
-
-
-@contextmanager
-def _marked_dynamic(
-    tensors: Mapping[str, torch.Tensor], dims: Mapping[str, Mapping[int, Any]]
-) -> Iterator[None]:
-    """Mark the declared dimensions of ``tensors`` while a graph is captured.
-
-    A dimension of size 0 or 1 stays static: dynamo specialises to those sizes anyhow and a mark
-    would be an error. The marks are attributes of the tensors and are taken off again.
-    """
-    marked: list[tuple[torch.Tensor, set[str]]] = []
-    try:
-        for name, tensor in tensors.items():
-            axes = [axis for axis in dims.get(name, ()) if axis < tensor.dim() and tensor.shape[axis] > 1]
-            if not axes:
-                continue
-            marked.append((tensor, set(tensor.__dict__)))
-            for axis in axes:
-                torch._dynamo.mark_dynamic(tensor, axis)
-        yield
-    finally:
-        for tensor, before in marked:
-            for attribute in set(tensor.__dict__) - before:
-                del tensor.__dict__[attribute]
 
 
 class CompiledForward:
@@ -377,7 +220,7 @@ class CompiledForward:
         for guards, target, zeros in self._compiled:
             if guards.check(local_values):
                 unknown = False
-                if zeros == _negative_zeros((args, kwargs)):
+                if zeros == negative_zeros((args, kwargs)):
                     return target, False
         return None, unknown
 
@@ -400,7 +243,7 @@ class CompiledForward:
                     stack.enter_context(self.around_compilation())
                 stack.enter_context(self._tracked_modules())
                 stack.enter_context(
-                    _marked_dynamic(named_tensors(self._signature, args, kwargs), self.dynamic_dims)
+                    marked_dynamic(named_tensors(self._signature, args, kwargs), self.dynamic_dims)
                     if self.dynamic_dims
                     else ExitStack()
                 )
@@ -418,7 +261,7 @@ class CompiledForward:
         for entry in fresh:
             # What dynamo made of the frame, called as a plain function: no frame hook, no guards.
             target = FunctionType(entry.code, self._globals, "compiled_forward")
-            self._compiled.append((entry.guard_manager, target, _negative_zeros((args, kwargs))))
+            self._compiled.append((entry.guard_manager, target, negative_zeros((args, kwargs))))
         return target
 
     def _enter_settings(self, stack: ExitStack) -> None:
@@ -449,12 +292,12 @@ class CompiledForward:
     @contextmanager
     def _tracked_modules(self) -> Iterator[None]:
         """Note the Python modules that inductor loads: its cache keeps them, constants included."""
-        cache = _module_cache()
+        cache = module_cache()
         before = len(cache.modules) if cache is not None else 0
         try:
             yield
         finally:
-            cache = _module_cache()
+            cache = module_cache()
             if cache is not None:
                 self._modules.extend(cache.modules[before:])
 
@@ -495,20 +338,10 @@ class CompiledForward:
             if environment is not None and environment.tracked_fakes:
                 environment.tracked_fakes.clear()
         self._environments.clear()
-        _release_guards([guards for guards, *_ in self._compiled])
+        release_guards([guards for guards, *_ in self._compiled])
         self._compiled.clear()
-        cache = _module_cache()
-        if cache is not None and self._modules:
-            mine = {id(module) for module in self._modules}
-            cache.modules[:] = [module for module in cache.modules if id(module) not in mine]
-            for path, module in list(cache.modules_no_attr.items()):
-                if id(module) in mine:
-                    del cache.modules_no_attr[path]
-            for name, module in list(sys.modules.items()):
-                if id(module) in mine:
-                    del sys.modules[name]
-            for module in self._modules:
-                cache.linemaps.pop(module.__file__, None)
+        if self._modules:
+            forget_modules(self._modules)
         self._modules.clear()
         if self._function is not None:
             from torch._dynamo.eval_frame import remove_from_cache
@@ -558,28 +391,3 @@ class CapturedForward(CompiledForward):
 
 def _as_captured(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     return graph.forward
-
-
-def _release_guards(guards: list[Any]) -> None:
-    """Let go of what outlives compiled code: dynamo ties guards to the life of what they name.
-
-    Those are parameters, types and functions that live on, so that each compilation would stay in
-    memory. Shape environments, too, stay in caches of their class's methods.
-    """
-    if not guards:
-        return
-    mine = {id(guard) for guard in guards}
-    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
-        callback = (finalizer.peek() or (None, None))[1]
-        owner = getattr(getattr(callback, "func", None), "__self__", None)
-        if id(getattr(owner, "guard_manager", None)) in mine:
-            finalizer.detach()
-    for method in vars(torch.fx.experimental.symbolic_shapes.ShapeEnv).values():
-        if hasattr(method, "cache_clear"):
-            method.cache_clear()
-
-
-def _module_cache() -> Any:
-    """Inductor's cache of generated modules, or None while inductor isn't loaded."""
-    codecache = sys.modules.get("torch._inductor.codecache")
-    return codecache.PyCodeCache if codecache is not None else None

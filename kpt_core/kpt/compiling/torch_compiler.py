@@ -1,0 +1,78 @@
+"""What torch's compiler is told before it compiles, and what it keeps that must be let go."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def marked_dynamic(
+    tensors: Mapping[str, torch.Tensor], dims: Mapping[str, Mapping[int, Any]]
+) -> Iterator[None]:
+    """Mark the declared dimensions of ``tensors`` while a graph is captured.
+
+    A dimension of size 0 or 1 stays static: dynamo specialises to those sizes anyhow and a mark
+    would be an error. The marks are attributes of the tensors and are taken off again.
+    """
+    marked: list[tuple[torch.Tensor, set[str]]] = []
+    try:
+        for name, tensor in tensors.items():
+            axes = [axis for axis in dims.get(name, ()) if axis < tensor.dim() and tensor.shape[axis] > 1]
+            if not axes:
+                continue
+            marked.append((tensor, set(tensor.__dict__)))
+            for axis in axes:
+                torch._dynamo.mark_dynamic(tensor, axis)
+        yield
+    finally:
+        for tensor, before in marked:
+            for attribute in set(tensor.__dict__) - before:
+                del tensor.__dict__[attribute]
+
+
+def release_guards(guards: list[Any]) -> None:
+    """Let go of what outlives compiled code: dynamo ties guards to the life of what they name.
+
+    Those are parameters, types and functions that live on, so that each compilation would stay in
+    memory. Shape environments, too, stay in caches of their class's methods.
+    """
+    if not guards:
+        return
+    mine = {id(guard) for guard in guards}
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        callback = (finalizer.peek() or (None, None))[1]
+        owner = getattr(getattr(callback, "func", None), "__self__", None)
+        if id(getattr(owner, "guard_manager", None)) in mine:
+            finalizer.detach()
+    for method in vars(torch.fx.experimental.symbolic_shapes.ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
+def module_cache() -> Any:
+    """Inductor's cache of generated modules, or None while inductor isn't loaded."""
+    codecache = sys.modules.get("torch._inductor.codecache")
+    return codecache.PyCodeCache if codecache is not None else None
+
+
+def forget_modules(modules: list[Any]) -> None:
+    """Drop generated modules from inductor's cache and from Python's."""
+    cache = module_cache()
+    if cache is None:
+        return
+    mine = {id(module) for module in modules}
+    cache.modules[:] = [module for module in cache.modules if id(module) not in mine]
+    for path, module in list(cache.modules_no_attr.items()):
+        if id(module) in mine:
+            del cache.modules_no_attr[path]
+    for name, module in list(sys.modules.items()):
+        if id(module) in mine:
+            del sys.modules[name]
+    for module in modules:
+        cache.linemaps.pop(module.__file__, None)
