@@ -389,6 +389,14 @@ class VerifyRaises(DirectScale):
         raise RuntimeError("verify is broken")
 
 
+class WritesToExamples(DirectScale):
+    def propose(self, observation, hardware):
+        for call in observation.calls:
+            for tensor in call.tensors().values():
+                tensor.zero_()
+        return super().propose(observation, hardware)
+
+
 class VerifyIsAmbiguous(DirectScale):
     """Answers with a tensor, whose truth value is an error."""
 

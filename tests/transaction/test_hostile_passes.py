@@ -12,6 +12,7 @@ import kpt
 import slow_models
 from fingerprints import optimized
 from kpt.judge.state import untouched
+from kpt.transaction.api import request_of
 from slow_models import DirectScale, net, plugin
 
 BATCH = {"x": {0: "batch"}}
@@ -206,6 +207,14 @@ def test_the_wrong_pass_is_named_and_the_right_one_kept_beside_it():
     assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
     rules = {entry.name: entry.rule for entry in receipt.rejected}
     assert rules["OnePercent:direct"] == "value"
+
+
+def test_examples_that_a_pass_writes_to_are_its_own():
+    example = torch.randn(32, 16)
+    before = example.clone()
+    model = optimized(trained_net(False), example, plugins=[plugin(hostile.WritesToExamples)])
+    assert torch.equal(example, before)
+    assert torch.equal(request_of(model).examples[0].kwargs["x"], before), "kpt.refresh and kpt.save use them"
 
 
 def test_a_pass_that_does_not_say_whether_it_was_applied_is_blamed_alone():

@@ -232,7 +232,7 @@ def observe(
     return (
         Observation(
             model=model,
-            calls=tuple(calls),
+            calls=tuple(call.clone() for call in calls),  # which plugins may write to
             spec=spec,
             mode=mode,
             level=level,
