@@ -81,7 +81,6 @@ def test_memory_stays_flat_over_cycles_with_inductor():
 
 def test_a_few_cycles_leave_nothing_behind():
     model, example = mixed_models.mixed(), torch.randn(64, 64)
-    gc.collect()  # plans of other tests' models listen for registrations until they go
     before, process = fingerprints.of_model(model), fingerprints.of_process()
     optimized(model, example, plugins=mixed_models.plugins(), cache=True)
     workspace = weakref.ref(kpt.transaction.dispatch.plan_of(model).committed.applied.module)
