@@ -83,13 +83,14 @@ def tune(
     chosen = [work for work in todo if not only or work.kernel.name in only]
     compile_ahead(_every_launch(chosen, arch), arch)
     tell(f"compiled for {arch}")
+    path = Path(folder) / f"{arch}.json" if folder else tuning.user_folder() / f"{arch}.json"
     for work in chosen:
         for dtype in work.dtypes:
             for size in work.sizes:
-                rows += _tune_one(work, dtype, size, seconds, tell)
+                found = _tune_one(work, dtype, size, seconds, tell)
+                write(path, arch, found)  # at once: a run that is cut off keeps what it measured
+                rows += found
                 torch.cuda.empty_cache()
-    path = Path(folder) / f"{arch}.json" if folder else tuning.user_folder() / f"{arch}.json"
-    write(path, arch, rows)
     return {"path": str(path), "architecture": arch, "rows": rows}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,3 +49,27 @@ def test_the_fastest_options_are_not_taken_if_their_values_are_others(
     (row,) = tuner._tune_one(work, torch.float32, (8,), 0.1, told.append)
     assert row["options"] == {"SPEED": 4 if wrong is None else 2}
     assert any("gives other values" in line for line in told) == (wrong is not None)
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_measured(
+    kernel: tuning.Tuned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def tune_one(work, dtype, size, seconds, tell):
+        if size == (16,):
+            raise KeyboardInterrupt
+        return [{"kernel": "made_up", "itemsize": 4, "sizes": list(size), "options": {"SPEED": 2}, "ms": 1.0}]
+
+    work = tuner.Workload(kernel, ((8,), (16,)), prepare=lambda dtype, columns: None, dtypes=(torch.float32,))
+    monkeypatch.setattr(tuner, "workloads", lambda: [work])
+    monkeypatch.setattr(tuner, "_tune_one", tune_one)
+    monkeypatch.setattr(tuner, "_every_launch", lambda works, arch: [])
+    monkeypatch.setattr(tuner, "compile_ahead", lambda launches, arch: None)
+    monkeypatch.setattr(tuner, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(tuner, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("current_device", 0), ("empty_cache", None), ("get_device_name", "a card")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune((), 0.1, str(tmp_path), lambda line: None)
+    table = json.loads((tmp_path / "sm_90.json").read_text(encoding="utf-8"))
+    assert [entry["sizes"] for entry in table["kernels"]["made_up"]] == [[8]]
