@@ -110,6 +110,13 @@ def _widen_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int
     for name, item in list(getattr(value, "__dict__", {}).items()):
         if isinstance(item, torch.Tensor):
             if item.dtype == narrow:
-                setattr(value, name, item.to(wide))
+                # A frozen dataclass refuses what goes through its own interface.
+                put = object.__setattr__ if _is_frozen(value) else setattr
+                put(value, name, item.to(wide))
         elif not callable(item):
             _widen_inside(item, narrow, wide, depth - 1)
+
+
+def _is_frozen(value: Any) -> bool:
+    parameters: Any = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and bool(parameters.frozen)

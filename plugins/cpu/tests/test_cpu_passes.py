@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +131,33 @@ def test_bf16_keeps_the_interface_and_the_weights(mlp):
     assert 0 < relative(output, mlp(x)) < 2e-2
     assert behaviour.verify_applied(space)
     assert all(p.dtype is torch.float32 for p in mlp.parameters())
+    undo()
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: torch.Tensor
+
+
+class ReturnsFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 8)
+
+    def forward(self, x: torch.Tensor) -> Frozen:
+        return Frozen(self.linear(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_bf16_widens_what_a_frozen_dataclass_holds(compiled: bool):
+    model, x = ReturnsFrozen().eval(), torch.randn(4, 128)
+    (offer,) = variants(Bf16(), observe(model, x))
+    _, space, undo = applied(Bf16, model, offer)
+    run = torch.compile(space.forward, backend="eager") if compiled else space.forward
+    output = run(x)
+    assert output.logits.dtype is torch.float32
+    assert 0 < relative(output.logits, model(x).logits) < 2e-2
     undo()
 
 
