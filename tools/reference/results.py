@@ -64,6 +64,9 @@ def page(folder: Path) -> str:
             parts += model_section(record)
     if families:
         parts += ["## Small models of many families", origin(*families), *family_section(families[1])]
+    costs = latest(folder, "overhead")
+    if costs:
+        parts += ["## What kpt itself costs", origin(*costs), *overhead_section(costs[1])]
     if not machines and not families:
         parts.append(NOTHING_YET)
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -127,6 +130,52 @@ def family_section(content: dict[str, Any]) -> list[str]:
             cells.append(interval(row["ratio"]) if good else row.get("reason", "wrong"))
         rows.append([name, record["kind"], *cells, " + ".join(record["kpt"].get("accepted", []))])
     return [*parts, table(["family", "kind", "kpt", "torch.compile", "accepted"], rows)]
+
+
+def overhead_section(content: dict[str, Any]) -> list[str]:
+    """Starting, a call through a plan, and a second process, as far as they were measured."""
+    goals, parts = content["settings"]["goals"], content["parts"]
+    found: list[str] = []
+    if "start" in parts:
+        start = parts["start"]
+        rows = [
+            [
+                "`import kpt`",
+                f"{start['import_seconds'] * 1e3:.0f} ms",
+                f"{goals['import_seconds'] * 1e3:.0f} ms",
+            ],
+            ["`kpt --help`", f"{start['help_seconds']:.2f} s", f"{goals['help_seconds']:.1f} s"],
+            ["`kpt plugins list`", f"{start['plugins_list_seconds']:.2f} s", ""],
+        ]
+        torch = start["import_loads_torch"] or start["plugins_list_loads_torch"]
+        found += [
+            table(["start", "measured", "goal"], rows),
+            f"Torch is {'' if torch else 'not '}loaded by these.",
+        ]
+    if "call" in parts:
+        rows = [
+            [
+                watched,
+                f"{row['positional_microseconds']:.1f}",
+                f"{row['keyword_microseconds']:.1f}",
+                f"{row['allowed_microseconds']:.1f}",
+            ]
+            for watched, row in parts["call"].items()
+        ]
+        header = ["tensors watched", "µs a call, positional", "µs a call, by keyword", "goal"]
+        found.append(table(header, rows))
+    rows = []
+    for key, row in parts.items():
+        kind, _, name = key.partition(":")
+        if kind == "second":
+            first, again = row["first"]["ready_seconds"], row["second"]["ready_seconds"]
+            searched = "yes" if row["second"]["searched"] else "no"
+            rows.append([name, f"{first:.1f}", f"{again:.1f}", f"{row['share']:.0%}", searched])
+    if rows:
+        header = ["model", "first process, s", "second, s", "share", "the second searched"]
+        goal = f"Goal: at most {goals['second_share']:.0%} of the first and {goals['second_seconds']:.0f} s."
+        found += [table(header, rows), goal]
+    return found
 
 
 def block(folder: Path) -> str:
