@@ -18,6 +18,7 @@ CASES = [
     ("one_percent", "value", False),
     ("one_percent", "value", True),
     ("nan", "nan", False),
+    ("overflows", "nan", False),
     ("wrong_gradient", "gradient", True),
     ("contiguous_only", "stride", False),
     ("even_rows_only", "size", False),

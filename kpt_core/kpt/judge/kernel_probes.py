@@ -135,6 +135,37 @@ class Trial:
         }
         return self._judged_or_dropped(inputs, "value", f"inputs scaled by {factor:g}")
 
+    def overflowing(self, factor: float) -> Verdict | None:
+        """On large inputs only what is finite is compared: values may differ where sums cancel or saturate.
+
+        Results beyond half of the dtype's range are left out, since those round to infinity here or there.
+        """
+        inputs = {
+            name: value * factor if is_float(value) and not is_weight(name) else value
+            for name, value in self._inputs(self.few).items()
+        }
+        given = Call((), inputs).clone().kwargs
+        with torch.no_grad():
+            try:
+                eager = outputs.tensors(self._reference(given))
+                wide = outputs.tensors(self._reference(given, torch.float64))
+            except _Dropped:
+                return None
+            output, failure = _attempted(partial(self.run, **inputs))
+        if failure is not None:
+            return rejected("error", f"it raises {failure}").named("error", f"inputs scaled by {factor:g}")
+        for name, tensor in outputs.tensors(output).items():
+            like = eager.get(name)
+            if like is None or tensor.shape != like.shape or not like.is_floating_point():
+                continue
+            limit = 0.5 * torch.finfo(like.dtype).max
+            safe = torch.isfinite(like) & (wide[name].abs() < limit)
+            lost = int((safe & ~torch.isfinite(tensor)).sum())
+            if lost:
+                reason = f"{lost} elements of {name} are not finite on inputs scaled by {factor:g}"
+                return rejected("nan", f"{reason}, where the reference is")
+        return passed()
+
     def sized(self, rows: int) -> Verdict | None:
         inputs = self._inputs(rows)
         return self._judged_or_dropped(inputs, "size", f"with {shapes(inputs)}")

@@ -20,8 +20,10 @@ __all__ = ["MakeInputs", "inputs_like", "is_weight", "judge_kernel"]
 
 #: Rows that are tried: one, and odd numbers that no power-of-two block divides.
 ROWS = (1, 7, 33)
-#: Factors on the activations: small inputs reveal a wrong epsilon, large ones an overflow.
+#: Factors on the activations: small inputs reveal a wrong epsilon, larger ones a saturation.
 SCALES = (1e-2, 8.0)
+#: A factor at which exponentials overflow that are not taken over a maximum.
+LARGE = 300.0
 
 
 def judge_kernel(
@@ -58,6 +60,7 @@ def judge_kernel(
         fixed: names of arguments that are passed on untouched (packed weights).
         changing: those of ``fixed`` that are only too large to be drawn anew; a copy of them changes between
             two calls.
+        scales: factors on the activations; with any, results also have to stay finite at `LARGE`.
         few: rows for the probes that look at scales and layouts, where those of the site take too long.
 
     Raises:
@@ -72,6 +75,8 @@ def judge_kernel(
         if changing:
             probes.append(partial(trial.new_weights, tuple(changing)))
         probes += [partial(trial.scaled, factor) for factor in scales]
+        if scales:
+            probes.append(partial(trial.overflowing, LARGE))
         probes += [partial(trial.sized, number) for number in rows]
         probes += [partial(trial.strided, layout) for layout in layouts]
         if reproducible:
