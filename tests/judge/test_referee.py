@@ -13,6 +13,7 @@ import torch
 from kpt.judge import outputs
 from kpt.judge.calls import Call
 from kpt.judge.handover import judge_inputs, judge_strides
+from kpt.judge.outputs import equal_objects, leaves
 from kpt.judge.referee import judge, judge_dropout, judge_gradients
 from kpt.judge.verdict import RULES, rejected
 
@@ -359,3 +360,33 @@ def test_an_output_that_view_refuses_is_rejected_where_eagers_is_contiguous() ->
     found = judge_strides({"logits": turned}, {"logits": dense})
     assert found.rule == "stride" and "logits has the strides [1, 4]" in found.detail
     assert judge_strides({"cache": [(turned, dense)]}, {"cache": [(dense, dense)]})  # the model's own to read
+
+
+class Holder:
+    def __init__(self, inner: object) -> None:
+        self.inner = [inner]
+
+
+def nested(depth: int, value: object) -> object:
+    return value if depth == 0 else Holder(nested(depth - 1, value))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (nested(1, torch.ones(3)), nested(1, torch.ones(3)), True),
+        (nested(1, torch.ones(3)), nested(1, torch.ones(1)), False),
+        (nested(1, torch.ones(0)), nested(1, torch.ones(1)), False),
+        (nested(1, torch.ones(3)), nested(1, torch.ones(3, dtype=torch.float64)), False),
+        (nested(9, 1), nested(9, 2), False),
+    ],
+)
+def test_objects_are_equal_only_if_what_they_hold_is(first: object, second: object, same: bool) -> None:
+    """Neither by broadcasting, nor for being nested too deep to be looked at."""
+    assert equal_objects(first, second) is same
+
+
+def test_an_array_of_another_byte_order_is_left_as_it_is() -> None:
+    numpy = pytest.importorskip("numpy")
+    (leaf,) = leaves(numpy.ones(3, dtype=">f4"))
+    assert isinstance(leaf.value, numpy.ndarray)

@@ -337,6 +337,17 @@ def test_frozen_parameters_get_no_gradient():
     assert model.slow.weight.grad is None and model.last.weight.grad is not None
 
 
+def test_parameters_that_were_frozen_when_it_was_optimised_get_their_gradients():
+    model, example = net(False).requires_grad_(False), torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(DirectScale)])
+    model.requires_grad_(True)
+    model(example).sum().backward()
+    plain = eager(model)
+    plain(example).sum().backward()
+    for mine, true in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, true.grad)
+
+
 def test_signature_state_and_identity_are_those_of_the_model():
     before = inspect.signature(net().forward)
     model, example = ready()

@@ -45,7 +45,7 @@ def _as_tensor(leaf: Any) -> Any:
         return leaf
     try:
         return torch.from_numpy(numpy.array(leaf))
-    except TypeError:  # text, objects, dates
+    except (TypeError, ValueError):  # text, objects, dates; another byte order
         return leaf
 
 
@@ -54,16 +54,18 @@ def computed_later(leaf: Any) -> bool:
     return isinstance(leaf, (Iterator, AsyncIterator, Awaitable, Future))
 
 
-def equal_objects(first: Any, second: Any, depth: int = 6) -> bool:
+def equal_objects(first: Any, second: Any, depth: int = 12) -> bool:
     """Whether two leaves that are no tensors are the same to whoever gets them.
 
     Numbers are compared up to rounding, objects by their own ``==`` or else by what they hold. What has
-    neither is not equal.
+    neither, or is nested deeper than ``depth``, is not equal.
     """
     if isinstance(first, float) and isinstance(second, float):
         return math.isclose(first, second, rel_tol=1e-5) or (math.isnan(first) and math.isnan(second))
-    if first is second or depth == 0:
+    if first is second:
         return True
+    if depth == 0:
+        return False
     if type(first) in (list, tuple) and type(first) is type(second):
         pairs = list(zip(first, second))
         return len(first) == len(second) and all(equal_objects(*pair, depth - 1) for pair in pairs)
@@ -73,13 +75,16 @@ def equal_objects(first: Any, second: Any, depth: int = 6) -> bool:
         )
     if tree.is_atom(first) or type(first) is not type(second) or type(first).__eq__ is not object.__eq__:
         try:
+            shapes = [(getattr(v, "shape", None), getattr(v, "dtype", None)) for v in (first, second)]
+            if shapes[0] != shapes[1]:  # `==` would broadcast
+                return False
             same = first == second
             return bool(same.all() if hasattr(same, "all") else same)
         except (RuntimeError, TypeError, ValueError):
             return False
     if not hasattr(first, "__dict__"):
         return False
-    return equal_objects(vars(first), vars(second), depth)
+    return equal_objects(vars(first), vars(second), depth - 1)
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:

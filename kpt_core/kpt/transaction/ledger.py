@@ -81,15 +81,20 @@ class Ledger:
 
     # -- trials and their time
 
-    def run(self, plan: Plan, *, against: Outcome | None = None, timed: bool = True) -> Outcome:
-        """Try ``plan``, timed against another outcome's plan, or against the untouched model."""
+    def run(
+        self, plan: Plan, *, against: Outcome | None = None, timed: bool = True, among: int | None = None
+    ) -> Outcome:
+        """Try ``plan``, timed against another outcome's plan, or against the untouched model.
+
+        Where it is one ``among`` several that wait for the same time, it gets its share of what is left.
+        """
         emit("trial", f"trying {plan.key}", seconds=self.budget.spent(), budget=self.budget.seconds)
         outcome = self.trials.run(
             plan,
             against=against.applied if against is not None else None,
             keep=True,
             timed=timed,
-            seconds=self._patience(plan),
+            seconds=self._patience(plan, among),
         )
         outcome.over_eager = ratio(outcome) * (against.over_eager if against is not None else 1.0)
         if timed:
@@ -119,7 +124,7 @@ class Ledger:
         if outcome.right and outcome.timing is not None:
             self._reserve = max(self._reserve, _COMMIT * (outcome.seconds - outcome.setup_seconds))
 
-    def _patience(self, plan: Plan) -> float:
+    def _patience(self, plan: Plan, among: int | None) -> float:
         """Seconds that a trial may take: all there is only if nothing else is open or its set-up asks for it.
 
         A variant that never comes back must not take the budget of all others.
@@ -128,7 +133,8 @@ class Ledger:
         if len(self.open()) < 2:
             return left
         announced = _OVERRUN * sum(step.variant.setup_seconds for step in plan.steps)
-        return min(left, max(_PATIENCE * left, announced))
+        share = _PATIENCE if among is None else 1.0 / among
+        return min(left, max(share * left, announced))
 
 
 def ratio(outcome: Outcome) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ class _Walk:
             self._kept.append(item)
             if isinstance(item, torch.Tensor):
                 pending.extend(self._tensor(item))
-            elif hasattr(item, "__array_interface__") and hasattr(item, "nbytes"):
+            elif _is_array(item):
                 pending.extend(self._array(item))
             else:
                 pending.extend(_parts(item))
@@ -116,10 +117,15 @@ class _Walk:
 
     def _array(self, array: Any) -> list[Any]:
         """Counts an array of NumPy's; a view leads to what it is a view of, a tensor it may be."""
-        base = getattr(array, "base", None)
+        base = array.base
         if base is None:
             self.total += int(array.nbytes)
         return [] if base is None else [base]
+
+
+def _is_array(item: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(item, numpy.ndarray)
 
 
 def _parts(item: Any) -> list[Any]:

@@ -84,14 +84,15 @@ class Search:
         ledger = self.ledger
         if ledger.fuel == 0:
             return None
-        for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
+        waiting = sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds))
+        for number, candidate in enumerate(waiting):
             if candidate.gain <= 1.0:
                 ledger.reject(candidate, "slower", f"predicted {candidate.gain:.2f}x, not tried")
                 continue
             known = ledger.failed(Plan.of([candidate]))
             if known is None and not ledger.time_for(candidate.variant.setup_seconds):
                 continue
-            outcome = known or ledger.run(Plan.of([candidate]))
+            outcome = known or ledger.run(Plan.of([candidate]), among=len(waiting) - number)
             if not outcome.accepted:
                 outcome.close()
                 ledger.reject_by(candidate, outcome)

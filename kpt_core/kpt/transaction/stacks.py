@@ -107,6 +107,8 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
             return False  # nobody announced to be slow: they are tried one by one
         slowest = max(added, key=_own_setup)
         ledger.reject_by(slowest, outcome)
+        if not _own_setup(slowest)[0]:
+            return True  # it was not its set-up that took so long, which says nothing of the others
         # What announces as long a set-up would take the rest of the budget the same way.
         for other in ledger.open():
             if _own_setup(other) >= _own_setup(slowest) and (other in added or other not in plan.steps):
@@ -117,7 +119,7 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
     # innocent costs as much as the next whole stack, which tells the same.
     for step in sorted(added, key=_setup):
         if not ledger.time_for(_setup(step)):
-            break
+            return False  # no time to find out; they are tried one by one, as far as there is time
         alone = ledger.run(Plan.of([step]), timed=False)
         alone.close()
         if not alone.right:
