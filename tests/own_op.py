@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kpt.ops.sites import Hypothesis
+from kpt.ops import Hypothesis
 
 
 def scaled_tanh(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

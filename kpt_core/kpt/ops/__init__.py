@@ -11,25 +11,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kpt.ops.binding import Binding, Hypothesis, SiteMismatch
     from kpt.ops.graph import recognise_graph
     from kpt.ops.index import catalogue, reference
+    from kpt.ops.installation import install
     from kpt.ops.rebind import bind_function
     from kpt.ops.recognition import Recognition, forget_proofs, recognise
-    from kpt.ops.sites import Binding, Example, Hypothesis, Site, SiteMismatch, install
+    from kpt.ops.sites import Example, Site
     from kpt.ops.substitution import graph_sites, substitute
 
 _HOMES = {
-    "Binding": "kpt.ops.sites",
+    "Binding": "kpt.ops.binding",
     "Example": "kpt.ops.sites",
-    "Hypothesis": "kpt.ops.sites",
+    "Hypothesis": "kpt.ops.binding",
     "Recognition": "kpt.ops.recognition",
     "Site": "kpt.ops.sites",
-    "SiteMismatch": "kpt.ops.sites",
+    "SiteMismatch": "kpt.ops.binding",
     "bind_function": "kpt.ops.rebind",
     "catalogue": "kpt.ops.index",
     "forget_proofs": "kpt.ops.recognition",
     "graph_sites": "kpt.ops.substitution",
-    "install": "kpt.ops.sites",
+    "install": "kpt.ops.installation",
     "recognise": "kpt.ops.recognition",
     "recognise_graph": "kpt.ops.graph",
     "reference": "kpt.ops.index",

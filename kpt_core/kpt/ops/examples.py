@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from kpt.ops.binding import Anything, Binding, Hypothesis
 from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import clone
-from kpt.ops.sites import Anything, Binding, Hypothesis
 
 _PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
 _BIG = 1 << 18  # elements of parameters above which dimensions are shrunk

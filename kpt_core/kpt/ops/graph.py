@@ -16,13 +16,15 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kpt.ops import index
+from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import untouched_randomness
 from kpt.ops.captured import Captured, Seen
+from kpt.ops.claims import OutOfTime
 from kpt.ops.hypotheses import Literals
-from kpt.ops.proof import Outcome, OutOfTime, prove
+from kpt.ops.proof import Outcome, prove
 from kpt.ops.recognition import GRAPH_PROOFS, Recognition
 from kpt.ops.regions import Region, example, regions, shape
-from kpt.ops.sites import Binding, Example, Hypothesis, Site
+from kpt.ops.sites import Example, Site
 from kpt.ops.substitution import replaceable
 
 _PROOFS_LIMIT = 4096

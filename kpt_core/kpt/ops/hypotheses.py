@@ -10,11 +10,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from kpt.ops.callees import codes_of
+from kpt.ops.captured import Captured, Seen
 
 if TYPE_CHECKING:
     import torch
-
-    from kpt.ops.captured import Captured, Seen
 
 #: Where an epsilon lives when it is neither an attribute nor a literal in the forward.
 _USUAL_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
@@ -152,6 +151,4 @@ def attribute(path: str) -> str:
 
 
 def is_shape(value: Any, shape: tuple[int, ...]) -> bool:
-    from kpt.ops.captured import Seen
-
     return isinstance(value, Seen) and value.shape == shape

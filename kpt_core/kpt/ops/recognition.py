@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.ops import index, keys
+from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import observe, untouched_randomness
 from kpt.ops.captured import Captured, Seen
+from kpt.ops.claims import OutOfTime
 from kpt.ops.clone import hooked
-from kpt.ops.proof import Outcome, OutOfTime, prove
-from kpt.ops.sites import Binding, Example, Hypothesis, Site
+from kpt.ops.proof import Outcome, prove
+from kpt.ops.sites import Example, Site
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from kpt.ops.binding import Hypothesis
 from kpt.ops.captured import Seen
 from kpt.ops.hypotheses import attribute, numbers_written
-from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:

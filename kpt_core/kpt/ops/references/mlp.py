@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from kpt.ops.binding import Hypothesis
 from kpt.ops.hypotheses import attribute, only_tensor, own_parameters
-from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:

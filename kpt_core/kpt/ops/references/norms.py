@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kpt.ops.binding import Hypothesis
 from kpt.ops.hypotheses import attribute, epsilons, floats, only_tensor, own_parameters
-from kpt.ops.sites import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:

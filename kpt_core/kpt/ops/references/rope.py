@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.ops.sites import Hypothesis
+from kpt.ops.binding import Hypothesis
 from kpt.specs import OpSpec
 
 if TYPE_CHECKING:
