@@ -245,7 +245,7 @@ def test_beyond_the_limit_changes_are_found_and_said_to_stay(model: Model) -> No
 
 
 def test_checksums_depend_on_position_and_every_bit() -> None:
-    from kpt.judge.modelstate import checksum
+    from kpt.judge.tensorstate import checksum
 
     x = torch.randn(100)
     for index in (0, 50, 99):

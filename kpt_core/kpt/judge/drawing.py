@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,33 +10,36 @@ import torch
 from kpt.judge import forms, tree
 from kpt.judge.calls import Call, copied_leaf
 from kpt.judge.layouts import laid_out, scaled_strides
-from kpt.judge.leafnames import named_leaves
+from kpt.judge.leafnames import leaf_name, named_leaves
 
 if TYPE_CHECKING:
-    from kpt.judge.draws import InputSpec
     from kpt.judge.leafspecs import LeafSpec
 
 
 class Drawing:
-    """One draw: masks first, since ids and labels follow them."""
+    """One draw: masks first, since ids and labels follow them.
+
+    ``leaves`` say what each tensor of ``example`` is; ``parameters`` name its positional arguments.
+    """
 
     def __init__(
         self,
-        spec: InputSpec,
+        leaves: Sequence[LeafSpec],
+        parameters: tuple[str, ...],
         example: Call,
         generator: torch.Generator,
         sizes: dict[str, int],
         padding: bool,
         keep_integers: bool,
     ) -> None:
-        self.spec, self.example, self.generator = spec, example, generator
+        self.parameters, self.example, self.generator = parameters, example, generator
         self.padding, self.keep_integers = padding, keep_integers
-        self.leaves = {leaf.name: leaf for leaf in spec.leaves}
+        self.leaves = {leaf.name: leaf for leaf in leaves}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.bounds: dict[int, list[tuple[str, int]]] = {}
         for path, tensor in named_leaves(example):
             if isinstance(tensor, torch.Tensor):
-                leaf = self.leaves[spec.name_of(path)]
+                leaf = self._leaf(path)
                 shape = tuple(
                     sizes.get(leaf.dims.get(axis, ""), size) for axis, size in enumerate(tensor.shape)
                 )
@@ -43,7 +47,7 @@ class Drawing:
                 for axis, size in enumerate(tensor.shape):
                     if tensor.dim() >= 2:
                         self.bounds.setdefault(size, []).append((leaf.name, axis))
-        sides = sorted({side for leaf in spec.leaves for side in leaf.form.sides}) or ["right"]
+        sides = sorted({side for leaf in leaves for side in leaf.form.sides}) or ["right"]
         self.side = sides[int(torch.randint(len(sides), (1,), generator=generator))]
         self.lengths: dict[tuple[int, int], torch.Tensor] = {}
         self.keeps: dict[tuple[int, ...], torch.Tensor] = {}
@@ -62,7 +66,7 @@ class Drawing:
         )
 
     def _leaf(self, path: tree.Path) -> LeafSpec:
-        return self.leaves[self.spec.name_of(path)]
+        return self.leaves[leaf_name(path, self.parameters)]
 
     def _values(self, leaf: LeafSpec, tensor: torch.Tensor) -> torch.Tensor:
         shape = self.shapes[leaf.name]

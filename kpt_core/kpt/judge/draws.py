@@ -113,7 +113,9 @@ class InputSpec:
                 f"unknown dimension {unknown[0]!r}; the dimensions are {', '.join(self.dimensions) or 'none'}"
             )
         example = self._examples[int(torch.randint(len(self._examples), (1,), generator=generator))]
-        return Drawing(self, example, generator, dict(sizes or {}), padding, keep_integers).call()
+        return Drawing(
+            self.leaves, self._parameters, example, generator, dict(sizes or {}), padding, keep_integers
+        ).call()
 
     def sizes(self, generator: torch.Generator, number: int) -> list[dict[str, int]]:
         """At most ``number`` assignments for `draw`: odd sizes first, then the bounds of each dimension."""

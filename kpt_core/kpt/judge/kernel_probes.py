@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call
+from kpt.judge.kernel_calls import attempted, backward, cloned, modified, versions_of
 from kpt.judge.kernel_inputs import MakeInputs, is_float, is_weight, shapes, tensor_named, tensors_of, widened
 from kpt.judge.layouts import with_layout
 from kpt.judge.poison import poisoned, poisoned_everywhere, poisoned_memory
@@ -87,7 +88,7 @@ class Trial:
         second = {**second, **{name: first[name] for name in self.fixed if name in first}}
         with torch.no_grad():
             kept = self.run(**first)
-            copy = tree.rebuild(kept, _cloned)
+            copy = tree.rebuild(kept, cloned)
             again = self.run(**second)
         changed = outputs.identical(kept, copy)
         if changed is not None:
@@ -151,7 +152,7 @@ class Trial:
                 wide = outputs.tensors(self._reference(given, torch.float64))
             except _Dropped:
                 return None
-            output, failure = _attempted(partial(self.run, **inputs))
+            output, failure = attempted(partial(self.run, **inputs))
         if failure is not None:
             return rejected("error", f"it raises {failure}").named("error", f"inputs scaled by {factor:g}")
         for name, tensor in outputs.tensors(output).items():
@@ -260,12 +261,12 @@ class Trial:
             eager = self._reference(given.kwargs)
             wide = self._reference(given.kwargs, torch.float64)
             cast = self._cast(given.kwargs)
-            versions = _versions(inputs)
+            versions = versions_of(inputs)
             poisoned_memory(outputs.tensors(eager).values())
-            candidate, failure = _attempted(partial(self.run, **inputs))
+            candidate, failure = attempted(partial(self.run, **inputs))
             if failure is not None:
                 return rejected("error" if rule == "value" else rule, f"it raises {failure}")
-            verdict = _modified(copy, mine, versions)
+            verdict = modified(copy, mine, versions)
             if verdict is not None:
                 return verdict
             verdict = judge(
@@ -293,9 +294,9 @@ class Trial:
         copy = Call((), inputs).clone().kwargs
         copy.update({name: inputs[name] for name in self.fixed if name in inputs})
         if fill is None:
-            return _attempted(partial(self.run, **copy))[0]
+            return attempted(partial(self.run, **copy))[0]
         with poisoned(like, fill):  # a failure under poison is no fault: the other probes judge without
-            return _attempted(partial(self.run, **copy))[0]
+            return attempted(partial(self.run, **copy))[0]
 
     def _differentiable(self, inputs: Mapping[str, Any]) -> list[str]:
         return [name for name, value in inputs.items() if is_float(value) and name not in self.fixed]
@@ -318,15 +319,15 @@ class Trial:
             with torch.no_grad():
                 template = self._reference(given.kwargs)
             upstream = [self._upstream(t, upstream_layout) for t in outputs.tensors(template).values()]
-            eager, _ = _backward(self._reference, given.kwargs, wanted, upstream)
-            wide, _ = _backward(self._reference, widened(given.kwargs, torch.float64), wanted, upstream)
+            eager, _ = backward(self._reference, given.kwargs, wanted, upstream)
+            wide, _ = backward(self._reference, widened(given.kwargs, torch.float64), wanted, upstream)
         except _Dropped:
             return None
         cast = None
         if self.compute_dtype is not None and self.compute_dtype.is_floating_point:
             try:
                 lowered = widened(given.kwargs, self.compute_dtype)
-                cast, _ = _backward(self._reference, lowered, wanted, upstream)
+                cast, _ = backward(self._reference, lowered, wanted, upstream)
             except (_Dropped, RuntimeError):
                 cast = None
 
@@ -334,7 +335,7 @@ class Trial:
             return self.run(**arguments)
 
         with poisoned(outputs.tensors(template).values()):
-            result, failure = _attempted(partial(_backward, through_kernel, inputs, wanted, upstream))
+            result, failure = attempted(partial(backward, through_kernel, inputs, wanted, upstream))
         if failure is not None:
             return rejected("gradient", f"backward raises {failure}").named("gradient", where)
         found, kept = result
@@ -344,58 +345,3 @@ class Trial:
             found, wide, eager, level=self.level, cast_eager=cast, compute_dtype=self.compute_dtype
         )
         return verdict.named("gradient", where)
-
-
-def _attempted(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What a kernel of any origin returned, or None and what it raised."""
-    try:
-        return function(), None
-    except Exception as error:  # noqa: BLE001 - whatever it raises is its verdict
-        return None, f"{type(error).__name__}: {error}"
-
-
-def _backward(
-    function: Callable[[Mapping[str, Any]], Any],
-    inputs: Mapping[str, Any],
-    wanted: list[str],
-    upstream: list[torch.Tensor],
-) -> tuple[dict[str, torch.Tensor | None], bool]:
-    """Gradients by name, and whether no input's version counter moved."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
-    arguments = {**inputs, **leaves}
-    versions = _versions(arguments)
-    with torch.enable_grad():
-        result = function(arguments)
-        pairs = [
-            (tensor, grad.to(tensor.dtype))
-            for tensor, grad in zip(outputs.tensors(result).values(), upstream, strict=True)
-            if tensor.requires_grad
-        ]
-        grads: Sequence[torch.Tensor | None] = [None] * len(wanted)
-        if pairs:
-            grads = torch.autograd.grad(
-                [tensor for tensor, _ in pairs],
-                list(leaves.values()),
-                [grad for _, grad in pairs],
-                allow_unused=True,
-            )
-    return dict(zip(wanted, grads, strict=True)), versions == _versions(arguments)
-
-
-def _cloned(path: tree.Path, leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _versions(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Version counters by name; tensors made in inference mode have none."""
-    return {name: t._version for name, t in tensors_of(inputs).items() if not t.is_inference()}
-
-
-def _modified(before: Call, after: Call, versions: Mapping[str, int]) -> Verdict | None:
-    changed = outputs.identical(before.kwargs, after.kwargs)
-    if changed is not None:
-        return rejected("input-modified", f"the kernel changed its input {changed}")
-    for name, version in _versions(after.kwargs).items():
-        if version != versions[name]:
-            return rejected("input-modified", f"the kernel wrote to its input {name}")
-    return None

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
-import logging
-import os
-import random
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from types import ModuleType
-from typing import Any
 
 import torch
-from torch.nn.modules import module as torch_module
 
+from kpt.judge.globalstate import UNREADABLE, global_items, same
 from kpt.judge.modelstate import ModelState
 
 __all__ = ["Changes", "ModelState", "Snapshot", "untouched"]
@@ -44,7 +32,7 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._items = _items()
+        self._items = global_items()
         self._values = [item.read() for item in self._items]
         self._inference = torch.is_inference_mode_enabled()
         self._interop = torch.get_num_interop_threads()
@@ -54,7 +42,7 @@ class Snapshot:
         changed = [
             item.name
             for item, value in zip(self._items, self._values, strict=True)
-            if not _same(item.read(), value)
+            if not same(item.read(), value)
         ]
         return changed + self._stuck()
 
@@ -62,13 +50,13 @@ class Snapshot:
         """Put everything back and report what had changed."""
         changes = Changes(stuck=self._stuck())
         for item, value in zip(self._items, self._values, strict=True):
-            if value is _UNREADABLE:
+            if value is UNREADABLE:
                 continue
             now = item.read()
-            if not _same(now, value):
+            if not same(now, value):
                 changes.names.append(item.name)
                 item.write(value)
-                if not _same(item.read(), value):
+                if not same(item.read(), value):
                     changes.stuck.append(item.name)
         return changes
 
@@ -94,306 +82,3 @@ def untouched() -> Iterator[Changes]:
     finally:
         found = snapshot.restore()
         changes.names, changes.stuck = found.names, found.stuck
-
-
-class _Unreadable:
-    """torch refuses to read some precision flags after its old and new ways to set them were mixed."""
-
-
-_UNREADABLE = _Unreadable()
-
-
-@dataclass(frozen=True)
-class _Item:
-    name: str
-    get: Callable[[], Any]
-    put: Callable[[Any], Any]
-
-    def read(self) -> Any:
-        try:
-            return self.get()
-        except (RuntimeError, TypeError):
-            return _UNREADABLE
-
-    def write(self, value: Any) -> None:
-        try:
-            self.put(value)
-        except (RuntimeError, ValueError, TypeError) as error:
-            warnings.warn(f"kpt could not put back {self.name}: {error}", RuntimeWarning, stacklevel=2)
-
-
-def _same(first: Any, second: Any) -> bool:
-    if first is _UNREADABLE or second is _UNREADABLE:
-        return first is second
-    if isinstance(first, torch.Tensor):
-        with torch._C.DisableTorchFunction():  # a mode may have been left on
-            return torch.equal(first, second)
-    if isinstance(first, (list, tuple)):
-        if type(first) is not type(second) or len(first) != len(second):
-            return False
-        return all(_same(mine, yours) for mine, yours in zip(first, second, strict=True))
-    if type(first).__module__.split(".")[0] == "numpy":
-        return bool((first == second).all())
-    return bool(first == second)
-
-
-def _items() -> list[_Item]:
-    """Everything that is remembered, in the order in which it is put back."""
-    return [
-        *_modes(),
-        *_numerics(),
-        *_precision(),
-        *_backend_flags(),
-        *_compiler(),
-        *_process(),
-        # Last: putting other things back may consume random numbers.
-        *_random_states(),
-    ]
-
-
-def _modes() -> list[_Item]:
-    items = [
-        _Item("default device", _default_device, torch.set_default_device),
-        _Item("torch function modes", torch._C._len_torch_function_stack, _shrink_function_modes),
-        _Item("torch dispatch modes", torch._C._len_torch_dispatch_stack, _shrink_dispatch_modes),
-        _Item("gradient mode", torch.is_grad_enabled, torch.set_grad_enabled),
-        _Item("anomaly detection", torch.is_anomaly_enabled, torch.set_anomaly_enabled),
-        _Item(
-            "multithreaded backward",
-            torch._C._is_multithreading_enabled,
-            torch._C._set_multithreading_enabled,
-        ),
-        _Item("hooks of all modules", _hook_tables, _put_hook_tables),
-        _Item("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    ]
-    for kind in {"cpu", *_device_types()}:
-        items += [
-            _Item(
-                f"autocast of {kind}",
-                partial(torch.is_autocast_enabled, kind),
-                partial(torch.set_autocast_enabled, kind),
-            ),
-            _Item(
-                f"autocast dtype of {kind}",
-                partial(torch.get_autocast_dtype, kind),
-                partial(torch.set_autocast_dtype, kind),
-            ),
-        ]
-    return items
-
-
-def _numerics() -> list[_Item]:
-    def deterministic() -> tuple[bool, bool]:
-        return (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-
-    return [
-        _Item("default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        _Item(
-            "deterministic algorithms",
-            deterministic,
-            lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
-        ),
-        _attribute("fill of uninitialised memory", torch.utils.deterministic, "fill_uninitialized_memory"),
-        _Item("threads", torch.get_num_threads, torch.set_num_threads),
-        _Item("flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal),
-    ]
-
-
-def _precision() -> list[_Item]:
-    """Precision of fp32 arithmetic. Setting one for all also sets the finer ones, so it comes first."""
-    items = [
-        _Item(
-            "float32 matmul precision",
-            torch.get_float32_matmul_precision,
-            torch.set_float32_matmul_precision,
-        )
-    ]
-    get = getattr(torch._C, "_get_fp32_precision_getter", None)
-    put = getattr(torch._C, "_set_fp32_precision_setter", None)
-    if get is None or put is None:
-        return items
-    for backend, op in [
-        ("generic", "all"),
-        *itertools.product(_backends(), ("all", "matmul", "conv", "rnn")),
-    ]:
-        item = _Item(
-            f"fp32 precision of {backend} {op}",
-            partial(get, backend, op),
-            partial(put, backend, op),
-        )
-        if item.read() is not _UNREADABLE:  # not every backend has every one
-            items.append(item)
-    return items
-
-
-def _backends() -> list[str]:
-    return sorted(name for name, module in vars(torch.backends.m).items() if isinstance(module, ModuleType))
-
-
-_SMALLEST = torch.tensor(torch.finfo(torch.float32).tiny)
-_HOOK_TABLES = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
-#: What the functions in torch._C are about that switch numerics or choose a library.
-_SWITCHES = ("_allow_", "_enabled", "_deterministic", "_benchmark", "_preferred_", "_qengine", "_immediate")
-
-
-@cache
-def _switches() -> tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...]:
-    """Flags that torch keeps as pairs of functions, by name: those of this build, whatever its vendors."""
-    found = []
-    for getter in sorted(dir(torch._C)):
-        name = getter.removeprefix("_get_")
-        if name == getter or "tf32" in name or not any(part in f"_{name}_" for part in _SWITCHES):
-            continue  # the tf32 flags are old names of the precisions, and not always readable
-        setter = getattr(torch._C, f"_set_{name}", None)
-        if setter is None and name.endswith("_sdp_enabled"):
-            setter = getattr(torch._C, f"_set_sdp_use_{name.removesuffix('_sdp_enabled')}", None)
-        if setter is not None:
-            found.append((name, getattr(torch._C, getter), setter))
-    return tuple(found)
-
-
-def _backend_flags() -> list[_Item]:
-    """Flags of torch.backends: those that its modules declare as properties, and the switches above."""
-    items = []
-    for name, module in sorted(vars(torch.backends.m).items()):
-        for flag, declared in vars(type(module)).items():
-            # The precision ones are handled above; their old names cannot always be read.
-            if type(declared).__name__ == "ContextProp" and flag not in ("allow_tf32", "fp32_precision"):
-                items.append(_attribute(f"{name}.{flag}", module, flag))
-    for name, get, put in _switches():
-        item = _Item(name, get, partial(_put_switch, put))
-        if item.read() is not _UNREADABLE:
-            items.append(item)
-    return items
-
-
-def _put_switch(put: Callable[..., Any], value: Any) -> None:
-    """Some getters return a pair that their setters take as two arguments."""
-    put(*value) if isinstance(value, tuple) else put(value)
-
-
-def _compiler() -> list[_Item]:
-    """Configuration of torch's compiler, as far as it is loaded. Lists in it are compared by value."""
-    items = []
-    for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
-        config: Any = sys.modules.get(name)
-        if config is not None and hasattr(config, "get_config_copy"):
-            items.append(_Item(name, config.get_config_copy, partial(_put_config, config)))
-    return items
-
-
-def _put_config(config: Any, saved: dict[str, Any]) -> None:
-    now = config.get_config_copy()
-    config.load_config({key: value for key, value in saved.items() if key not in now or now[key] != value})
-
-
-def _process() -> list[_Item]:
-    return [
-        _Item("warning filters", lambda: list(warnings.filters), _put_filters),
-        _Item("threshold of logging", lambda: logging.root.manager.disable, logging.disable),
-        _Item("level of the root logger", lambda: logging.root.level, logging.root.setLevel),
-        _Item("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
-        _Item("garbage collector", gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-        *_handlers(),
-        _Item(
-            "thresholds of the garbage collector", gc.get_threshold, lambda value: gc.set_threshold(*value)
-        ),
-        _Item("environment", lambda: dict(os.environ), _put_environment),
-        _Item("working directory", os.getcwd, os.chdir),
-    ]
-
-
-def _handlers() -> list[_Item]:
-    """Handlers of the signals that end a program; only the main thread may set them."""
-    if threading.current_thread() is not threading.main_thread():
-        return []
-    return [
-        _Item(f"handler of {number.name}", partial(signal.getsignal, number), partial(signal.signal, number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not None  # a handler that is not Python's could not be put back
-    ]
-
-
-def _random_states() -> list[_Item]:
-    items = [_Item("random state of Python", random.getstate, random.setstate)]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "random"):
-        items.append(_Item("random state of NumPy", numpy.random.get_state, numpy.random.set_state))
-    items.append(_Item("random state of torch", torch.get_rng_state, torch.set_rng_state))
-    for kind in _device_types():
-        module: Any = torch.get_device_module(kind)
-        if not getattr(module, "is_initialized", lambda: True)() or not hasattr(module, "get_rng_state"):
-            continue  # reading would initialise it
-        if hasattr(module, "get_rng_state_all"):
-            items.append(_Item(f"random state of {kind}", module.get_rng_state_all, module.set_rng_state_all))
-        else:
-            items.append(_Item(f"random state of {kind}", module.get_rng_state, module.set_rng_state))
-    return items
-
-
-def _device_types() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return [] if accelerator is None else [accelerator.type]
-
-
-def _flushes_denormals() -> bool:
-    """Whether this thread computes with zero for the smallest numbers; torch has a way to set it only."""
-    return float(_SMALLEST * 0.5) == 0.0
-
-
-def _hook_tables() -> dict[str, Any]:
-    """Hooks that are called for all modules, by the name of their table."""
-    return {name: dict(getattr(torch_module, name)) for name in _HOOK_TABLES}
-
-
-def _put_hook_tables(saved: dict[str, Any]) -> None:
-    for name, hooks in saved.items():
-        table = getattr(torch_module, name)
-        table.clear()
-        table.update(hooks)
-
-
-def _attribute(name: str, owner: Any, attribute: str) -> _Item:
-    return _Item(name, partial(getattr, owner, attribute), partial(setattr, owner, attribute))
-
-
-def _default_device() -> torch.device | None:
-    """The default device that was set, None if none was."""
-    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    return None if context is None else context.device
-
-
-def _shrink_function_modes(depth: int) -> None:
-    while torch._C._len_torch_function_stack() > depth:
-        torch._C._pop_torch_function_stack()
-
-
-def _shrink_dispatch_modes(depth: int) -> None:
-    while torch._C._len_torch_dispatch_stack() > depth:
-        torch._C._pop_torch_dispatch_stack(None)
-
-
-def _put_filters(filters: list[Any]) -> None:
-    warnings.filters[:] = filters  # type: ignore[index]
-    for name in ("_filters_mutated", "_filters_mutated_lock_held"):
-        mutated = getattr(warnings, name, None)
-        if mutated is not None:  # invalidates the per-module caches of shown warnings
-            mutated()
-            break
-
-
-def _put_environment(saved: dict[str, str]) -> None:
-    for key in set(os.environ) - set(saved):
-        del os.environ[key]
-    for key, value in saved.items():
-        if os.environ.get(key) != value:
-            os.environ[key] = value
