@@ -10,8 +10,7 @@ import pytest
 
 import kpt
 from kpt import profiles
-from kpt.plugins import assembly, registry
-from kpt.plugins.status import PluginStatus, Registered, Registry
+from kpt.plugins import PluginStatus, Registered, Registry, assembly, registry
 from kpt.specs import PassSpec
 
 STATUSES = (

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from kpt.plugins.assembly import clear_cache, registry
 from kpt.plugins.isolation import instantiate, load
-from kpt.plugins.status import STATES, PluginError, PluginStatus, Registered, Registry
+from kpt.plugins.registered import Registered, Registry
+from kpt.plugins.status import STATES, PluginError, PluginStatus
 
 __all__ = [
     "STATES",

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kpt.plugins.isolation import attempt
+from kpt.plugins.registered import Registered, Registry
 from kpt.plugins.stamps import stamp
 from kpt.plugins.status import (
     ALLOW_VARIABLE,
     DENY_VARIABLE,
     PluginError,
     PluginStatus,
-    Registered,
-    Registry,
     install_command,
     names_in,
     normalised,

@@ -1,20 +1,17 @@
-"""What the loader says about each plugin, and what it found in those that work."""
+"""What the loader says about each plugin, and the commands that mend it."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 State = Literal["ok", "disabled", "incompatible", "broken", "conflict", "invalid", "hardware-absent"]
 STATES: tuple[State, ...] = get_args(State)
 ALLOW_VARIABLE = "KPT_PLUGINS"
 DENY_VARIABLE = "KPT_DISABLE_PLUGINS"
-
-S = TypeVar("S")
 
 
 class PluginError(Exception):
@@ -53,64 +50,6 @@ class PluginStatus:
             "mend": self.mend,
             "hooks": list(self.hooks),
         }
-
-
-@dataclass(frozen=True)
-class Registered(Generic[S]):
-    """A spec and where it comes from."""
-
-    spec: S
-    plugin: str
-    distribution: str
-    version: str
-
-    @property
-    def owner(self) -> str:
-        """The plugin, with its distribution where it has one, for messages."""
-        return f"{self.plugin} ({self.distribution} {self.version})" if self.distribution else self.plugin
-
-
-class Registry:
-    """The specs of every plugin that works, and the status of every plugin that was found."""
-
-    def __init__(
-        self,
-        statuses: Iterable[PluginStatus],
-        specs: Mapping[str, Iterable[Registered[Any]]],
-        stamps: Mapping[str, str] | None = None,
-    ) -> None:
-        self.statuses: tuple[PluginStatus, ...] = tuple(statuses)
-        self._specs = {hook: tuple(found) for hook, found in specs.items()}
-        self._stamps = dict(stamps or {})
-
-    def specs(self, hook: str) -> tuple[Registered[Any], ...]:
-        """The specs that ``hook`` collected, for instance ``specs("kpt_passes")``."""
-        from kpt.plugins.validation import known_hooks
-
-        if hook not in known_hooks():
-            raise PluginError(f"There is no hook {hook!r}; the hooks are {', '.join(known_hooks())}.")
-        return self._specs.get(hook, ())
-
-    def status(self, name: str) -> PluginStatus | None:
-        """The status of the plugin ``name``: the one in use if several share the name."""
-        found = [status for status in self.statuses if normalised(status.name) == normalised(name)]
-        found.sort(key=lambda status: not status.hooks)
-        return found[0] if found else None
-
-    def fingerprint(self) -> dict[str, str]:
-        """The version of each plugin whose specs are in use; part of the recipe cache's key.
-
-        The version of a plugin that its author may be editing ends in a stamp of its source files.
-        """
-        return {
-            status.name: "+".join(filter(None, (status.version, self._stamps.get(status.name))))
-            for status in self.statuses
-            if status.hooks
-        }
-
-    def __repr__(self) -> str:
-        found = ", ".join(f"{status.name}: {status.state}" for status in self.statuses)
-        return f"Registry({found})"
 
 
 def normalised(name: str) -> str:
