@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,49 @@ def test_lower_layers_never_import_upper_ones() -> None:
             if rank.get(target, -1) > allowed:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} ({part}) imports {name}")
     assert wrong == []
+
+
+def circle(root: Path, paths: list[Path]) -> list[str]:
+    """Modules below ``root`` that import each other in a circle, for annotations or inside functions too."""
+    modules = {}
+    for path in paths:
+        parts = path.relative_to(root).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[name].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name].update(target if target in modules else node.module for target in inner)
+        graph[name] &= modules.keys() - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Left out: the front, which names everything, and what installs a plan, copies it and watches it."""
+    paths = [path for path in sources(CORE) if part_of(path) not in {"__init__", "transaction"}]
+    assert circle(CORE.parent, paths) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    lines = {
+        "first": "from kpt import second",
+        "second": "if TYPE_CHECKING:\n    from kpt.third import name",
+        "third": "def f():\n    import kpt.first",
+        "fourth": "from kpt.first import name",
+    }
+    for name, text in lines.items():
+        (tmp_path / "kpt").mkdir(exist_ok=True)
+        (tmp_path / "kpt" / f"{name}.py").write_text(text, encoding="utf-8")
+    assert set(circle(tmp_path, sources(tmp_path))) == {"kpt.first", "kpt.second", "kpt.third"}
+    (tmp_path / "kpt" / "third.py").unlink()
+    assert circle(tmp_path, sources(tmp_path)) == []
 
 
 def test_every_part_of_the_core_has_a_place_in_the_layers() -> None:

@@ -1,4 +1,4 @@
-"""docs/reference/hooks.md, from kpt/hookspecs.py and kpt/specs.py."""
+"""docs/reference/hooks.md, from `kpt.hookspecs` and `kpt.specs`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from kpt import hookspecs, specs
+from kpt.specs import hardware, models, ops, passes, services
 from reference.markdown import fields, prose, signature, table
 
 
@@ -38,7 +39,7 @@ def page() -> str:
     parts += ["## Behaviours", 'The attribute that a spec names as `"module:attr"` offers one of these.']
     parts += [behaviour(kind) for kind in behaviours()]
     parts += ["## What behaviours exchange"]
-    for kind in (specs.Variant, specs.Skip, specs.HardwareProfile):
+    for kind in (specs.Variant, specs.Skip, specs.Observation, specs.HardwareProfile):
         parts += [f"### `{kind.__name__}` {{ #{kind.__name__.lower()} }}", prose(kind.__doc__), fields(kind)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -49,9 +50,12 @@ def hooks() -> dict[str, Any]:
 
 
 def behaviours() -> list[type]:
-    """The protocols of `kpt.specs`, in the order of the source."""
-    classes = [value for value in vars(specs).values() if inspect.isclass(value)]
-    ours = [kind for kind in classes if kind.__module__ == specs.__name__]
+    """The protocols of `kpt.specs`, in the order of the hooks that name them."""
+    modules = (hardware, ops, passes, models, services)
+    classes = [
+        (module, value) for module in modules for value in vars(module).values() if inspect.isclass(value)
+    ]
+    ours = [kind for module, kind in classes if kind.__module__ == module.__name__]
     return [kind for kind in ours if getattr(kind, "_is_protocol", False)]
 
 

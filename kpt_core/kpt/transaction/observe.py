@@ -6,7 +6,6 @@ import collections
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import shared_objects
+from kpt.specs import Observation
 from kpt.transaction import workspace
 from kpt.transaction.ambient import ambient_state
 from kpt.transaction.arguments import never_served
@@ -24,7 +24,6 @@ from kpt.transaction.hooks import global_hooks, is_own
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
-    from kpt.ops.sites import Site
     from kpt.specs import HardwareProfile, Level, Mode, Objective
 
 _SLOTS = frozenset(vars(torch.nn.Module()))
@@ -38,54 +37,6 @@ _log = logging.getLogger("kpt")
 
 class Unsuitable(Exception):
     """The model cannot be optimised as it is; the message becomes the receipt's reason."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Facts about one model and its calls, as passes see them.
-
-    ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
-    floating-point operations as torch's flop counter sees them (matrix products and convolutions).
-    ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
-    ``moving`` which attributes of objects that modules hold (by the object's id) each call changes.
-    ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time,
-    ``writes_inputs`` says that the forward changes tensors that it is given. ``detached`` names the outputs
-    that carry no gradient where gradients are recorded: in a call like the examples, and in one whose inputs
-    require gradients.
-    """
-
-    model: torch.nn.Module
-    calls: tuple[Call, ...]
-    spec: InputSpec
-    mode: Mode
-    level: Level
-    objective: Objective
-    hardware: HardwareProfile
-    device_type: str
-    sites: tuple[Site, ...] = ()
-    left_alone: tuple[tuple[str, str], ...] = ()
-    census: dict[str, int] = field(default_factory=dict)
-    parameter_bytes: int = 0
-    parameter_dtypes: frozenset[str] = frozenset()
-    baseline_seconds: float = 0.0
-    operations: float = 0.0
-    deterministic: bool = False
-    stochastic: bool = False
-    budget_left: float = 120.0
-    ambient: tuple[Any, ...] = ()
-    moving: frozenset[tuple[int, str]] = frozenset()
-    unfinished_proofs: int = 0
-    writes_inputs: bool = False
-    detached: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether any dimension was declared dynamic."""
-        return any(leaf.dims for leaf in self.spec.leaves)
-
-    @property
-    def training(self) -> bool:
-        return self.mode == "training"
 
 
 def proof_seconds(left: float) -> float:
