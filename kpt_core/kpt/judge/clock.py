@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kpt.judge.calls import Call
+from kpt.judge.load import ONE_BY_ONE, Issue, Load, one_by_one
 
 #: Calls shorter than this are repeated inside one timed span: a clock reading costs about 0.1 µs, and a
 #: span of 200 µs keeps that and the loop under 1 %.
@@ -117,6 +118,7 @@ def paired(
     deadline: float | None = None,
     timer: Callable[[], float] = time.perf_counter,
     seed: int = 0,
+    load: Load = ONE_BY_ONE,
 ) -> Timing:
     """Time ``baseline`` and ``candidate`` alternately on the calls that ``next_call`` draws.
 
@@ -128,22 +130,27 @@ def paired(
     Args:
         synchronize: waits for the device; default: for the current accelerator, if there is one.
         flush: evicts caches before each timed span; each span is then a single call.
+        load: how the calls of one span arrive. With more than one call at a time, seconds are those of the
+            span over the number of its calls: the inverse of the throughput.
 
     Raises:
-        ValueError: ``min_pairs`` or ``max_pairs`` make no sense.
+        ValueError: ``min_pairs`` or ``max_pairs`` make no sense, or caches are to be flushed between calls
+            that arrive at once.
         Exception: whatever either side raises.
     """
     if min_pairs < 1 or max_pairs < min_pairs:
         raise ValueError(f"expected 1 <= min_pairs <= max_pairs, got {min_pairs} and {max_pairs}")
+    if flush is not None and load.calls > 1:
+        raise ValueError(f"caches can't be flushed before each call of {load}; expected one call at a time")
     wait = synchronize or synchroniser()
     order = random.Random(seed)
     sides = (baseline, candidate)
     times: tuple[list[float], list[float]] = ([], [])
-    with _collector_off():
+    with _collector_off(), load.issuing() as issue:
         repeats = 1
         start = timer()
         for round_number in range(max(warmup, 1)):
-            first = _pair(sides, next_call, 1, order, wait, flush, timer)
+            first = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
             if _passed(deadline, timer) or min(first) >= SLOW_SECONDS:
                 # One more warm-up of a slow call would cost more than its cold start distorts.
                 if round_number == 0:
@@ -152,7 +159,9 @@ def paired(
             if flush is None:
                 repeats = _repeats(min(first), repeats)
         if repeats > 1:  # a first call may be slow for reasons of its own: calibrate on a warm one
-            repeats = _repeats(min(_pair(sides, next_call, 1, order, wait, flush, timer)), 1)
+            again = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
+            repeats = _repeats(min(again), 1)
+        repeats = load.calls * math.ceil(repeats / load.calls)  # every caller has as many
         check = min_pairs
         while len(times[0]) < max_pairs and not (times[0] and _passed(deadline, timer)):
             pairs = len(times[0])
@@ -163,7 +172,7 @@ def paired(
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
                 check = math.ceil(pairs * 1.5)
-            _append(times, _pair(sides, next_call, repeats, order, wait, flush, timer))
+            _append(times, _pair(sides, next_call, repeats, order, wait, flush, timer, issue))
     return _timing(times, repeats, seed)
 
 
@@ -239,13 +248,14 @@ def _pair(
     wait: Callable[[], None],
     flush: Callable[[], None] | None,
     timer: Callable[[], float],
+    issue: Issue,
 ) -> tuple[float, float]:
     """Seconds per call of both sides on the same fresh calls, in random order."""
     drawn = [next_call() for _ in range(repeats)]
     copies = [call.clone() if isinstance(call, Call) else call for call in drawn]
     first = order.randrange(2)
-    one = _span(sides[first], drawn, wait, flush, timer)
-    other = _span(sides[1 - first], copies, wait, flush, timer)
+    one = _span(sides[first], drawn, wait, flush, timer, issue)
+    other = _span(sides[1 - first], copies, wait, flush, timer, issue)
     return (one, other) if first == 0 else (other, one)
 
 
@@ -255,14 +265,14 @@ def _span(
     wait: Callable[[], None],
     flush: Callable[[], None] | None,
     timer: Callable[[], float],
+    issue: Issue = one_by_one,
 ) -> float:
     """Seconds per call over ``calls``."""
     if flush is not None:
         flush()
     wait()
     start = timer()
-    for call in calls:
-        function(*call.args, **call.kwargs)
+    issue(function, calls)
     wait()
     return (timer() - start) / len(calls)
 

@@ -64,8 +64,10 @@ def optimize(
             answered by the original forward, and then optimised for.
         level: "exact" keeps dtypes; "production" may compute in lower floating-point precision;
             "aggressive" may quantise.
-        objective: "latency" and "throughput" keep a plan that is faster per call on your examples (of the
-            batch size that you give). "memory" keeps one whose peak of a call, weights and the plan's
+        objective: "latency" keeps a plan that is faster per call on your examples. "throughput" keeps one by
+            which more calls are done in the same time: calls are timed as they come to a server, from several
+            threads at once on a CPU, queued on an accelerator; the batch size is that of your examples.
+            "memory" keeps one whose peak of a call, weights and the plan's
             own copies included, is at least 2 % lower and that is not slower beyond doubt. The original
             weights stay in memory under every objective.
         dynamic_shapes: dimensions that vary, as ``{"input_ids": {0: "batch", 1: "sequence"}}``.

@@ -46,6 +46,7 @@ class Committed:
                 trials.baseline.draw,
                 seconds=min(seconds, max(0.5, trials.budget.left())),
                 warmup=2,
+                load=trials.load,
             )
 
     def take_back(self) -> list[str]:

@@ -140,11 +140,12 @@ class Receipt:
     def headline(self) -> str:
         """The result in one sentence."""
         if self.optimized:
+            interval = f"95 % interval {self.speedup_low:.2f} to {self.speedup_high:.2f}"
+            if self.objective == "throughput" and self.seconds_before and self.seconds_after:
+                before, after = _rate(self.seconds_before), _rate(self.seconds_after)
+                return f"{self.model}: {self.speedup:.2f}x the throughput ({before} -> {after}, {interval})"
             before, after = _duration(self.seconds_before), _duration(self.seconds_after)
-            return (
-                f"{self.model}: {self.speedup:.2f}x faster ({before} -> {after} per call, "
-                f"95 % interval {self.speedup_low:.2f} to {self.speedup_high:.2f})"
-            )
+            return f"{self.model}: {self.speedup:.2f}x faster ({before} -> {after} per call, {interval})"
         return f"{self.model}: returned unoptimised - {self.reason or 'nothing paid for itself'}"
 
     def __str__(self) -> str:
@@ -187,7 +188,7 @@ class Receipt:
             yield Text(line)
 
     def _facts(self) -> str:
-        parts = [f"{self.mode}, level {self.level}, objective {self.objective}"]
+        parts = [f"{self.mode}, level {self.level}, objective {self.objective}{self._load()}"]
         if self.hardware.get("name"):
             parts.append(str(self.hardware.get("details", {}).get("model") or self.hardware["name"]))
         if self.baseline.get("reference_dtype"):
@@ -199,6 +200,12 @@ class Receipt:
         if self.break_even_calls is not None:
             parts.append(f"pays off after {self.break_even_calls} calls")
         return " | ".join(parts)
+
+    def _load(self) -> str:
+        callers, queued = self.baseline.get("callers", 1), self.baseline.get("queued", 1)
+        if callers > 1:
+            return f" ({callers} callers at once)"
+        return f" ({queued} calls in a row)" if queued > 1 else ""
 
     def _calls(self) -> list[str]:
         if not self.calls:
@@ -238,6 +245,10 @@ def _duration(seconds: float) -> str:
     if seconds >= 1.0:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _rate(seconds: float) -> str:
+    return f"{1.0 / seconds:.{0 if seconds < 1e-2 else 1}f} calls/s"
 
 
 def _size(count: int) -> str:

@@ -179,6 +179,7 @@ def _transact(
         baseline = Baseline(observation, plain, seed=_seed(observation))
     receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
     trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy)
+    receipt.baseline.update(callers=trials.load.callers, queued=trials.load.queued)
     try:
         if ranks is not None:
             _together(run, trials, ranks)

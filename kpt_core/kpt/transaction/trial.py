@@ -17,6 +17,7 @@ from kpt.judge.codestate import CodeState
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import dispatch, memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
+from kpt.transaction.arrival import load_of
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.installed import plan_for
 from kpt.transaction.judgement import Judgement
@@ -114,6 +115,7 @@ class Trials:
         self.accuracy_before: float | None = None
         self.accuracy_after: dict[str, float] = {}
         self.judgement = Judgement(observation, baseline, budget)
+        self.load = load_of(observation)
         self.state = state
         #: What plans are applied to copies of. A forward that registers hooks when it is first called does so
         #: eagerly, and not while a compiler looks on.
@@ -282,6 +284,7 @@ class Trials:
                 baseline.draw,
                 seconds=min(span, self.budget.left()),
                 warmup=2,
+                load=self.load,
             )
 
     def _judge_accuracy(self, outcome: Outcome, applied: Applied) -> None:

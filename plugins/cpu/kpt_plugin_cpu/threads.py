@@ -28,7 +28,8 @@ class Threads:
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         now, cores = torch.get_num_threads(), hardware.compute_units or torch.get_num_threads()
         offered = False
-        if now > 1 and observation.baseline_seconds < _SMALL:
+        # Callers that share the cores anyway lose time on each other's threads, however long a call is.
+        if now > 1 and (observation.baseline_seconds < _SMALL or observation.objective == "throughput"):
             offered = True
             yield Variant("1", {"threads": 1}, 1.05, reproducible=True)
         if now > cores:
