@@ -26,13 +26,15 @@ from kpt_plugin_triton.attention_forward import (
     window_of,
     with_plain_rows,
 )
-from kpt_plugin_triton.kernels import attention_backward as device
+from kpt_plugin_triton.kernels.attention_backward_keys import attention_backward_keys
+from kpt_plugin_triton.kernels.attention_backward_queries import attention_backward_queries
+from kpt_plugin_triton.kernels.attention_gradients import attention_delta
 from kpt_plugin_triton.launch import Kernel, ceil_div, chip, power_of_two
 from kpt_plugin_triton.tuning import Tuned
 
-_delta = Kernel(device.attention_delta)
-_keys = Kernel(device.attention_backward_keys)
-_queries = Kernel(device.attention_backward_queries)
+_delta = Kernel(attention_delta)
+_keys = Kernel(attention_backward_keys)
+_queries = Kernel(attention_backward_queries)
 
 
 def _keys_rule(itemsize: int, head: int, kind: int) -> dict[str, int]:
