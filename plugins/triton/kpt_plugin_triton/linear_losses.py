@@ -1,249 +1,32 @@
 """linear_cross_entropy: the loss of a vocabulary projection without its logits.
 
 Rows go through in chunks. The logits of a chunk are a product of the library (which is faster than a kernel
-of our own), `losses.rows_forward` turns them into their gradient in place, and two more products take the
+of our own), `loss_rows.rows_forward` turns them into their gradient in place, and two more products take the
 gradient to the hidden states and add it to the weight's. These gradients are computed in the forward pass
 for an upstream gradient of 1, and scaled in the backward pass if it is not. With ``reduction="none"``, where
 each row has an upstream gradient of its own, the backward pass computes the logits once more.
-
-Memory over the inputs: the gradients themselves and one chunk of logits. The weight's gradient is a sum of
-one product a chunk, rounded after each in its own dtype. In half precision the error of that sum, beside the
-one of unfused bf16 code, grows with the chunks where logits are flat, as in a fresh model: 1.2 x for two,
-1.5 x for four, 2 x for eight, 2.8 x for sixteen (logits of standard deviation 4: 1.01, 1.05, 1.13, 1.25;
-simulated, 2048 rows). So half precision takes two chunks, or, where such chunks would be larger than a copy
-of the gradient in fp32, small chunks and a sum in fp32. ``rows_at_once`` trades that error for memory.
 
 The idea is Wijmans et al.'s 2024, arXiv:2411.09009, and Hsu et al.'s 2024, arXiv:2410.10989.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
-from kpt_plugin_triton.kernels import losses as device
+from kpt_plugin_triton.kernels.losses_backward import scale_in_place
 from kpt_plugin_triton.launch import Kernel, ceil_div, processors
-from kpt_plugin_triton.losses import (
-    Shared,
-    Terms,
-    accumulator,
-    check_options,
-    check_target,
-    empty_loss,
-    finished,
-    programs_for,
-    rows_forward,
-    rows_gradient,
-    shared,
-)
+from kpt_plugin_triton.linear_loss_chunks import run_backward, run_forward
+from kpt_plugin_triton.loss_rows import Terms, accumulator
+from kpt_plugin_triton.losses import check_options, check_target
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import wide_dtype
 
-#: Bytes of one chunk of logits, unless rounding asks for larger ones.
-CHUNK_BYTES = 2**28
-#: Rounded products that are added up in half precision, at most, see above.
-MOST_ROUNDED = 2
-#: Rows of the weight's gradient that are added to a sum in fp32 at a time.
-_SLICE = 8192
 _DTYPES = (*FLOATS, torch.float64)
 
-_scale = Kernel(device.scale_in_place)
-
-
-def plan(
-    rows: int, hidden: int, vocabulary: int, itemsize: int, at_once: int | None = None, summed: bool = True
-) -> tuple[int, bool]:
-    """(rows of a chunk, whether the weight's gradient is summed in fp32).
-
-    ``at_once`` is what the caller wishes for, ``summed`` whether there is such a sum at all.
-    """
-    if at_once is not None:
-        return max(1, min(at_once, rows)), False
-    chunk = CHUNK_BYTES // (vocabulary * itemsize)
-    # full tiles for the products
-    chunk = max(128, chunk // 128 * 128)
-    if not summed or itemsize >= 4 or ceil_div(rows, chunk) <= MOST_ROUNDED:
-        return min(chunk, rows), False
-    larger = ceil_div(ceil_div(rows, MOST_ROUNDED), 128) * 128
-    if larger * itemsize <= 4 * hidden:
-        return min(larger, rows), False
-    return min(max(chunk, 1024), rows), True
-
-
-class _WeightSum:
-    """The weight's gradient, a sum of one product a chunk."""
-
-    def __init__(self, weight: torch.Tensor, wide: bool) -> None:
-        self.weight = weight
-        self.total: torch.Tensor | None = None
-        self.wide = wide
-
-    def add(self, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Add ``gradient`` [rows, V].T @ ``hidden`` [rows, H]."""
-        first = self.total is None
-        if self.total is None:
-            dtype = torch.float32 if self.wide else self.weight.dtype
-            self.total = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        if not self.wide:
-            if first:
-                torch.mm(gradient.t(), hidden, out=self.total)
-            else:
-                torch.addmm(self.total, gradient.t(), hidden, out=self.total)
-            return
-        for start in range(0, len(self.total), _SLICE):
-            part = gradient[:, start : start + _SLICE].t() @ hidden
-            if first:
-                self.total[start : start + _SLICE] = part
-            else:
-                self.total[start : start + _SLICE] += part
-
-    def result(self) -> torch.Tensor:
-        if self.total is None:
-            return torch.zeros_like(self.weight)
-        return self.total.to(self.weight.dtype)
-
-
-class _Gradients:
-    """The gradients that are wanted, filled chunk by chunk from that of the logits."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        wants: tuple[bool, bool, bool],
-        wide: bool,
-    ) -> None:
-        self.inputs = hidden, weight
-        self.hidden = (
-            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wants[0] else None
-        )
-        self.sum = _WeightSum(weight, wide) if wants[1] else None
-        self.bias = (
-            torch.zeros(bias.shape, dtype=wide_dtype(bias.dtype), device=bias.device)
-            if bias is not None and wants[2]
-            else None
-        )
-
-    def add(self, rows: slice, gradient: torch.Tensor) -> None:
-        hidden, weight = self.inputs
-        if self.hidden is not None:
-            torch.mm(gradient, weight, out=self.hidden[rows])
-        if self.sum is not None:
-            self.sum.add(gradient, hidden[rows])
-        if self.bias is not None:
-            self.bias += gradient.sum(0, dtype=self.bias.dtype)
-
-    def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        _, weight = self.inputs
-        return (
-            self.hidden,
-            None if self.sum is None else self.sum.result(),
-            None if self.bias is None else self.bias.to(weight.dtype),
-        )
-
-
-def _chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunk: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The logits of one chunk after the other, all in the same memory."""
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    buffer = torch.empty((min(chunk, rows), vocabulary), dtype=hidden.dtype, device=hidden.device)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        logits = buffer[: part.stop - part.start]
-        if bias is None:
-            torch.mm(hidden[part], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[part], weight.t(), out=logits)
-        yield part, logits
-
-
-def _run_forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    terms: Terms,
-    reduction: str,
-    wants: tuple[bool, bool, bool],
-    at_once: int | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, _Gradients | None, torch.Tensor | None]:
-    """(loss, lse of each row for "none", gradients but for "none", what they are to be multiplied by).
-
-    The last is None for 1. fp16 has no room for probabilities divided by a number of rows, so that there a
-    mean's gradients are a sum's.
-    """
-    rows, vocabulary = hidden.shape[0], weight.shape[0]
-    chunk, wide_sum = plan(rows, hidden.shape[1], vocabulary, hidden.element_size(), at_once, wants[1])
-    wide = wide_dtype(hidden.dtype)
-    mean = reduction == "mean"
-    common = shared(target, None, terms, mean, hidden.new_empty((0, vocabulary)))
-    each = reduction == "none"
-    gradients = _Gradients(hidden, weight, bias, wants, wide_sum) if any(wants) and not each else None
-    remaining = None
-    in_chunk = common
-    if mean and gradients is not None and hidden.dtype == torch.float16:
-        in_chunk = Shared(terms, None, None, None, 0)
-        if common.denominators is not None:
-            remaining = common.denominators.sum().reciprocal()
-    losses = torch.empty(rows, dtype=hidden.dtype, device=hidden.device) if each else None
-    lses = torch.empty(rows, dtype=wide, device=hidden.device) if each and any(wants) else None
-    if rows == 0:
-        if gradients is not None:
-            gradients = _Gradients(hidden, weight, bias, wants, False)
-        return empty_loss(reduction, hidden), lses, gradients, None
-    partials: torch.Tensor | None = None
-    done = 0
-    for part, logits in _chunks(hidden, weight, bias, chunk):
-        sums = None
-        if not each:
-            programs = programs_for(logits, len(logits))
-            if partials is None:
-                most = programs * ceil_div(rows, chunk)
-                partials = torch.empty(most, dtype=wide, device=hidden.device)
-            sums = partials[done : done + programs]
-            done += programs
-        rows_forward(
-            logits,
-            target[part],
-            in_chunk,
-            lses=None if lses is None else lses[part],
-            losses=None if losses is None else losses[part],
-            partials=sums,
-            gradient=None if gradients is None else logits,
-        )
-        if gradients is not None:
-            gradients.add(part, logits)
-    if losses is not None or partials is None:
-        return losses, lses, None, None  # type: ignore[return-value]
-    return finished(partials[:done], common, hidden.dtype), lses, gradients, remaining
-
-
-def _run_backward(
-    upstream: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    lses: torch.Tensor,
-    terms: Terms,
-    wants: tuple[bool, bool, bool],
-    at_once: int | None,
-) -> _Gradients:
-    """Gradients of losses that are not reduced, from ``upstream`` [rows] and the rows' lse."""
-    rows, size = hidden.shape
-    chunk, wide_sum = plan(rows, size, weight.shape[0], hidden.element_size(), at_once, wants[1])
-    gradients = _Gradients(hidden, weight, bias, wants, wide_sum)
-    common = Shared(terms, None, None, None, 0)
-    if hidden.shape[0]:
-        for part, logits in _chunks(hidden, weight, bias, chunk):
-            rows_gradient(logits, target[part], common, lses[part], upstream[part], logits)
-            gradients.add(part, logits)
-    return gradients
+_scale = Kernel(scale_in_place)
 
 
 def scaled_in_place(values: torch.Tensor, factor: torch.Tensor) -> None:
@@ -268,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_once: int | None,
     ) -> torch.Tensor:
         wants = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
-        loss, lses, gradients, ctx.remaining = _run_forward(
+        loss, lses, gradients, ctx.remaining = run_forward(
             hidden, weight, target, bias, terms, reduction, wants, at_once
         )
         ctx.save_for_backward(hidden, weight, target, bias, lses)
@@ -282,14 +65,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, target, bias, lses = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
         if ctx.reduction == "none":
-            found = _run_backward(
+            found = run_backward(
                 upstream, hidden, weight, target, bias, lses, ctx.terms, wants, ctx.at_once
             ).results()
         else:
             # Handed out once, because the caller may write to them; a second pass computes them again.
             found, ctx.gradients = ctx.gradients, None
             if found is None:
-                _, _, again, _ = _run_forward(
+                _, _, again, _ = run_forward(
                     hidden, weight, target, bias, ctx.terms, ctx.reduction, wants, ctx.at_once
                 )
                 found = again.results()  # type: ignore[union-attr]
@@ -325,7 +108,7 @@ def _op_forward(
 ) -> tuple[torch.Tensor, ...]:
     _check(hidden, weight, target, bias, ignore_index, label_smoothing, reduction, softcap, z_loss, at_once)
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
-    loss, lses, gradients, remaining = _run_forward(
+    loss, lses, gradients, remaining = run_forward(
         hidden.contiguous(), weight, target.contiguous(), bias, terms, reduction, _three(wants), at_once
     )
     found = (None, None, None) if gradients is None else gradients.results()
@@ -378,7 +161,7 @@ def _op_backward(
     wants: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
-    found = _run_backward(
+    found = run_backward(
         upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, _three(wants), at_once
     )
     return tuple(hidden.new_empty(0) if value is None else value for value in found.results())
@@ -521,7 +304,7 @@ def linear_cross_entropy(
             loss = _LinearCrossEntropy.apply(rows, weight, labels, bias, terms, reduction, rows_at_once)
         else:
             with torch.no_grad():
-                loss = _run_forward(rows, weight, labels, bias, terms, reduction, (False,) * 3, rows_at_once)[
+                loss = run_forward(rows, weight, labels, bias, terms, reduction, (False,) * 3, rows_at_once)[
                     0
                 ]
     return loss.reshape(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from kpt_plugin_triton.checks import FLOATS, check_tensor, refuse
-from kpt_plugin_triton.kernels import losses as device
+from kpt_plugin_triton.kernels import softmax as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import dense, rows_of

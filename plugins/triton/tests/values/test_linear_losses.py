@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_suite import TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
-from kpt_plugin_triton import linear_losses
+from kpt_plugin_triton import linear_loss_chunks
 from kpt_plugin_triton.checks import KernelInputError
-from kpt_plugin_triton.linear_losses import linear_cross_entropy, plan
+from kpt_plugin_triton.linear_loss_chunks import plan
+from kpt_plugin_triton.linear_losses import linear_cross_entropy
 from kpt_plugin_triton.references.losses import linear_cross_entropy as reference
 
 DEVICE = TritonSuite.device
@@ -85,8 +86,8 @@ def test_every_option(reduction: str, options: dict[str, float], rows_at_once: A
 
 
 def test_sum_in_fp32_where_chunks_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_losses, "plan", lambda *_: (3, True))
-    monkeypatch.setattr(linear_losses, "_SLICE", 7)
+    monkeypatch.setattr(linear_loss_chunks, "plan", lambda *_: (3, True))
+    monkeypatch.setattr(linear_loss_chunks, "_SLICE", 7)
     torch.manual_seed(0)
     _compare(_draw(10, 8, 19))
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from triton_suite import TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
-from kpt_plugin_triton import losses
+from kpt_plugin_triton import loss_rows, losses
 from kpt_plugin_triton.checks import KernelInputError
+from kpt_plugin_triton.launch import power_of_two
 from kpt_plugin_triton.losses import cross_entropy
 from kpt_plugin_triton.references.losses import cross_entropy as reference
 
@@ -259,7 +260,7 @@ def test_options_for_every_vocabulary() -> None:
     """Rows in registers while they fit; whole vectors, and a block no longer than the row, beyond."""
     for classes in (1, 1000, 8192, 16385, 32000, 50257, 128256, 262144):
         for itemsize in (2, 4, 8):
-            chosen = losses._rule(itemsize, classes)
+            chosen = loss_rows._rule(itemsize, classes)
             assert chosen["num_warps"] <= 16  # 1024 threads where a wavefront is 64 wide
-            assert (chosen["ROWS"] > 0) == (losses.power_of_two(classes) * itemsize <= 32768)
+            assert (chosen["ROWS"] > 0) == (power_of_two(classes) * itemsize <= 32768)
             assert chosen["ROWS"] or chosen["BLOCK"] <= classes
