@@ -69,7 +69,7 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
         ]
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        self.tables, self.traced, self.replaced = [], 0, {}
+        self.tables, self.traced, self.replaced = [], False, {}
         current = model.forward
         if isinstance(current, CapturedForward) and isinstance(current.graph_pass, GraphKernels):
             shared = current.graph_pass  # another kernel's: one graph serves all

@@ -85,7 +85,7 @@ class KernelBehaviour:
     spec: KernelSpec
     sites: tuple[Site, ...]
     tables: list[SiteTable] = field(default_factory=list)
-    traced: int = 0
+    traced: bool = False
     #: The plugins in use, one of which may define the op.
     registry: Any = None
 
@@ -112,7 +112,7 @@ class KernelBehaviour:
         from kpt import ops
 
         self.tables = []
-        self.traced = 0
+        self.traced = False
         undos: list[Undo] = []
         for site in self.sites:
             here = site.at(model)
@@ -141,8 +141,12 @@ class KernelBehaviour:
         return dispatch
 
     def note_traced(self) -> None:
-        """Count a site that was compiled into a graph; runs while tracing, so it must stay trivial."""
-        self.traced += 1
+        """Note that a site was compiled into a graph.
+
+        Dynamo traces this. It must read nothing: what it reads becomes a condition of the compiled code, which
+        would hold for the very first call only if the value is what is written here.
+        """
+        self.traced = True
 
     def freeze(self) -> None:
         for table in self.tables:
@@ -153,7 +157,7 @@ class KernelBehaviour:
         return {table.name: table.misses for table in self.tables if table.misses}
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
-        return any(table.calls for table in self.tables) or self.traced > 0
+        return self.traced or any(table.calls for table in self.tables)
 
 
 def callable_for(spec: KernelSpec, site: Site) -> Callable[..., Any]:
