@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -49,8 +50,9 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of what takes part, the Python's, and the commit of this repository."""
+    """Installed versions of what takes part, the Python's, and the commit here; found out once."""
     found = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:

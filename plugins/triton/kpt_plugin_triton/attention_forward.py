@@ -202,7 +202,9 @@ def forward_candidates(itemsize: int, head: int, kind: int) -> Iterator[dict[str
                             "num_stages": stages,
                             "DESCRIPTORS": descriptors,
                         }
-                        if rows * max(head, columns) // (32 * warps) <= 64:  # else registers would not do
+                        # Sums of 128 registers a thread leave 64 for scores, on Hopper.
+                        most = 128 if hopper and columns <= 64 else 64
+                        if rows * max(head, columns) // (32 * warps) <= most:
                             yield {**base, "SPLIT": 1}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from kpt_plugin_triton.tuning import Options, Tuned
 #: Queries up to which splitting over keys is considered, and keys from which it pays.
 MOST_QUERIES, FEWEST_KEYS = 16, 512
 _MOST_ROWS = 128
+#: Parts that are considered where there are more heads than run side by side.
+_SEVERAL = 8
 
 _split = Kernel(device.decode_split)
 _merge = Kernel(device.decode_merge)
@@ -58,6 +61,21 @@ def _candidates(itemsize: int, head: int, rows: int) -> Iterator[dict[str, int]]
 
 
 split_options = Tuned("decode_split", ("head", "rows"), _rule, _candidates, reach=1.0)
+
+
+@functools.lru_cache(maxsize=1024)
+def parts_of(blocks: int, pairs: int, at_once: int) -> int:
+    """Into how many parts the ``blocks`` of keys of each of ``pairs`` heads go.
+
+    Parts are equally long and ``at_once`` of them run side by side, so that one part more than fits takes as
+    long as all the others together: the fewest parts with which the last one ends first.
+    """
+
+    def ends(parts: int) -> int:
+        return ceil_div(parts * pairs, at_once) * ceil_div(blocks, parts)
+
+    most = max(_SEVERAL, ceil_div(at_once, pairs))
+    return min(range(1, min(most, blocks) + 1), key=ends)
 
 
 def takes(form: Form, how: How) -> bool:
@@ -99,8 +117,8 @@ def run_decode(
     if options is None:
         options = split_options(index, q.element_size(), max(block_d, block_v), rows)
     block, pairs = options["BLOCK_N"], form.batch * form.key_heads
-    wanted = max(1, ceil_div(options["PROGRAMS"] * processors(index), pairs))
-    each = ceil_div(ceil_div(form.k_len, block), wanted) * block
+    blocks = ceil_div(form.k_len, block)
+    each = ceil_div(blocks, parts_of(blocks, pairs, options["PROGRAMS"] * processors(index))) * block
     splits = ceil_div(form.k_len, each)
     all_rows = form.batch * form.heads * form.q_len
     space = torch.empty(splits * all_rows * (form.head_v + 2), dtype=torch.float32, device=q.device)

@@ -56,6 +56,11 @@ def _forward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]
         for warps in (1, 2, 4, 8, 16, 32):
             if 8 <= rows * block // (32 * warps) <= 128:
                 yield {"ROWS": rows, "num_warps": warps}
+    if columns >= 2048:  # ROWS = 0: rows are read twice
+        for each in (1024, 2048, 4096):
+            for warps in (4, 8, 16):
+                if each <= columns and 4 <= each // (32 * warps) <= 32:
+                    yield {"ROWS": 0, "BLOCK": each, "num_warps": warps}
 
 
 def _backward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
@@ -102,15 +107,22 @@ def _plan_forward(
     columns: int,
     centred: bool,
     statistics: bool,
+    added: bool,
     options: Options | None = None,
 ) -> _Plan:
+    """``added``: whether there is a residual, of which each column would be read twice as well."""
     rest = centred, statistics, _accumulator(dtype)
     if columns * dtype.itemsize > _LONGEST:
         return _Plan(_forward_long, (rows, 1, 1), (columns, _LONG_BLOCK, 1, *rest), 8)
     if options is None:
         table = centred_forward_options if centred else forward_options
         options = table(device, dtype.itemsize, columns)
+    if options["ROWS"] == 0 and added:
+        options = _forward_rule(dtype.itemsize, columns)
     each = options["ROWS"]
+    if each == 0:
+        constants = (columns, options["BLOCK"], 1, *rest)
+        return _Plan(_forward_long, (rows, 1, 1), constants, options["num_warps"])
     constants = (columns, power_of_two(columns), each, *rest)
     return _Plan(_forward, (ceil_div(rows, each), 1, 1), constants, options["num_warps"])
 
@@ -183,7 +195,7 @@ def _run_forward(
     other, other_stride = None, 0
     if residual is not None:
         other, _, other_stride = rows_of(residual)
-    shape = x.device.index, x.dtype, rows, columns, centred, statistics
+    shape = x.device.index, x.dtype, rows, columns, centred, statistics, residual is not None
     plan = _forward_plan(*shape) if options is None else _plan_forward(*shape, options)
     plan.kernel(
         plan.grid,

@@ -83,7 +83,10 @@ def norm_forward_long(
     STATISTICS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The same for rows that do not fit in registers: BLOCK columns at a time, the row read again."""
+    """The same, BLOCK columns at a time, the row read again: from the first-level cache, if it fits there.
+
+    For rows that do not fit in registers, and where it is faster to have more rows under way.
+    """
     row = tl.program_id(0).to(tl.int64)
     source = x + row * x_stride
     # Shifted sums: the first column stands in for the mean, so that no digits cancel.
@@ -97,7 +100,7 @@ def norm_forward_long(
     for start in range(0, COLUMNS, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < COLUMNS
-        value = tl.load(source + column, mask=inside, other=0.0)
+        value = tl.load(source + column, mask=inside, other=0.0, eviction_policy="evict_last")
         if residual is not None:
             other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
             value = (value.to(WIDE) + other.to(WIDE)).to(total.dtype.element_ty)
@@ -119,7 +122,7 @@ def norm_forward_long(
     for start in range(0, COLUMNS, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < COLUMNS
-        value = tl.load(source + column, mask=inside, other=0.0)
+        value = tl.load(source + column, mask=inside, other=0.0, eviction_policy="evict_first")
         if residual is not None:
             other = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
             value = (value.to(WIDE) + other.to(WIDE)).to(total.dtype.element_ty)

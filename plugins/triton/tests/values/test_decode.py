@@ -105,6 +105,22 @@ def test_a_longer_cache_has_its_strides() -> None:
     _close(decode_attention(q, k.contiguous()[:, :, :33], v.contiguous()[:, :, :33]), true)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "pairs", "at_once", "parts"),
+    [
+        (256, 8, 132, 16),
+        (256, 32, 132, 4),
+        (64, 128, 132, 1),
+        (256, 140, 132, 8),
+        (3, 1, 264, 3),
+        (1, 500, 4, 1),
+    ],
+)
+def test_no_part_waits_for_room_beside_the_others(blocks: int, pairs: int, at_once: int, parts: int) -> None:
+    """17 parts of 8 heads are four programs more than 132, and would take twice as long as 16 parts."""
+    assert decode.parts_of(blocks, pairs, at_once) == parts
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     batch=st.integers(1, 2),

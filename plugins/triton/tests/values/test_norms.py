@@ -84,6 +84,24 @@ def test_widths_that_no_block_divides(op, columns) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_rows_that_are_read_twice(monkeypatch, op) -> None:
+    """As tables ask for it by ROWS = 0; with a residual the row stays in registers."""
+    options = {"ROWS": 0, "BLOCK": 16, "num_warps": 1}
+    launched = []
+    for name in ("_forward", "_forward_long"):
+        kernel = getattr(norms, name)
+        monkeypatch.setattr(norms, name, lambda *call, n=name, k=kernel: (launched.append(n), k(*call)))
+    for name in ("forward_options", "centred_forward_options"):
+        monkeypatch.setattr(norms, name, lambda *sizes: options)
+    monkeypatch.setattr(norms, "_forward_plan", norms._plan_forward)
+    given = arguments(op, 3, 40)
+    mine = outputs(getattr(norms, op)(*given))
+    for value, right in zip(mine, outputs(reference(op)(*(x.double() for x in given)))):
+        torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=1e-5)
+    assert launched == ["_forward" if op.startswith("add") else "_forward_long"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_no_rows(op) -> None:
     given = arguments(op, 2, 0, 8, grad=True)
     made = outputs(getattr(norms, op)(*given))
