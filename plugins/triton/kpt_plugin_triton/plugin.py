@@ -123,7 +123,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         yield _kernel(op, f"norms:{op}")
     yield _kernel("rope", "rope:rope")
     yield _kernel("qk_norm_rope", "qk_norm_rope:qk_norm_rope")
-    yield _kernel("gated_mlp", "glu:gated_mlp")
+    yield _kernel("gated_mlp", "gated_mlp:gated_mlp")
     yield _kernel("glu", "glu:glu")
     yield _kernel("bias_activation", "activations:bias_activation")
     yield _kernel("group_norm", "group_norm:group_norm")
@@ -156,7 +156,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     half: dict[str, object] = {"dtypes": ("bfloat16", "float16"), "backward": False}
     # cuBLAS was as fast with one row and faster with 4 and 16, of the one weight that was measured: what
     # `supports` leaves is tried last.
-    of_rows: dict[str, object] = {"supports": f"{_HOME}.skinny:supports", "predicted_gain": 1.02}
+    of_rows: dict[str, object] = {"supports": f"{_HOME}.skinny_sites:supports", "predicted_gain": 1.02}
     yield _kernel("linear", "skinny:linear", **half | of_rows)
     for width in ("int8", "fp8"):
         yield _kernel(f"linear_{width}", f"skinny:linear_{width}", **half)

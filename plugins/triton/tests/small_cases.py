@@ -19,6 +19,7 @@ from kpt_plugin_triton import (
     block_sparse,
     decode,
     embedding,
+    gated_mlp,
     glu,
     group_norm,
     linear_losses,
@@ -90,7 +91,7 @@ def rope_cases() -> Iterator[Case]:
 def activation_cases() -> Iterator[Case]:
     gate, up, bias = randn(5, 333), randn(5, 333), randn(333)
     yield "glu", lambda: glu.glu(gate, up)
-    yield "gated_mlp", lambda: glu.gated_mlp(randn(5, 40), randn(72, 40), randn(72, 40), randn(40, 72))
+    yield "gated_mlp", lambda: gated_mlp.gated_mlp(randn(5, 40), randn(72, 40), randn(72, 40), randn(40, 72))
     yield "bias_activation", lambda: activations.bias_activation(gate, bias)
     weight = randn(24)
     for layout in (torch.contiguous_format, torch.channels_last):

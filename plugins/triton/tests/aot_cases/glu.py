@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kpt_plugin_triton.activations import ACTIVATIONS, bias_activation
-from kpt_plugin_triton.glu import gated_mlp, glu
+from kpt_plugin_triton.gated_mlp import gated_mlp
+from kpt_plugin_triton.glu import glu
 
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:

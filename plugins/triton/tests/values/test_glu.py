@@ -10,10 +10,11 @@ from triton_suite import TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
 from kpt.ops import reference
-from kpt_plugin_triton import glu as module
+from kpt_plugin_triton import gated_mlp as module
 from kpt_plugin_triton.activations import ACTIVATIONS
 from kpt_plugin_triton.checks import KernelInputError
-from kpt_plugin_triton.glu import gated_mlp, glu
+from kpt_plugin_triton.gated_mlp import gated_mlp
+from kpt_plugin_triton.glu import glu
 from kpt_plugin_triton.references.glu import glu as plain
 
 KERNELS = {spec.op: spec for spec in plugin.kpt_kernels()}

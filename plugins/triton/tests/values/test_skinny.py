@@ -16,7 +16,7 @@ from kpt.judge.calls import Call
 from kpt.judge.kernels import inputs_like, judge_kernel
 from kpt.ops import recognise, reference
 from kpt.testing.models import op_site
-from kpt_plugin_triton import fp8, skinny
+from kpt_plugin_triton import fp8, skinny, skinny_sites
 from kpt_plugin_triton.checks import KernelInputError
 from kpt_plugin_triton.launch import INTERPRETED
 from kpt_plugin_triton.references import skinny as references
@@ -98,7 +98,7 @@ def test_prepared_sites(width: str, dtype: torch.dtype) -> None:
     found = op_site("linear", dtype, DEVICE)
     assert found is not None
     site, call = found
-    run = {"int8": skinny.prepare_int8, "fp8": skinny.prepare_fp8}[width](site)
+    run = {"int8": skinny_sites.prepare_int8, "fp8": skinny_sites.prepare_fp8}[width](site)
     given = {name: value.detach() for name, value in site.arguments(*call.args).items()}
     fixed = frozenset({"weight", "bias"})
     verdict = judge_kernel(
@@ -302,11 +302,11 @@ def test_any_size(rows: int, features: int, depth: int, kind: str | None, with_b
 
 @pytest.mark.parametrize("rows, taken", [(1, True), (16, True), (17, False)])
 def test_sites(rows: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skinny, "on_gpu", lambda site: None)
+    monkeypatch.setattr(skinny_sites, "on_gpu", lambda site: None)
     module = torch.nn.Linear(32, 48)
     with torch.no_grad():
         (site,) = recognise(module, [Call((torch.randn(rows, 32),))]).sites
-    for supports in (skinny.supports, skinny.supports_quantised):
+    for supports in (skinny_sites.supports, skinny_sites.supports_quantised):
         refusal = supports(site)
         assert (refusal is None) == taken, refusal
         assert taken or f"{rows} rows" in str(refusal)
@@ -320,15 +320,15 @@ def test_sites_where_cublas_was_faster(
 ) -> None:
     weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     site = SimpleNamespace(devices=(), examples=(), weights=lambda: {"weight": weight})
-    monkeypatch.setattr(skinny, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(skinny, "_too_many_rows", lambda site: None)
-    refusal = skinny.supports(site)
+    monkeypatch.setattr(skinny_sites, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(skinny_sites, "_too_many_rows", lambda site: None)
+    refusal = skinny_sites.supports(site)
     assert (refusal is None) == taken
     assert (
         taken or f"cuBLAS was measured as fast or faster on sm_90 with a weight like its {shape}" == refusal
     )
-    monkeypatch.setattr(skinny, "architecture", lambda device: "gfx942")
-    assert skinny.supports(site) is None
+    monkeypatch.setattr(skinny_sites, "architecture", lambda device: "gfx942")
+    assert skinny_sites.supports(site) is None
 
 
 def test_order_of_attempts() -> None:
