@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -58,3 +58,18 @@ def check_shape(op: str, argument: str, value: torch.Tensor, expected: Sequence[
 def check_same_device(op: str, argument: str, value: torch.Tensor, like: torch.Tensor) -> None:
     if value.device != like.device:
         refuse(op, argument, f"on {value.device}", f"the device of the first argument, {like.device}")
+
+
+def check_weights(
+    op: str, weight: Any, bias: Any, like: torch.Tensor, size: int, dtypes: Collection[torch.dtype]
+) -> None:
+    """``weight`` and ``bias`` are None or [size], of one of ``dtypes`` and on the device of ``like``.
+
+    Raises:
+        KernelInputError: one is not.
+    """
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            check_tensor(op, name, vector, dtypes)
+            check_shape(op, name, vector, (size,))
+            check_same_device(op, name, vector, like)

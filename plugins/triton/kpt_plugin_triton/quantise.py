@@ -10,13 +10,21 @@ from typing import Any
 
 import torch
 
-from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, dtype_name, refuse
+from kpt_plugin_triton.checks import (
+    FLOATS,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    check_weights,
+    dtype_name,
+    refuse,
+)
 from kpt_plugin_triton.fp8 import FP8, encoding, fp8_dtype, largest
 from kpt_plugin_triton.kernels import quantise as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
 from kpt_plugin_triton.references.quantise import GROUP, MODES
 from kpt_plugin_triton.registration import needs_grad, register
-from kpt_plugin_triton.rows import dense, rows_of
+from kpt_plugin_triton.rows import contiguous, dense, rows_of
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
@@ -188,11 +196,7 @@ def check(
         check_tensor(op, names[1], other, (x.dtype,))
         check_shape(op, names[1], other, x.shape)
         check_same_device(op, names[1], other, x)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_tensor(op, name, vector, FLOATS)
-            check_shape(op, name, vector, x.shape[-1:])
-            check_same_device(op, name, vector, x)
+    check_weights(op, weight, bias, x, x.shape[-1], FLOATS)
     if mode not in MODES:
         refuse(op, "mode", repr(mode), ", ".join(MODES))
     if given is not None:
@@ -234,10 +238,7 @@ def quantised(
         )
         return q, scale if given is None else given.reshape(()), total
     check(op, names, x, other, weight, bias, given, mode, dtype)
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    weight, bias = contiguous(weight), contiguous(bias)
     if given is not None:
         given = given.reshape(())
     return run(kind, x, other, weight, bias, given, eps, offset, mode, dtype or fp8_dtype(x.device))

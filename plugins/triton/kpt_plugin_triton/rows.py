@@ -27,6 +27,11 @@ def dense(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """``vector`` if its elements lie side by side, else a copy; None stays None."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over elements of ``dtype`` are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
