@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -266,8 +267,12 @@ def test_odd_models_are_remembered() -> None:
     model.register_parameter("none", None)
     model.scalar = nn.Parameter(torch.tensor(1.0))
     model.complex = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.helper = types.SimpleNamespace(_parameters=[], _modules={})  # type: ignore[assignment]
     state = ModelState(model)
     assert state.differences() == []
+    model.helper._parameters.append(1)
+    assert state.differences() == ["model.helper: attribute '_parameters' changed inside"]
+    assert state.restore() == []
     in_place(model.complex)
     assert state.differences() == ["complex: values"]
     assert state.restore() == []

@@ -10,6 +10,7 @@ import torch
 
 import kpt
 from slow_models import DirectScale, SlowScale, net, plugin
+from subtle_passes import Captured
 
 
 def optimised(model, x, **options):
@@ -47,9 +48,11 @@ class Scaled(SlowScale):
         self.scaling = {"default": 1.0}
         self.temperature = torch.tensor(1.0)
         self.config = types.SimpleNamespace(double=False)
+        self.settings = types.SimpleNamespace(inner=types.SimpleNamespace(triple=False))
 
     def forward(self, x):
         x = super().forward(x) * self.scaling["default"] / self.temperature
+        x = x * 3 if self.settings.inner.triple else x
         return x * 2 if self.config.double else x
 
 
@@ -81,8 +84,15 @@ class DirectOuter(DirectScale):
         lambda m: setattr(m, "temperature", torch.tensor(2.0)),
         lambda m: m.temperature.mul_(2.0),
         lambda m: setattr(m.config, "double", True),
+        lambda m: setattr(m.settings.inner, "triple", True),
     ],
-    ids=["an entry of a dict", "a tensor attribute", "a tensor in place", "a switch of the config"],
+    ids=[
+        "an entry of a dict",
+        "a tensor attribute",
+        "a tensor in place",
+        "a switch of the config",
+        "an object in an object",
+    ],
 )
 def test_a_change_of_what_a_submodule_holds_is_served_by_the_original(change):
     torch.manual_seed(0)
@@ -284,3 +294,121 @@ def test_a_call_without_such_a_write_compares_nothing(monkeypatch):
         model(x)
         model.first(x)
     assert kpt.report(model).calls["optimized"] == 4
+
+
+GAIN = 2.0
+SETTINGS = {"shift": 1.0}
+OPTIONS = types.SimpleNamespace(power=1)
+CALLS = 0
+STATISTICS = {"calls": 0}
+
+
+def times_gain(x: torch.Tensor) -> torch.Tensor:
+    global CALLS
+    CALLS += 1
+    STATISTICS["calls"] += 1
+    return (x * GAIN + SETTINGS["shift"]) ** OPTIONS.power
+
+
+class Reads(torch.nn.Module):
+    """Reads what is on no module: a global of a function that it calls, its class, a default."""
+
+    scale = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+
+    def forward(self, x):
+        return times_gain(self.shifted(self.slow(x)) * self.scale)
+
+    def shifted(self, x):
+        return x + getattr(self, "shift", 1.0)
+
+
+class ReadsInside(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reads()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, patch: patch.setitem(globals(), "GAIN", 3.0),
+        lambda m, patch: patch.setitem(globals(), "GAIN", torch.tensor([1.0, 3.0] * 8)),
+        lambda m, patch: patch.setitem(SETTINGS, "shift", 3.0),
+        lambda m, patch: patch.setattr(OPTIONS, "power", 2),
+        lambda m, patch: patch.setattr(Reads, "scale", 3.0),
+        lambda m, patch: setattr(m.inner, "scale", 3.0),
+        lambda m, patch: setattr(m.inner, "shift", 3.0),
+        lambda m, patch: setattr(m.inner, "shifted", lambda x: x),
+    ],
+    ids=[
+        "a global",
+        "a tensor for a global",
+        "a global dict",
+        "a global object",
+        "a class",
+        "in place of the class's",
+        "in place of a default",
+        "a method",
+    ],
+)
+def test_a_constant_that_is_on_no_module_and_one_that_comes_later_are_noticed(change, monkeypatch):
+    model, x = ReadsInside().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(Captured)], budget=20, cache=False)
+    assert kpt.report(model).optimized, kpt.report(model)
+    with torch.no_grad():
+        before = model(x)
+        change(model, monkeypatch)
+        changed = model(x)
+        assert torch.equal(changed, ReadsInside.forward(model, x)) and not torch.equal(changed, before)
+    assert kpt.report(model).calls["optimized"] == 1 and list(reasons(model).values()) == [1]
+
+
+class MakesZeros(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+
+    def forward(self, x):
+        return self.slow(x) + torch.zeros(16)
+
+
+def test_another_default_dtype_is_served_by_the_original():
+    model, x = MakesZeros().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(Captured)], budget=20, cache=False)
+    assert kpt.report(model).optimized, kpt.report(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            assert model(x).dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert list(reasons(model)) == ["the default dtype is torch.float64; proven for torch.float32"]
+    with torch.no_grad():
+        assert model(x).dtype is torch.float32
+    assert kpt.report(model).calls["optimized"] == 1
+
+
+def test_a_model_and_its_part_are_optimised_one_at_a_time():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(Around(), SlowScale(16)).eval(), torch.randn(8, 16)
+    with torch.no_grad():
+        expected = model(x)
+        optimised(model, x)
+        optimised(model[0], x)
+        assert torch.equal(model(x), expected)
+        assert kpt.report(model[0]).calls["optimized"] == 1
+        assert not kpt.report(model).optimized
+        assert kpt.report(model).reason == "its part 0 was optimised by itself"
+        optimised(model, x)
+        assert not kpt.report(model[0]).optimized and "as a whole" in kpt.report(model[0]).reason
+        assert torch.equal(model(x), expected)
+        kpt.restore(model)
+    kinds = {type(value) for module in model.modules() for value in vars(module).values()}
+    assert not [kind for kind in kinds if kind.__module__.startswith("kpt")]

@@ -19,6 +19,8 @@ _NO_OBJECTS = (torch.nn.Module, torch.Tensor, type, FunctionType, MethodType, Mo
 #: Objects inside objects are looked at so far down: a configuration's own configurations.
 _DEPTH = 1
 _SLOTS = ("_parameters", "_buffers", "_modules")
+#: What every module has: tables of hooks, whose contents are compared, and no objects of the model.
+_TABLES = frozenset(vars(torch.nn.Module()))
 
 
 @dataclass
@@ -120,6 +122,7 @@ def _objects(modules: list[_ModuleState]) -> Iterator[_ObjectState]:
         (f"{state.path or 'model'}.{name}", value, 0)
         for state in modules
         for name, value in state.attributes.items()
+        if name not in _TABLES
     ]
     for path, value, depth in pending:
         if id(value) in seen or not _is_object(value):
@@ -173,7 +176,8 @@ def _module_differences(state: _ModuleState) -> Iterator[str]:
 
 
 def _attribute_differences(state: _ModuleState | _ObjectState, values: dict[str, Any]) -> Iterator[str]:
-    now = {name: value for name, value in values.items() if name not in _SLOTS}
+    slots = _SLOTS if isinstance(state, _ModuleState) else ()
+    now = {name: value for name, value in values.items() if name not in slots}
     for name in {**state.attributes, **now}:
         change = _attribute_change(state, name, now)
         if change:
@@ -235,7 +239,8 @@ def _restore_module(state: _ModuleState) -> None:
 
 
 def _restore_attributes(state: _ModuleState | _ObjectState, values: dict[str, Any]) -> None:
-    for name in [name for name in values if name not in _SLOTS and name not in state.attributes]:
+    slots = _SLOTS if isinstance(state, _ModuleState) else ()
+    for name in [name for name in values if name not in slots and name not in state.attributes]:
         del values[name]
     for name, before in state.attributes.items():
         if values.get(name, state) is not before:

@@ -353,6 +353,23 @@ def _take_back(model: torch.nn.Module) -> None:
 
 
 def _restore_tree(model: torch.nn.Module) -> None:
-    """A model is optimised as a whole: plans of the model itself and of its children are taken back."""
+    """A model is optimised as a whole: plans of the model itself, of its parts, and of models that it is a
+    part of are taken back. Of the latter no call would be served: another forward stands in the part's place.
+    """
+    for other in list(_requests):
+        if other is not model and isinstance(dispatch.plan_of(other), Plan):
+            path = next((name for name, module in other.named_modules() if module is model), None)
+            if path is not None:
+                _end(other, f"its part {path} was optimised by itself")
+    _take_back(model)
     for module in list(model.modules()):
-        _take_back(module)
+        _end(module, "a model that it is a part of was optimised as a whole")
+
+
+def _end(model: torch.nn.Module, reason: str) -> None:
+    if dispatch.plan_of(model) is None:
+        return
+    _take_back(model)
+    receipt = _receipts.get(model)
+    if receipt is not None and receipt.status == "optimized":
+        receipt.status, receipt.reason = "restored", reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import logging
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from kpt.transaction.arguments import never_served
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.hooks import global_hooks, is_own
+from kpt.transaction.reading import constants_read
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -122,6 +124,12 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
             "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
             "optimised forward would bypass; remove it first"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise Unsuitable(
+                f"{name} gets its shape from the first call (a lazy module); call the model once, and "
+                "optimise it then"
+            )
     for name, module in model.named_modules():
         if module is model:
             continue
@@ -322,10 +330,12 @@ def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
 def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> frozenset[tuple[int, str]]:
     """Refuse a forward that assigns attributes: it would advance the copy's state and not the user's.
 
-    Objects that modules hold are shared with copies; what a call changes of them is returned, by the id of
-    the object and the attribute's name.
+    Objects that modules hold are shared with copies, and so are globals and classes; what a call changes of
+    them is returned, by the id of the owner and the attribute's name.
     """
     shared = [(value, dict(vars(value))) for value in shared_objects(plain)]
+    around = constants_read(type(module) for module in plain.modules())
+    constants = {(owner, name): copy.copy(space[name]) for owner, space, names in around for name in names}
     before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
     contents = {
         (name, key): value.copy()
@@ -350,12 +360,19 @@ def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> froze
                 f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
                 "such state cannot be shared with an optimised copy (write buffers in place instead)"
             )
-    return frozenset(
+    moving = {
         (id(value), key)
         for value, held in shared
         for key, now in vars(value).items()
         if key not in held or (held[key] is not now and not _equal(held[key], now))
-    )
+    }
+    moving |= {
+        (owner, name)
+        for owner, space, names in around
+        for name in names
+        if not _equal(space.get(name), constants[owner, name])
+    }
+    return frozenset(moving)
 
 
 def _same_items(before: Any, now: Any) -> bool:

@@ -31,6 +31,7 @@ _Tensor = torch.Tensor
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 _deterministic = torch._C._get_deterministic_algorithms
+_default_dtype = torch.get_default_dtype
 _inference_mode = torch.is_inference_mode_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -110,7 +111,7 @@ class Plan:
         #: By the key of a call unlike an example in defaults: what to leave out, what to pass, the key then.
         self._served_as: dict[Any, tuple[frozenset[str], dict[str, Any], Any]] = {}
         self._ambient = ambient or ambient_state()
-        self._flags = (bool(self._ambient[0]), self._ambient[1])
+        self._flags = (bool(self._ambient[0]), *self._ambient[1:3])
         self._devices: tuple[str, ...] | None = self._ambient[4]
         self._function_modes = len(self._devices or ())
         self._parameters = tuple(model.parameters())
@@ -155,7 +156,7 @@ class Plan:
             if model.training is not self._flag or (self._strict and grad is not self.training):
                 reason = _mode_reason(model, self._flag, grad)
             elif (
-                (_any_autocast(), _deterministic()) != self._flags
+                (_any_autocast(), _deterministic(), _default_dtype()) != self._flags
                 or _function_modes() != self._function_modes
                 or _dispatch_modes()
                 or _transform() is not None
@@ -310,6 +311,8 @@ class Plan:
         now, then = ambient_state(), self._ambient
         if now[0] != then[0]:
             return "autocast differs from when the model was optimised"
+        if now[2] != then[2]:
+            return f"the default dtype is {now[2]}; proven for {then[2]}"
         if now[4] != then[4]:
             return "the default device differs from when the model was optimised"
         return "torch's deterministic mode differs from when the model was optimised"

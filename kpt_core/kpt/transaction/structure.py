@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from kpt.transaction.copies import HANDLE, REDUCE
+from kpt.transaction.reading import reading_of
 
 _MISSING = object()
 #: Attributes that kpt itself sets on an optimised model.
@@ -110,6 +111,7 @@ class Structure:
         self.containers = len(self._children)
         self._known = [self._facts(module) for module in self._modules]
         self._attributes = [_attributes(module) for module in self._modules]
+        self._unset = {id(module): _unset(module) for module in self._modules}
         # What is compared by its id has to stay alive, lest another object gets that id.
         self._alive = [(*module._parameters.values(), *module._buffers.values()) for module in self._modules]
         self.unsure = False
@@ -132,6 +134,10 @@ class Structure:
                 if not _same(module.__dict__.get(name, _MISSING), value):
                     self.unsure = True
                     return f"the attribute {name!r} of {self._names[id(module)] or 'the model'} changed"
+            for name in module.__dict__.keys() - attributes.keys() - NOT_ATTRIBUTES:
+                if name in self._unset[id(module)]:
+                    self.unsure = True
+                    return f"the attribute {name!r} of {self._names[id(module)] or 'the model'} was set"
         return None
 
     def close(self) -> None:
@@ -152,7 +158,7 @@ class Structure:
             if type(original) in (dict, Ear) and not original:
                 ear = Ear()
                 ear.listener = self
-                ear.names = _names(tuple(_attributes(module)))
+                ear.names = _names(tuple(_attributes(module))) | _unset(module)
                 module.__dict__[store] = ear
                 self._undo.append(_put_back(module, store, ear, original))
                 return
@@ -170,6 +176,14 @@ class Structure:
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module holds beside its parameters, buffers, children and hooks."""
     return {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
+
+
+def _unset(module: torch.nn.Module) -> frozenset[str]:
+    """Names that a call of the module reads and that it has no attribute of, unless a call may set it: those
+    of its class stand in for them, or a default."""
+    reading = reading_of(type(module))
+    present = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+    return reading.in_calls - reading.assigned - present
 
 
 @functools.lru_cache(maxsize=1024)

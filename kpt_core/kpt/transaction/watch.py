@@ -14,7 +14,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from kpt.transaction.copies import clean_copies
+from kpt.transaction.reading import constants_read, is_plain, reading_of
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -69,6 +70,10 @@ class Watch:
         self._states = [state for state, _ in attributes]
         self._getters = [getter for _, getter in attributes]
         self._values = [_frozen(getter(state)) for state, getter in attributes]
+        constants = _constant_getters(modules, moving)
+        self._spaces = [space for space, _ in constants]
+        self._readers = [reader for _, reader in constants]
+        self._constants = [_frozen(reader(space)) for space, reader in constants]
         self._held = [held for module in modules for held in _held_tensors(module)]
         _registrations.add(self)
 
@@ -95,6 +100,13 @@ class Watch:
                 return "an attribute of a submodule or of its config changed"
         except KeyError:
             return "an attribute of a submodule was deleted"
+        except (RuntimeError, ValueError):  # a tensor or an array in place of a constant
+            return "an attribute of a submodule or of its config changed"
+        try:
+            if list(map(_call, self._readers, self._spaces)) != self._constants:
+                return "a global or an attribute of a class changed that the model's code reads"
+        except (KeyError, RuntimeError, ValueError):
+            return "a global or an attribute of a class changed that the model's code reads"
         for held, name, tensor, version in self._held:
             if held.get(name) is not tensor or (version is not None and _version(tensor) != version):
                 return "a tensor that a submodule holds as a plain attribute changed"
@@ -252,74 +264,58 @@ def _attribute_getter(
     module: torch.nn.Module,
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]] | None:
     """The module's dictionary and a getter of those of its plain attributes that its code reads."""
-    names = _names_read(type(module))
+    names = reading_of(type(module)).names
     state = module.__dict__
-    keys = sorted(key for key, value in state.items() if key in names and _is_plain(value))
+    keys = sorted(key for key, value in state.items() if key in names and is_plain(value))
     if not keys:
         return None
     return state, itemgetter(*keys)
 
 
-_names_cache: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-
-
-def _names_read(cls: type) -> frozenset[str]:
-    """Names that the methods and properties of ``cls`` mention, its bases up to nn.Module included."""
-    found = _names_cache.get(cls)
-    if found is not None:
-        return found
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if base is torch.nn.Module or base is object:
-            break
-        for key, value in vars(base).items():
-            if key in ("__init__", "extra_repr", "reset_parameters", "__repr__"):
-                continue
-            functions = (value.fget,) if isinstance(value, property) else (value,)
-            for function in functions:
-                code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
-                if code is not None:
-                    names |= _code_names(code)
-    result = frozenset(names)
-    _names_cache[cls] = result
-    return result
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names) | {const for const in code.co_consts if isinstance(const, str)}
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            names |= _code_names(const)
-    return names
+def _constant_getters(
+    modules: list[torch.nn.Module], moving: frozenset[tuple[int, str]]
+) -> list[tuple[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]]]:
+    """Constants among the globals of the modules' code and on their classes, which that code reads."""
+    found = constants_read(type(module) for module in modules)
+    return [
+        (space, itemgetter(*names))
+        for owner, space, read in found
+        if (names := [name for name in read if (owner, name) not in moving])
+    ]
 
 
 def _object_getters(
     modules: list[torch.nn.Module], moving: frozenset[tuple[int, str]]
 ) -> list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]]:
-    """Constants of objects that modules hold: compiled code has their values built in.
+    """Constants of objects that modules hold, and of those that these hold: compiled code has them built in.
 
     Watched are those that the code of a module or of the object's own class reads, and the switches of a
     ``config``, which functions read that are given the module.
     """
     found: dict[int, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {}
-    read = frozenset().union(*(_names_read(type(module)) for module in modules))
-    for module in modules:
-        for name, value in module.__dict__.items():
-            if name in NOT_ATTRIBUTES or isinstance(value, _NO_OBJECTS):
-                continue
-            state = getattr(value, "__dict__", None)
-            if not isinstance(state, dict) or id(state) in found:
-                continue
-            switches = (bool, str, type(None)) if name == "config" else ()
-            names = read | _names_read(type(value))
-            keys = sorted(
-                key
-                for key, item in state.items()
-                if (id(value), key) not in moving
-                and (isinstance(item, switches) or (key in names and isinstance(item, _SCALARS)))
-            )
-            if keys:
-                found[id(state)] = (state, itemgetter(*keys))
+    read = frozenset().union(*(reading_of(type(module)).names for module in modules))
+    pending = [
+        (name, value, True)
+        for module in modules
+        for name, value in module.__dict__.items()
+        if name not in NOT_ATTRIBUTES
+    ]
+    for name, value, direct in pending:
+        state = None if isinstance(value, _NO_OBJECTS) else getattr(value, "__dict__", None)
+        if not isinstance(state, dict) or id(state) in found:
+            continue
+        switches = (bool, str, type(None)) if name == "config" else ()
+        names = read | reading_of(type(value)).names
+        keys = sorted(
+            key
+            for key, item in state.items()
+            if (id(value), key) not in moving
+            and (isinstance(item, switches) or (key in names and isinstance(item, _SCALARS)))
+        )
+        if keys:
+            found[id(state)] = (state, itemgetter(*keys))
+        if direct:
+            pending += [(key, item, False) for key, item in state.items() if key in names]
     return list(found.values())
 
 
@@ -328,16 +324,6 @@ def _held_tensors(module: torch.nn.Module) -> Iterable[tuple[dict[str, Any], str
     for name, value in module.__dict__.items():
         if isinstance(value, torch.Tensor):
             yield module.__dict__, name, value, None if value.is_inference() else value._version
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, _SCALARS):
-        return True
-    if type(value) is dict:
-        return len(value) <= 16 and all(isinstance(item, _SCALARS) for item in value.values())
-    if type(value) in (list, tuple):
-        return len(value) <= 16 and all(isinstance(item, _SCALARS) for item in value)
-    return False
 
 
 def _frozen(value: Any) -> Any:
