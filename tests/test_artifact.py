@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import types
@@ -443,7 +444,7 @@ def replace(path: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
     edit(path, lambda data: data["files"].update({name: sha256(path / name)}))
 
 
-@pytest.mark.parametrize("change", ["attribute", "hidden buffer"])
+@pytest.mark.parametrize("change", ["attribute", "hidden buffer", "function", "object", "tensor"])
 def test_what_the_constructor_does_not_set_is_kept_in_a_pickle_of_the_structure(
     tmp_path, monkeypatch, change
 ):
@@ -451,25 +452,58 @@ def test_what_the_constructor_does_not_set_is_kept_in_a_pickle_of_the_structure(
         def __init__(self):
             super().__init__()
             self.factor = 1.0
+            self.activation = torch.relu
+            self.settings = types.SimpleNamespace(shift=0.0)
+            self.scale = torch.ones(8)
             self.register_buffer("offset", torch.zeros(8), persistent=False)
 
         def forward(self, x):
-            return self.linear(x) * self.factor + self.offset
+            x = self.activation(self.linear(x)) * self.factor + self.offset
+            return x * self.scale + self.settings.shift
 
     model = in_module(monkeypatch, Changed)()
     assert json.loads((unoptimised(model, tmp_path / "as-built") / "recipe.json").read_text())["build"] == {
         "kind": "class",
         "arch": "kpt_test_artifact_home:Odd",
     }
-    if change == "attribute":
-        model.factor = 2.5
-    else:
-        model.offset.fill_(3.0)
+    match change:
+        case "attribute":
+            model.factor = 2.5
+        case "hidden buffer":
+            model.offset.fill_(3.0)
+        case "function":
+            model.activation = torch.tanh
+        case "object":
+            model.settings.shift = 3.0
+        case "tensor":
+            model.scale = torch.full((8,), 3.0)
     path = unoptimised(model, tmp_path / "changed")
     with pytest.raises(ArtifactError, match="pickle"):
         kpt.load(path, plugins=[])
     x = torch.randn(4, 8)
     assert torch.equal(kpt.load(path, trust=True, plugins=[])(x), model(x))
+
+
+def test_a_class_whose_constructor_makes_functions_is_built_by_its_name(tmp_path, monkeypatch):
+    class Doubles(Linear):
+        def __init__(self):
+            super().__init__()
+            factor = 2.0
+            self.activation = lambda x: x * factor
+            self.method = self.double
+            self.partial = functools.partial(torch.mul, other=factor)
+
+        def double(self, x):
+            return x * 2
+
+        def forward(self, x):
+            return self.partial(self.method(self.activation(self.linear(x))))
+
+    model = in_module(monkeypatch, Doubles)()
+    path = unoptimised(model, tmp_path / "artifact")
+    assert json.loads((path / "recipe.json").read_text())["build"]["kind"] == "class"
+    x = torch.randn(4, 8)
+    assert torch.equal(kpt.load(path, plugins=[])(x), model(x))
 
 
 def test_a_structure_whose_classes_are_gone_is_an_error_of_the_artifact(tmp_path, monkeypatch):

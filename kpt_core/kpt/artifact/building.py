@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import types
 import warnings
@@ -21,9 +23,13 @@ from kpt.plugins.isolation import attempt
 from kpt.plugins.status import one_line
 from kpt.specs import AdapterError
 from kpt.transaction import workspace
+from kpt.transaction.structure import NOT_ATTRIBUTES
 
 if TYPE_CHECKING:
     from kpt.plugins import Registry
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, frozenset, set, torch.dtype, torch.device)
 
 
 def how_to_build(
@@ -224,24 +230,54 @@ def _builds_alone(cls: type, model: torch.nn.Module) -> bool:
 
 
 def _same_facts(module: torch.nn.Module, built: torch.nn.Module) -> bool:
-    """Whether plain attributes and the buffers that no state dict holds are what the constructor sets."""
+    """Whether attributes and the buffers that no state dict holds are what the constructor sets."""
 
     def facts(of: torch.nn.Module) -> dict[str, Any]:
-        return {name: value for name, value in vars(of).items() if name != "training" and _is_plain(value)}
+        return {name: value for name, value in vars(of).items() if name not in NOT_ATTRIBUTES}
 
     hidden = module._non_persistent_buffers_set
     return (
-        facts(module) == facts(built)
+        _alike(facts(module), facts(built))
         and hidden == built._non_persistent_buffers_set
         and all(_equal(module._buffers[name], built._buffers[name]) for name in hidden)
     )
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether ``value`` may decide what a forward computes, and can be compared."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _alike(mine: Any, other: Any, depth: int = 4) -> bool:
+    """Whether two values decide alike what a forward computes, as far as that can be seen.
+
+    Modules and parameters are compared elsewhere; of an object that shows nothing the type is enough.
+    """
+    if mine is other or depth == 0:
+        return True
+    if type(mine) is not type(other):
+        return False
+    if isinstance(mine, (torch.nn.Module, torch.nn.Parameter)):
+        return True
+    if isinstance(mine, torch.Tensor):
+        return mine.dtype == other.dtype and _equal(mine, other)
+    if isinstance(mine, types.MethodType):
+        return _alike(mine.__func__, other.__func__, depth)
+    if isinstance(mine, types.FunctionType):
+        return mine.__code__ == other.__code__ and _alike(_held(mine), _held(other), depth - 1)
+    if isinstance(mine, functools.partial):
+        return _alike((mine.func, mine.args, mine.keywords), (other.func, other.args, other.keywords), depth)
+    if isinstance(mine, (list, tuple)):
+        return len(mine) == len(other) and all(_alike(one, two, depth - 1) for one, two in zip(mine, other))
+    if isinstance(mine, dict):
+        return mine.keys() == other.keys() and all(_alike(mine[k], other[k], depth - 1) for k in mine)
+    if isinstance(mine, _PLAIN):
+        return bool(mine == other)
+    if isinstance(mine, (type, types.BuiltinFunctionType)):
+        return False
+    inside = getattr(mine, "__dict__", None)
+    return inside is None or _alike(inside, vars(other), depth - 1)
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """What a function holds beside its code."""
+    variables = inspect.getclosurevars(function).nonlocals
+    return [function.__defaults__, function.__kwdefaults__, dict(variables)]
 
 
 def _equal(mine: torch.Tensor | None, other: torch.Tensor | None) -> bool:
