@@ -226,6 +226,8 @@ def test_specs_references_and_behaviours_are_checked(home):
     }
     invalid = plugin_of(kpt_passes=[PassSpec("p", "layuot", "a:b")])  # type: ignore[arg-type]
     assert "did you mean 'layout'" in failures(plugin_suite(invalid))["test_hooks_and_specs_are_valid"]
+    misspelt = plugin_of(kpt_kernels=[KernelSpec("layernorm", "mine.norm", "math:sqrt")])
+    assert "did you mean 'layer_norm'" in failures(plugin_suite(misspelt))["test_hooks_and_specs_are_valid"]
 
 
 def test_an_op_of_the_core_cannot_be_redefined(home):

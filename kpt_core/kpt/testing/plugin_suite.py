@@ -17,7 +17,7 @@ from kpt import compiling, profiles
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.plugins import Registry, instantiate, load, registry
-from kpt.plugins.validation import is_reference, known_hooks
+from kpt.plugins.validation import CORE_OPS, is_reference, known_hooks, nearest
 from kpt.specs import HardwareProfile, Level
 from kpt.testing.kernel_suite import KernelSuite
 from kpt.testing.models import tiny_models
@@ -98,9 +98,16 @@ class PluginSuite(Suite, standard=True):
         assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 
     def test_hooks_and_specs_are_valid(self) -> None:
-        """Every hook is known, returns specs of its type, and nothing raises or clashes."""
-        (status,) = [entry for entry in self.registry().statuses if entry.name.startswith("inline:")]
+        """Every hook is known, returns specs of its type, nothing raises or clashes; ops of kernels exist."""
+        own = self.registry()
+        (status,) = [entry for entry in own.statuses if entry.name.startswith("inline:")]
         assert status.state == "ok", status.reason
+        offered = {found.spec.name for where in (own, registry()) for found in where.specs("kpt_ops")}
+        for kernel in own.specs("kpt_kernels"):
+            known = sorted({*CORE_OPS, *offered})
+            assert kernel.spec.op in known, (
+                f"{kernel.spec.name}: there is no op {kernel.spec.op!r}; {nearest(kernel.spec.op, known)}"
+            )
 
     def test_hooks_return_the_same_twice(self) -> None:
         """Specs are data: they do not depend on how often they are asked for."""
