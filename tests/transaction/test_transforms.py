@@ -230,3 +230,32 @@ def test_examples_of_other_kinds_of_tensors_come_back_with_the_reason(kind):
     assert f"is a {kind} tensor" in kpt.report(model).reason
     assert "forward" not in vars(model)
     assert kpt.refresh(model) is model
+
+
+class ReturnsViews(torch.nn.Module):
+    """Outputs in other shapes than they were computed in: of memory that nobody else sees."""
+
+    def __init__(self, several: bool) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+        self.several = several
+
+    def forward(self, x):
+        y = self.slow(x)
+        return (y.view(4, 2, 16), y.sum()) if self.several else y.view(4, 2, 16)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize(
+    "write", [lambda y: y.mul_(2.0), lambda y: y[0].zero_(), lambda y: y.__setitem__((..., 0), 1.0)]
+)
+def test_an_output_that_is_a_view_may_be_written_to(several, write):
+    example = torch.randn(8, 16)
+    models = ready(DirectScale, ReturnsViews(several).eval(), example)
+    for model in models:
+        output = model(example)[0] if several else model(example)
+        write(output)
+        output.square().sum().backward()
+    assert kpt.report(models[0]).calls["optimized"] == 1
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)

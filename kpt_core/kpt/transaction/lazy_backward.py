@@ -8,6 +8,7 @@ calls ``backward`` pays for it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,7 +33,7 @@ class _Recompute(torch.autograd.Function):
         ctx.inputs = [(tensor, tensor._version) for tensor in inputs if not tensor.is_inference()]
         ctx.autocast = _autocast_state()
         ctx.save_for_backward(*sources)
-        output = fast()
+        output = _unviewed(fast(), (*sources, *inputs), detached)
         structure.append(output)
         mine = {id(source) for source in sources}
         named = [(path, leaf) for path, leaf in tree.walk(output) if isinstance(leaf, torch.Tensor)]
@@ -74,6 +75,35 @@ class _Recompute(torch.autograd.Function):
             for index, gradient in zip(wanted, found):
                 results[index] = gradient
         return (None, None, None, None, None, *results)
+
+
+def _unviewed(output: Any, given: Sequence[torch.Tensor], detached: frozenset[str]) -> Any:
+    """``output``, in which views of memory that nobody else sees are no views any more.
+
+    Autograd refuses to write in place to a view that a function of one's own returns, while eager's output
+    may well be written to (``logits[:, 0] = 0``). What is ``detached``, and views of other outputs or of what
+    was ``given``, stay views: of these each write has to be known.
+    """
+    found = {id(leaf): (path, leaf) for path, leaf in tree.walk(output) if isinstance(leaf, torch.Tensor)}
+    if not any(tensor._is_view() for _, tensor in found.values()):
+        return output
+    known = {_memory(tensor) for tensor in given}
+    seen = Counter(_memory(tensor) for _, tensor in found.values())
+    own = {
+        key: tensor.data
+        for key, (path, tensor) in found.items()
+        if tensor._is_view()
+        and _differentiable(tensor)
+        and tree.spell(path) not in detached
+        and seen[_memory(tensor)] == 1
+        and _memory(tensor) not in known
+    }
+    return tree.rebuild(output, lambda path, leaf: own.get(id(leaf), leaf))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage; that of the tensor where it has none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _autocast_state() -> list[tuple[str, bool, torch.dtype]]:
