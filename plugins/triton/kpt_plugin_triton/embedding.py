@@ -9,11 +9,11 @@ import torch
 
 from kpt_plugin_triton import norms
 from kpt_plugin_triton.activations import DTYPES, wide_of
-from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor, refuse
+from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor, check_weights, refuse
 from kpt_plugin_triton.kernels import embedding as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
 from kpt_plugin_triton.registration import needs_grad, register
-from kpt_plugin_triton.rows import wide_dtype
+from kpt_plugin_triton.rows import contiguous, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
@@ -197,7 +197,7 @@ def _op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     arguments = ids, words, position_ids, positions, type_ids, types
     _check(*arguments, weight, bias)
-    return _run(*arguments, _dense(weight), _dense(bias), eps, True)  # type: ignore[return-value]
+    return _run(*arguments, contiguous(weight), contiguous(bias), eps, True)  # type: ignore[return-value]
 
 
 def _fake(ids: Any, words: Any, *_: Any) -> Any:
@@ -269,15 +269,7 @@ def _check(
         trailing = ids.shape[ids.dim() - numbers.dim() :]
         if numbers.dim() > ids.dim() or any(a not in (1, b) for a, b in zip(numbers.shape, trailing)):
             refuse(_OP, name, f"of shape {tuple(numbers.shape)}", f"what broadcasts to {tuple(ids.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_tensor(_OP, name, vector, DTYPES)
-            check_shape(_OP, name, vector, (columns,))
-            check_same_device(_OP, name, vector, words)
-
-
-def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+    check_weights(_OP, weight, bias, words, columns, DTYPES)
 
 
 def embedding_sum_norm(
@@ -306,7 +298,7 @@ def embedding_sum_norm(
     if torch.compiler.is_compiling():
         return op(*arguments, weight, bias, eps, padding_idx)[0]  # type: ignore[no-any-return]
     _check(*arguments, weight, bias)
-    weight, bias = _dense(weight), _dense(bias)
+    weight, bias = contiguous(weight), contiguous(bias)
     if needs_grad(words, positions, types, weight, bias):
         return _EmbeddingSumNorm.apply(*arguments, weight, bias, (eps, padding_idx))  # type: ignore[no-any-return]
     return _run(*arguments, weight, bias, eps, False)[0]
