@@ -130,6 +130,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     """Left out: the front, which names everything, and what installs a plan, copies it and watches it."""
     paths = [path for path in sources(CORE) if part_of(path) not in {"__init__", "transaction"}]
     assert circle(CORE.parent, paths) == []
+    for plugin in (ROOT / "plugins").iterdir():
+        assert circle(plugin, sources(plugin)) == []
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kpt_plugin_triton.attention_checks import check_heads, check_scale
 from kpt_plugin_triton.attention_forward import (
     LOG2E,
     Form,
@@ -192,8 +193,6 @@ def decode_attention(
     Raises:
         KernelInputError: an argument's device, dtype, shape or gradient is not supported.
     """
-    from kpt_plugin_triton.attention import check_heads, check_scale
-
     name = "decode_attention"
     check_heads(name, q, k, v, 4)
     if needs_grad(q, k, v, sinks):

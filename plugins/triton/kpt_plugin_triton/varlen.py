@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kpt_plugin_triton.attention import call, check_heads, check_scale, check_window
+from kpt_plugin_triton.attention import call
+from kpt_plugin_triton.attention_checks import check_heads, check_scale, check_window
 from kpt_plugin_triton.attention_forward import How
 from kpt_plugin_triton.checks import check_same_device, check_tensor, refuse
 
