@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import textwrap
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,6 +381,33 @@ def test_stop_workers_ends_the_compilers_of_inductor_and_no_build_of_the_users(t
             ours.kill()
 
 
+DRIVER = """#!/bin/sh
+# g++ -o FILE: writes half of it, and once more before it ends
+trap 'sleep 0.3; echo half > "$2"; exit 1' TERM
+echo half > "$2"
+touch "$2.begun"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
+def test_a_compiler_that_is_slow_to_end_leaves_no_half_of_a_library(tmp_path, monkeypatch):
+    """Inductor looks only whether the file is there, and would load the half of it for ever."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiler, library = tmp_path / "g++", tmp_path / "library.so"
+    compiler.write_text(DRIVER)
+    compiler.chmod(0o755)
+    with subprocess.Popen([compiler, "-o", library], cwd=tmp_path) as driver:
+        try:
+            while not Path(f"{library}.begun").exists():
+                time.sleep(0.01)
+            interruption.stop_workers(patience=0.05)
+            assert driver.wait(timeout=10) == 1, "it was told to end, and did by itself"
+            assert not library.exists()
+        finally:
+            driver.kill()
+
+
 @pytest.mark.slow
 def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
     """A fresh cache makes g++ run; the deadline comes while it does; a second try succeeds."""
@@ -420,6 +449,28 @@ def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_torch_logs_of_a_failure_comes_with_the_error(model, capfd):
+    """A search tries what may not compile: its receipt says why, and nothing is written beside it."""
+
+    def failing(graph, inputs):
+        logging.getLogger("torch._guards").error("Error while creating guard:\n%s", "Name: the_guard")
+        raise ValueError("no")
+
+    log = logging.getLogger("torch._guards")
+    handler = logging.StreamHandler()
+    log.addHandler(handler)
+    try:
+        with torch.no_grad(), pytest.raises(Exception, match="no") as caught:
+            CompiledForward(model.forward, backend=failing)(torch.randn(4, 6))
+        assert any("the_guard" in note for note in caught.value.__notes__)
+        assert "the_guard" not in "".join(capfd.readouterr())
+        log.error("spoken")
+        assert not handler.filters
+    finally:
+        log.removeHandler(handler)
+    assert "spoken" in "".join(capfd.readouterr())
 
 
 def test_nothing_of_a_disposed_graph_stays_in_memory_although_an_input_is_a_view(model):

@@ -57,6 +57,9 @@ _IMPORT_PATIENCE = 10.0
 _WAKE: signal.Signals | None = getattr(signal, "SIGURG", None)
 
 
+#: Seconds that a compiler driver gets to end by itself: removing its temporary files takes milliseconds.
+_DRIVER_PATIENCE = 2.0
+
 #: Seconds that a new thread is waited for.
 _START_PATIENCE = 1.0
 
@@ -169,6 +172,48 @@ def _forget_failed_libraries() -> None:
                 owner.cache.pop(key, None)
 
 
+def _end_compilers(patience: float) -> int:
+    """End inductor's compilers and remove what they were writing; return how many processes were signalled.
+
+    Compilers write under the final name, and whoever waits for their lock looks only whether the file is
+    there. So it is removed before they are ended, and again once none is left that could write it.
+    """
+    ended = 0
+    outputs: set[Path] = set()
+    drivers: set[int] = set()
+    waited_until = time.monotonic() + patience
+    while running := _compilers():
+        late = time.monotonic() >= waited_until
+        if late:  # one that is stopped starts nothing more: what runs then is all that there is to end
+            for pid in running:
+                _signal(pid, signal.SIGSTOP)
+            running = _compilers()
+        outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
+        _remove(outputs)
+        ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
+        if late:
+            drivers = {pid for pid, parent in running.items() if parent not in running}
+            for pid in drivers:  # they remove their temporary files
+                ended += _signal(pid, signal.SIGTERM)
+                _signal(pid, signal.SIGCONT)
+            break
+        time.sleep(0.02)
+    waited_until = time.monotonic() + _DRIVER_PATIENCE
+    while drivers & _compilers().keys():
+        if time.monotonic() >= waited_until:
+            for pid in drivers:
+                _signal(pid, signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    _remove(outputs)
+    return ended
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
 def stop_workers(patience: float = 0.5) -> int:
     """End inductor's compilers below this process; return how many processes were ended.
 
@@ -178,8 +223,8 @@ def stop_workers(patience: float = 0.5) -> int:
     never a build of the user's.
 
     What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
-    seconds it is ended too. Their half-written outputs are removed: the next compilation would take
-    them for finished ones.
+    seconds it is ended too. Their half-written outputs are removed: the next compilation, of any process that
+    shares the cache, would take them for finished ones.
     """
     module = sys.modules.get("torch._inductor.async_compile")
     workers: set[int] = set()
@@ -205,18 +250,7 @@ def stop_workers(patience: float = 0.5) -> int:
         for process in pools:  # nobody else asks for them any more: each would stay as a zombie
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=2.0)
-    outputs: set[Path] = set()
-    waited_until = time.monotonic() + patience
-    while running := _compilers():
-        outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
-        late = time.monotonic() >= waited_until
-        ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
-        if late:
-            ended += sum(_signal(pid, signal.SIGTERM) for pid in running)
-            break
-        time.sleep(0.02)
-    for path in outputs:
-        path.unlink(missing_ok=True)
+    ended += _end_compilers(patience)
     _forget_failed_libraries()
     return ended
 

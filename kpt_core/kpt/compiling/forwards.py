@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from kpt.compiling.call_structure import named_tensors, negative_zeros, structure_of
-from kpt.compiling.torch_compiler import forget_modules, marked_dynamic, module_cache, release_guards
+from kpt.compiling.torch_compiler import (
+    errors_kept,
+    forget_modules,
+    marked_dynamic,
+    module_cache,
+    release_guards,
+)
 
 GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -101,8 +107,8 @@ class CompiledForward:
     original forward), ``compile_seconds``. Calls are thread-safe; compilation takes a process-wide
     lock.
 
-    Raises what dynamo or the backend raises when a call can't be compiled as a whole graph, and
-    `RuntimeError` when it holds no tensor operation to compile.
+    Raises what dynamo or the backend raises when a call can't be compiled as a whole graph, with what torch
+    logged of it as ``__notes__``, and `RuntimeError` when it holds no tensor operation to compile.
     """
 
     def __init__(
@@ -247,7 +253,13 @@ class CompiledForward:
                     if self.dynamic_dims
                     else ExitStack()
                 )
-                compiled(*args, **kwargs)
+                said = stack.enter_context(errors_kept())
+                try:
+                    compiled(*args, **kwargs)
+                except Exception as error:
+                    if said:  # as `add_note` does, which Python 3.10 has not
+                        error.__notes__ = [*getattr(error, "__notes__", ()), *said]  # type: ignore[attr-defined]
+                    raise
         finally:
             _active.pop()
             self.compile_seconds += time.perf_counter() - started

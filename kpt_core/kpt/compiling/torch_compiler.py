@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +36,42 @@ def marked_dynamic(
         for tensor, before in marked:
             for attribute in set(tensor.__dict__) - before:
                 del tensor.__dict__[attribute]
+
+
+class _Kept(logging.Filter):
+    """Takes the errors that torch logs in one thread out of what handlers write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+        self.messages: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        mine = record.thread == self.thread and record.name.partition(".")[0] == "torch"
+        if not mine or record.levelno < logging.ERROR:
+            return True
+        if (message := record.getMessage()) not in self.messages:  # several handlers may be asked
+            self.messages.append(message)
+        return False
+
+
+@contextmanager
+def errors_kept() -> Iterator[list[str]]:
+    """What torch logs as errors in this thread while the block runs, instead of writing it.
+
+    Dynamo logs what it then raises; who tries whether a model compiles reports that itself.
+    """
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = {handler for name in names for handler in logging.getLogger(name).handlers}
+    handlers.update(logging.root.handlers, [logging.lastResort] if logging.lastResort else [])
+    kept = _Kept()
+    for handler in handlers:
+        handler.addFilter(kept)
+    try:
+        yield kept.messages
+    finally:
+        for handler in handlers:
+            handler.removeFilter(kept)
 
 
 def release_guards(guards: list[Any]) -> None:

@@ -171,7 +171,8 @@ class Trials:
             raise
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
             outcome.rule = "memory" if _out_of_memory(error) else "failed"
-            outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}"
+            noted = [f"; logged: {note.strip()[:200]}" for note in getattr(error, "__notes__", ())]
+            outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}" + "".join(noted[:2])
         if outcome.right or outcome.judged_wrong:
             if len(self.damage) > harmed:
                 outcome.rule, outcome.reason = "parameter-modified", self.damage_since(harmed)
