@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kpt.specs import HardwareProfile, Skip, Undo, Variant
-from kpt_plugin_cpu.casting import cast_calls, cast_weights
+from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class Bf16:
             yield Skip("this CPU has no bfloat16 instructions")
         elif not observation.parameter_dtypes & {"float32", "float64"}:
             yield Skip("the model has no float32 weights")
+        elif wide_dtype(observation.model) is None:
+            yield Skip("the model has float32 and float64 weights: which outputs are float64 is not known")
         else:
             yield Variant(
                 "cast",
@@ -36,8 +38,9 @@ class Bf16:
             )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        wide = wide_dtype(model) or torch.float32
         self.replaced, put_back = cast_weights(model, torch.bfloat16)
-        unwrap = cast_calls(model, torch.bfloat16)
+        unwrap = cast_calls(model, torch.bfloat16, wide)
 
         def undo() -> None:
             unwrap()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,35 +13,50 @@ _FLOATS = (torch.float32, torch.float64)
 _DEPTH = 4
 
 
-def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
-    """Replace every wide floating tensor of the workspace by a copy in ``dtype``; tied ones stay tied.
+def wide_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """The dtype of the model's outputs in eager mode: that of its weights, where they are of one width.
 
-    Vectors in non-persistent buffers stay wide: they are constants that a model computes with in full
-    precision on purpose (the frequencies of rotary embeddings). Only the workspace's own dictionaries
-    change. Returns how many were replaced, and what puts the wide ones back.
+    None where some are float32 and some float64: which outputs are in which is not known.
     """
-    copies: dict[int, torch.Tensor] = {}
-    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    found = {tensor.dtype for _, _, tensor in _wide(model)}
+    if len(found) > 1:
+        return None
+    return found.pop() if found else torch.float32
+
+
+def _wide(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Every parameter and buffer that a cast concerns, with the dictionary that holds it and its name there.
+
+    Vectors in non-persistent buffers are none: they are constants that a model computes with in full
+    precision on purpose (the frequencies of rotary embeddings).
+    """
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        constants = module._non_persistent_buffers_set
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
             for name, tensor in store.items():
                 if tensor is None or tensor.dtype not in _FLOATS:
                     continue
-                if (
-                    store is module._buffers
-                    and tensor.dim() == 1
-                    and name in module._non_persistent_buffers_set
-                ):
-                    continue
-                copy = copies.get(id(tensor))
-                if copy is None:
-                    cast = tensor.detach().to(dtype)
-                    copy = (
-                        torch.nn.Parameter(cast, requires_grad=False) if store is module._parameters else cast
-                    )
-                    copies[id(tensor)] = copy
-                replaced.append((store, name, tensor))
-                store[name] = copy  # type: ignore[assignment]
+                if not (store is module._buffers and tensor.dim() == 1 and name in constants):
+                    yield store, name, tensor
+
+
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, Callable[[], None]]:
+    """Replace every wide floating tensor of the workspace by a copy in ``dtype``; tied ones stay tied.
+
+    Constants stay wide. Only the workspace's own dictionaries change. Returns how many were replaced, and
+    what puts the wide ones back.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    replaced = list(_wide(model))
+    for store, name, tensor in replaced:
+        copy = copies.get(id(tensor))
+        if copy is None:
+            copy = tensor.detach().to(dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                copy = torch.nn.Parameter(copy, requires_grad=False)
+            copies[id(tensor)] = copy
+        store[name] = copy
 
     def undo() -> None:
         for store, name, tensor in replaced:
@@ -113,7 +128,7 @@ def _widen_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int
                 # A frozen dataclass refuses what goes through its own interface.
                 put = object.__setattr__ if _is_frozen(value) else setattr
                 put(value, name, item.to(wide))
-        elif not callable(item):
+        elif isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
             _widen_inside(item, narrow, wide, depth - 1)
 
 

@@ -126,7 +126,7 @@ class Inductor:
                 "frozen, C++ wrapper",
                 {**choice, "cpp_wrapper": True},
                 wrapped,
-                1.6 * setup,
+                1.2 * setup,
                 derives=True,
                 reproducible=True,
             )

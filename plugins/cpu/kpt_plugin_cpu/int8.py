@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kpt.specs import HardwareProfile, Skip, Undo, Variant
-from kpt_plugin_cpu.casting import cast_calls, cast_weights
+from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
 from kpt_plugin_cpu.int8_linear import Int8Linear
 
@@ -35,6 +35,11 @@ class Int8:
             for rest in ("bfloat16", "float32"):
                 if rest not in hardware.native_dtypes:
                     continue
+                if rest != "float32" and wide_dtype(observation.model) is None:
+                    yield Skip(
+                        "the model has float32 and float64 weights: which outputs are float64 is not known"
+                    )
+                    continue
                 yield Variant(
                     f"linears, {rest} between",
                     params={"rest": rest},
@@ -48,6 +53,7 @@ class Int8:
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         undos: list[Callable[[], None]] = []
+        wide = wide_dtype(model) or torch.float32
         for path in _large_linears(model):
             parent, _, name = path.rpartition(".")
             children = (model.get_submodule(parent) if parent else model)._modules
@@ -56,7 +62,7 @@ class Int8:
             undos.append(functools.partial(children.__setitem__, name, linear))
         if variant.params["rest"] != "float32":
             rest = getattr(torch, variant.params["rest"])
-            undos += [cast_weights(model, rest)[1], cast_calls(model, rest)]
+            undos += [cast_weights(model, rest)[1], cast_calls(model, rest, wide)]
 
         def undo() -> None:
             for step in reversed(undos):

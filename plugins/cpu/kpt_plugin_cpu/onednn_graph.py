@@ -124,7 +124,7 @@ class OnednnGraph:
             yield Variant(
                 "frozen",
                 predicted_gain=estimate.total / (estimate.total / alone - between),
-                setup_seconds=0.5 * estimates.compile_seconds(observation),
+                setup_seconds=0.3 * estimates.compile_seconds(observation),
                 derives=True,
                 reproducible=True,
             )

@@ -17,6 +17,7 @@ import torch
 
 from kpt.judge import tree
 from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 
 #: A call below this many padded positions is not worth splitting.
 _WORTH = 0.15
+#: Groups that a batch is split into at most.
+_GROUPS = 4
 
 
 class PackPadding:
-    """Splits a right-padded batch by length, at most into ``groups`` calls."""
+    """Splits a right-padded batch by length, into `_GROUPS` calls at most."""
 
     def __init__(self) -> None:
         self.split = 0
@@ -63,10 +66,14 @@ class PackPadding:
             for leaf in leaves.values()
             if batch is not None and leaf.dims.get(0) == batch and leaf.name not in (name, *sequence)
         ]
+        # Groups of other sizes than the batch are further graphs to a compiler, where its size is fixed.
+        sizes = {shape[0] for shape in shapes}
+        further = {rows for size in sizes for rows in _rows_of_groups(size, _GROUPS)} - sizes
         yield Variant(
             "by length",
-            {"mask": name, "inputs": sequence, "rows": rows, "groups": 4},
+            {"mask": name, "inputs": sequence, "rows": rows, "groups": _GROUPS},
             1.0 / (1.0 - 0.8 * share),
+            0.0 if batch is not None else len(further) * compile_seconds(observation),
             sites=("",),
             touches_mask=True,
         )
@@ -115,6 +122,11 @@ class PackPadding:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.split > 0
+
+
+def _rows_of_groups(size: int, groups: int) -> list[int]:
+    """How many rows each group of a batch of ``size`` rows has."""
+    return [len(rows) for rows in torch.arange(size).chunk(min(groups, size))]
 
 
 def _chunks(mask: torch.Tensor, groups: int) -> list[tuple[torch.Tensor, int]] | None:

@@ -89,6 +89,15 @@ def kpt_passes() -> Iterator[PassSpec]:
         summary="the whole forward by TorchScript and oneDNN Graph, weights frozen into it",
     )
     yield PassSpec(
+        "captured",
+        "compile",
+        "kpt_plugin_cpu.captured:Captured",
+        hardware=cpu,
+        conflicts=("kernel:linear",),
+        priority=-1,  # where torch's deterministic mode fixes the order, compilers come first
+        summary="the whole forward as a captured graph, without Python between its operations",
+    )
+    yield PassSpec(
         "drop-mask",
         "shapes",
         "kpt_plugin_cpu.masks:DropMask",

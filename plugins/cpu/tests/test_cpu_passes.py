@@ -17,7 +17,9 @@ from observing import PROFILE, applied, observe, relative, skips, variants
 from kpt.transaction.plan import Candidate, assemble
 from kpt_plugin_cpu import onednn
 from kpt_plugin_cpu.bf16 import Bf16
+from kpt_plugin_cpu.captured import Captured
 from kpt_plugin_cpu.channels_last import ChannelsLast
+from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
 from kpt_plugin_cpu.int8 import Int8
 from kpt_plugin_cpu.int8_linear import Int8Linear, quantize_weight
@@ -102,6 +104,27 @@ def test_permission_for_reduced_precision_ends_with_compilation():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+@torch.no_grad()
+def test_a_captured_graph_computes_the_same_bits_and_follows_the_weights(mlp):
+    x = torch.randn(4, 128)
+    (offer,) = variants(Captured(), observe(mlp, x, baseline_seconds=1e-3))
+    assert not offer.derives and offer.predicted_gain > 1.0
+    assert offer.setup_seconds < 0.5 * compile_seconds(observe(mlp, x))
+    behaviour, space, undo = applied(Captured, mlp, offer)
+    assert not behaviour.verify_applied(space)
+    assert torch.equal(space.forward(x), mlp(x))
+    mlp[0].weight.mul_(2.0)
+    assert torch.equal(space.forward(x), mlp(x))
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+
+
+def test_a_graph_is_not_captured_where_hardly_any_time_is_between_operations(mlp):
+    (reason,) = skips(Captured(), observe(mlp, torch.randn(4, 128), baseline_seconds=1.0))
+    assert "too little" in reason
+
+
 def test_training_is_offered_live_weights_only(mlp):
     names = [offer.name for offer in variants(Inductor(), observe(mlp, torch.randn(2, 128), mode="training"))]
     assert names == ["live"]
@@ -134,6 +157,23 @@ def test_bf16_keeps_the_interface_and_the_weights(mlp):
     undo()
 
 
+@torch.no_grad()
+def test_bf16_gives_double_where_eager_does():
+    """A wrong dtype would be rejected, and the trial wasted."""
+    model, x = nn.Sequential(nn.Linear(128, 8)).double().eval(), torch.randn(4, 128).double()
+    (offer,) = variants(Bf16(), observe(model, x))
+    _, space, undo = applied(Bf16, model, offer)
+    output = space.forward(x)
+    assert output.dtype is torch.float64
+    assert 0 < relative(output, model(x)) < 2e-2
+    undo()
+
+
+def test_bf16_leaves_models_alone_whose_weights_are_of_both_widths():
+    model = nn.Sequential(nn.Linear(128, 8), nn.Linear(8, 8).double())
+    assert "float64" in skips(Bf16(), observe(model, torch.randn(4, 128)))[0]
+
+
 @dataclass(frozen=True)
 class Frozen:
     logits: torch.Tensor
@@ -158,6 +198,38 @@ def test_bf16_widens_what_a_frozen_dataclass_holds(compiled: bool):
     output = run(x)
     assert output.logits.dtype is torch.float32
     assert 0 < relative(output.logits, model(x).logits) < 2e-2
+    undo()
+
+
+class Cache:
+    """What state-space models return beside their outputs: states by layer, and what holds them."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self.states = {0: state}
+        self.layers = [state]
+        self.names = ("state",)
+
+
+class ReturnsCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        hidden = self.linear(x)
+        return {"logits": hidden, "cache": Cache(hidden)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_bf16_widens_what_containers_of_an_object_hold(compiled: bool):
+    model, x = ReturnsCache().eval(), torch.randn(4, 128)
+    (offer,) = variants(Bf16(), observe(model, x))
+    _, space, undo = applied(Bf16, model, offer)
+    run = torch.compile(space.forward, backend="eager", fullgraph=True) if compiled else space.forward
+    output = run(x)
+    held = [output["logits"], output["cache"].states[0], output["cache"].layers[0]]
+    assert [tensor.dtype for tensor in held] == [torch.float32] * 3
     undo()
 
 
@@ -423,6 +495,22 @@ def test_a_mask_of_what_to_ignore_is_not_taken_for_one_of_what_counts():
     mask = torch.zeros(2, 4, dtype=torch.bool)
     call = {"x": torch.randn(2, 4), "key_padding_mask": mask}
     assert "no input" in skips(DropMask(), observe(Ignores(), call))[0]
+
+
+def test_packing_announces_the_graphs_of_groups_that_are_smaller_than_the_batch():
+    """A compiler sets one up for each size that is not dynamic: groups of 2 and of 1 beside 5 rows."""
+    call, lengths = padded([9, 2, 2, 2, 2], 9), {name: {1: "sequence"} for name in DYNAMIC}
+    fixed = observe(Encoder().eval(), call, dynamic_shapes=lengths)
+    (offer,) = variants(PackPadding(), fixed)
+    assert offer.setup_seconds == 2 * compile_seconds(fixed)
+    (offer,) = variants(PackPadding(), observe(Encoder().eval(), call, dynamic_shapes=DYNAMIC))
+    assert offer.setup_seconds == 0.0
+
+
+def test_a_dynamic_batch_is_compiled_for_a_single_row_too():
+    call, lengths = padded([9, 2, 2], 9), {name: {1: "sequence"} for name in DYNAMIC}
+    one = compile_seconds(observe(Encoder().eval(), call, dynamic_shapes=lengths))
+    assert compile_seconds(observe(Encoder().eval(), call, dynamic_shapes=DYNAMIC)) == 2 * one
 
 
 def test_packing_asks_for_declared_lengths_and_enough_padding():
