@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
+import math
 import threading
 import types
 
@@ -14,6 +17,7 @@ import kpt
 import mixed_models
 import slow_models
 from fingerprints import fallbacks, fast_calls, optimized
+from kpt.transaction import dispatch
 from kpt.transaction.copies import HANDLE
 from slow_models import DirectScale, net, plugin
 
@@ -259,6 +263,26 @@ def test_zero_is_not_minus_zero(write):
     assert "is -0.0; proven for 0.0" in reason
 
 
+class Shifted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, by: complex = 1j) -> torch.Tensor:
+        return self.net(x) * by.imag + math.copysign(1.0, by.real)
+
+
+@pytest.mark.parametrize("other", [complex(0.0, -1.0), complex(-0.0, 1.0), 1])
+def test_complex_numbers_are_told_apart_by_their_signs_too(other):
+    model, example, by = Shifted().eval(), torch.randn(32, 16), complex(0.0, 1.0)
+    twin = copy.deepcopy(model)
+    optimized(model, {"x": example, "by": by}, plugins=PLUGINS)
+    with torch.no_grad():
+        model(example, by=by)
+        assert torch.equal(model(example, by=other), twin(example, by=other))
+    assert fast_calls(model) == 1
+
+
 def test_hooks_that_are_there_before_are_respected_or_refused_by_name():
     model, example = net(), torch.randn(32, 16)
     seen = []
@@ -409,12 +433,163 @@ def test_a_forward_put_in_place_of_ours_stays_and_is_optimised_in_turn():
     assert torch.equal(model(example), expected) and fast_calls(model) == 1
 
 
-def test_a_wrapper_that_finds_ours_in_a_global_is_named(monkeypatch):
+class Keeper:
+    """Keeps a forward among its attributes, or those of its class."""
+
+    kept: object = None
+
+    def __init__(self, inner=None):
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x) + 1.0
+
+
+class KeeperModule(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 1.0
+
+
+def _in_an_attribute(model, inner):
+    return Keeper(inner)
+
+
+def _in_a_bound_method(model, inner):
+    return Keeper(inner).__call__
+
+
+def _in_a_list_of_a_closure(model, inner):
+    kept = [None, inner]
+    return lambda x: kept[1](x) + 1.0
+
+
+def _in_a_dictionary_of_the_model(model, inner):
+    model.kept = {"inner": [inner]}
+    return types.MethodType(lambda self, x: self.kept["inner"][0](x) + 1.0, model)
+
+
+def _by_name_in_the_model(model, inner):
+    model.kept = inner
+    return types.MethodType(lambda self, x: vars(self)["kept"](x) + 1.0, model)
+
+
+def _in_a_module(model, inner):
+    module = KeeperModule(inner)
+    return lambda x: module(x)
+
+
+def _in_a_class(model, inner):
+    Keeper.kept = inner
+    return lambda x: Keeper.kept(x) + 1.0
+
+
+def _in_a_default(model, inner):
+    return lambda x, inner=inner: inner(x) + 1.0
+
+
+def _in_a_keyword_default(model, inner):
+    def wrapper(x, *, inner=inner):
+        return inner(x) + 1.0
+
+    return wrapper
+
+
+def _in_a_partial_function(model, inner):
+    return functools.partial(lambda call, x: call(x) + 1.0, inner)
+
+
+def _twice(model, inner):
+    """As a library does that keeps the forward on the model to put it back, and calls it from a closure."""
+    model._old_forward = inner
+    return lambda x: inner(x) + 1.0
+
+
+def _in_a_global(model, inner):
+    globals()["_before"] = inner
+    return lambda x: _before(x) + 1.0  # noqa: F821 - as a notebook writes it
+
+
+def _bound_anew(model, inner):
+    again = types.MethodType(inner.__func__, model)
+    return lambda x: again(x) + 1.0
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _in_an_attribute,
+        _in_a_bound_method,
+        _in_a_list_of_a_closure,
+        _in_a_dictionary_of_the_model,
+        _by_name_in_the_model,
+        _in_a_module,
+        _in_a_class,
+        _in_a_default,
+        _in_a_keyword_default,
+        _in_a_partial_function,
+        _twice,
+        _in_a_global,
+        _bound_anew,
+    ],
+)
+def test_a_wrapper_is_unwound_wherever_it_keeps_what_it_wraps(wrap, own):
+    model, example = net(), torch.randn(32, 16)
+    if own:  # the forward that comes back is then not that of the class
+        model.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 2.0, model)
+    optimized(model, example, plugins=PLUGINS)
+    expected = model(example) + 1.0
+    model.forward = wrap(model, model.forward)
+    assert torch.equal(model(example), expected) and fast_calls(model) == 2
+    kept = model.forward
+    kpt.restore(model)
+    assert model.forward is kept and torch.equal(model(example), expected)
+    assert _holders_of_ours(model) == []
+
+
+def test_who_kept_the_forward_gets_the_original_though_nobody_wrapped_it():
+    model, example = net(), torch.randn(32, 16)
+    model.forward = types.MethodType(lambda self, x: type(self).forward(self, x) * 2.0, model)
+    optimized(model, example, plugins=PLUGINS)
+    kept = [model.forward]
+    expected = kept[0](example)
+    kpt.restore(model)
+    assert kept == [model.forward] and torch.equal(kept[0](example), expected)
+
+
+def _holders_of_ours(model) -> list[object]:
+    """Bound methods of the dispatcher's code that are still somewhere in this process."""
+    return [
+        item
+        for item in gc.get_objects()
+        if type(item) is types.MethodType and item.__self__ is model and dispatch.is_dispatcher(item)
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: lambda x, held=(inner,): held[0](x),
+        lambda inner: functools.lru_cache(maxsize=None)(inner),
+        lambda inner: lambda x, held=frozenset({inner}): next(iter(held))(x),
+        lambda inner: types.SimpleNamespace(many={inner}, one=(1, inner)).one.__getitem__,
+    ],
+    ids=["tuple", "cache", "set", "method of a tuple"],
+)
+def test_a_wrapper_of_fixed_parts_is_refused_by_name(wrap):
     model, _ = ready()
-    monkeypatch.setitem(globals(), "_before", model.forward)
-    model.forward = lambda x: _before(x) + 1.0  # noqa: F821 - as a notebook writes it
+    bound = model.forward
+    model.forward = wrap(bound)
     with pytest.raises(RuntimeError, match="wraps the optimised forward and cannot be unwound"):
         kpt.restore(model)
+    model.forward = bound
+    del bound
+    kpt.restore(model)
+    assert fingerprints.ours(model) == []
 
 
 def test_a_wrapper_that_cannot_be_unwound_is_named_and_nothing_is_lost():

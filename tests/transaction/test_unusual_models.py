@@ -162,6 +162,13 @@ def collect(module, args, output):
     if collected is not None:
         collected.append(output)
 
+def double(module, args, output):
+    "A tool for users, which this library registers nowhere."
+    heard.append(module)
+    return output * 2.0
+
+heard = []
+
 class Collects(torch.nn.Module):
     hooked = False
 
@@ -205,3 +212,17 @@ def test_hooks_that_a_librarys_forward_registers_belong_to_it(library, called_be
     assert fast_calls(model) == 1 and len(collected) == 1
     assert torch.equal(result, expected) and torch.equal(collected[0], theirs[0])
     assert bool(model.net.slow._forward_hooks) is called_before
+
+
+def test_a_users_hook_may_be_a_function_of_the_models_library(library):
+    model, x = library.Collects().eval(), torch.randn(32, 16)
+    handle = model.net.slow.register_forward_hook(library.double)
+    expected = model(x)[0]
+    library.heard.clear()
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and "net.slow has a hook (forward_hooks)" in receipt.reason
+    assert library.heard == []
+    assert torch.equal(model(x)[0], expected) and library.heard == [model.net.slow]
+    handle.remove()
+    assert kpt.report(optimized(model, x, plugins=[plugin(DirectScale)])).optimized

@@ -50,6 +50,8 @@ def key_of(value: Any) -> Any:
     """A hashable stand-in for an argument, or ``MISSING``."""
     if isinstance(value, float):
         return (type(value), value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
+    if isinstance(value, complex):
+        return (type(value), value, repr(value))
     if value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device)):
         return (type(value), value)
     if isinstance(value, torch.nn.Parameter) or type(value) is _Tensor:

@@ -9,6 +9,7 @@ forward with their own weights, and a plan dies with its model. What a plan does
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from kpt.transaction.copies import HANDLE, Handle, clean_copies
+from kpt.transaction.unwind import unwind
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
@@ -88,13 +90,16 @@ def install(model: torch.nn.Module, plan: Any) -> Callable[[], None]:
 
     def undo() -> None:
         current = model.__dict__.get("forward")
-        if current is installed:
-            if previous is None:
-                del model.__dict__["forward"]
-            else:
-                model.__dict__["forward"] = previous
-        elif current is not None:
-            _unwind(model, current, installed, previous)
+        ours = current is installed
+        # Known are the cell here and the argument, ``current`` and the dictionary that it is from.
+        kept = sys.getrefcount(installed) > (4 if ours else 2) or sys.getrefcount(installed.__func__) > 2
+        if kept:
+            replacement = previous if previous is not None else forward_of_class(model)
+            unwind(installed, replacement, None if ours else current)
+        if ours and previous is None:
+            del model.__dict__["forward"]
+        elif ours:
+            model.__dict__["forward"] = previous
         model.__dict__.pop(HANDLE, None)
         dirty_copies()
 
@@ -105,82 +110,3 @@ def _first_kind(signature: inspect.Signature) -> Any:
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     only = inspect.Parameter.POSITIONAL_ONLY
     return only if only in kinds else inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable that was not assigned yet
-        return None
-
-
-def _reaches(function: Any, installed: Any, model: torch.nn.Module) -> bool:
-    """Whether ``function`` may call ``installed``: a plain function that holds and names nothing that does is
-    no wrapper around it, but what somebody put in its place."""
-    seen: set[int] = set()
-    pending = [function]
-    while pending:
-        value = pending.pop()
-        if value is installed:
-            return True
-        if id(value) in seen or not callable(value) or isinstance(value, (type, torch.nn.Module)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, types.MethodType):
-            pending += [value.__func__] if value.__self__ is model else [value.__func__, value.__self__]
-            continue
-        if isinstance(value, types.BuiltinFunctionType):
-            continue
-        if not isinstance(value, types.FunctionType):
-            return True  # nobody can say what it calls
-        pending += [_content(cell) for cell in value.__closure__ or ()]
-        pending += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        pending += vars(value).values()
-        named = (value.__globals__.get(name) for name in _named(value.__code__))
-        pending += [held for held in named if isinstance(held, (types.FunctionType, types.MethodType))]
-    return False
-
-
-def _named(code: types.CodeType) -> set[str]:
-    """The globals and attributes that ``code`` and the functions inside it name."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_named, inner))
-
-
-def _unwind(model: torch.nn.Module, wrapper: Any, installed: Any, previous: Any) -> None:
-    """Take the dispatcher out from under a wrapper that was put around it after the commit."""
-    replacement = previous if previous is not None else forward_of_class(model)
-    for name, value in vars(model).items():
-        if value is installed and name != "forward":  # accelerate keeps the wrapped forward here
-            model.__dict__[name] = replacement
-            return
-    unwound = False
-    seen: set[int] = set()
-    pending = [wrapper]
-    while pending:
-        function = pending.pop()
-        function = getattr(function, "__func__", function)
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        for cell in getattr(function, "__closure__", None) or ():
-            content = _content(cell)
-            if content is installed:
-                cell.cell_contents = replacement
-                unwound = True
-            elif callable(content):
-                pending.append(content)
-        # What `functools.wraps` keeps serves signatures only.
-        if getattr(function, "__wrapped__", None) is installed:
-            function.__wrapped__ = replacement
-        elif getattr(function, "__wrapped__", None) is installed.__func__:
-            function.__wrapped__ = getattr(replacement, "__func__", replacement)
-        for inner in (getattr(function, "__wrapped__", None), getattr(function, "func", None)):
-            if callable(inner):
-                pending.append(inner)
-    if unwound or not _reaches(wrapper, installed, model):
-        return
-    raise RuntimeError(
-        f"{getattr(wrapper, '__qualname__', type(wrapper).__name__)} wraps the optimised forward and cannot "
-        "be unwound; remove that wrapper, then call kpt.restore(model) again"
-    )

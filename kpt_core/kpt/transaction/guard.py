@@ -126,9 +126,11 @@ class _TensorForm:
         return f"a {str(self.dtype).removeprefix('torch.')} tensor of shape {list(self.shape)}"
 
 
-def _sign(value: Any) -> float:
-    """That of a number: 0.0 and -0.0 are equal, and what is divided by them is not."""
-    return math.copysign(1.0, value) if isinstance(value, float) else 1.0
+def _sign(value: Any) -> tuple[float, ...]:
+    """Those of a number's parts: 0.0 and -0.0 are equal, and what is divided by them is not."""
+    if isinstance(value, complex):
+        return (math.copysign(1.0, value.real), math.copysign(1.0, value.imag))
+    return (math.copysign(1.0, value),) if isinstance(value, float) else ()
 
 
 def _describe(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+
+#: Methods of a module that register hooks.
+_REGISTERS = re.compile(r"register_(full_)?(forward|backward)(_pre)?_hook$")
 
 
 def global_hooks() -> bool:
@@ -26,15 +30,55 @@ def global_hooks() -> bool:
 
 
 def is_own(model: torch.nn.Module, hook: Any) -> bool:
-    """Whether a hook is the model's own code: a function of the installed library that defines its class.
+    """Whether a hook is the model's own code: a function of the installed library that defines its class,
+    and one that this library itself registers.
 
-    Such a library registers hooks to collect what submodules return (hidden states), when it is first asked
-    for that. They belong to the forward; all other hooks are somebody's who wants to hear of each call.
+    Such a library registers hooks to collect what submodules return (hidden states), when first asked
+    for that. They belong to the forward. All other hooks are somebody's who wants to hear of each call,
+    though it be with a function that the library offers.
     """
     library = _library(type(model).__module__)
-    return (
-        library is not None and isinstance(hook, types.FunctionType) and _library(hook.__module__) == library
-    )
+    if library is None or not isinstance(hook, types.FunctionType) or _library(hook.__module__) != library:
+        return False
+    return _registers(library, hook.__code__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _registers(library: str, hook: types.CodeType) -> bool:
+    """Whether a function of ``library`` registers hooks, and makes or names the function of this code."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != library or not isinstance(module, types.ModuleType):
+            continue
+        functions = {key: v for key, v in vars(module).items() if isinstance(v, types.FunctionType)}
+        known_as = {key for key, function in functions.items() if function.__code__ is hook}
+        for code in _code_of(module):
+            if any(map(_REGISTERS.match, code.co_names)) and (
+                hook in code.co_consts or not known_as.isdisjoint(code.co_names)
+            ):
+                return True
+    return False
+
+
+def _code_of(module: types.ModuleType) -> Iterator[types.CodeType]:
+    """The code of all functions that ``module`` defines, those of its classes and inside others included."""
+    pending: list[Any] = []
+    for value in list(vars(module).values()):
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            pending.extend(vars(value).values())
+        elif isinstance(value, types.FunctionType) and value.__module__ == module.__name__:
+            pending.append(value)
+    seen: set[types.CodeType] = set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, (staticmethod, classmethod, property)):
+            item = item.fget if isinstance(item, property) else item.__func__
+        if isinstance(item, types.FunctionType):
+            pending.append(getattr(item, "__wrapped__", None))
+            item = item.__code__
+        if isinstance(item, types.CodeType) and item not in seen:
+            seen.add(item)
+            yield item
+            pending.extend(item.co_consts)
 
 
 @functools.lru_cache(maxsize=1024)
