@@ -175,8 +175,7 @@ from torch import nn
 from kpt.specs import Skip, Variant
 
 if TYPE_CHECKING:
-    from kpt.specs import HardwareProfile, Undo
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation, Undo
 
 
 class Dropped(nn.Module):
