@@ -78,13 +78,7 @@ def command(
     shapes = dynamic_shapes(dynamic)
     selected = options.selection(plugins, no_plugins)
     source = open_source(
-        model,
-        arch=arch,
-        inputs=inputs,
-        device=device,
-        trust=trust_model,
-        plugins=selected,
-        dynamic=shapes,
+        model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected, dynamic=shapes
     )
     entrants = _chosen(
         source, contenders, level=level, dynamic_shapes=shapes, budget=budget, plugins=selected

@@ -42,14 +42,8 @@ def command(
         return
     from kpt.cli.sources import check_runs, open_source
 
-    source = open_source(
-        model,
-        arch=arch,
-        inputs=inputs,
-        device=device,
-        trust=trust_model,
-        plugins=options.selection(plugins, no_plugins),
-    )
+    selected = options.selection(plugins, no_plugins)
+    source = open_source(model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected)
     check_runs(source)
     data = sites_of(source)
     output.result(data, _table(data))

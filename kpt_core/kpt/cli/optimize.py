@@ -56,13 +56,7 @@ def command(
     _check_folder(folder, overwrite)
     selected = options.selection(plugins, no_plugins)
     source = open_source(
-        model,
-        arch=arch,
-        inputs=inputs,
-        device=device,
-        trust=trust_model,
-        plugins=selected,
-        dynamic=shapes,
+        model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected, dynamic=shapes
     )
     import kpt
 
