@@ -16,7 +16,7 @@ def test_a_bold_step_that_never_ends_leaves_the_cautious_plan():
         PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16"),
         PolicySpec("Bold", entry="bold_passes:Bold", level="aggressive", compute_dtype="int8"),
     ]
-    model, example = mixed_models.mixed(), torch.randn(64, 64)
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
     offered = [slow_models.plugin(slow_models.DirectScale, policies=policies)]
     optimized(model, example, plugins=offered, level="aggressive", budget=12.0)
     receipt = kpt.report(model)

@@ -168,3 +168,164 @@ def test_the_gain_of_the_one_step_left_is_over_eager() -> None:
     kernel, compiler = _candidate("kernel", "kernels", 0.0), _candidate("compiler", "compile", 10.0)
     found, _ = _searched("no-effect", [kernel, compiler])
     assert found.gains == {"compiler": pytest.approx(4.0)}
+
+
+def _outlined(budget: float, offered: list[Candidate], fate: Any, latency: float = 1e-3) -> tuple[Any, Any]:
+    """A search in which ``fate(names, patience)`` says how long each trial takes and how it ends."""
+
+    class Told(_Trials):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation = SimpleNamespace(deterministic=False, baseline_seconds=latency)
+            self.log: list[Outcome] = []
+            self.seen: list[tuple[str, float]] = []
+
+        def run(self, plan: Plan, **options: Any) -> Outcome:
+            self.seen.append((plan.key, self.now))
+            seconds, rule, gain = fate(set(plan.names), options["against"])
+            if seconds > options["seconds"]:
+                self.now += options["seconds"]
+                return Outcome(plan, rule="deadline", reason="stopped", seconds=options["seconds"])
+            self.now += seconds
+            timing = Timing(gain, 0.98 * gain, 1.02 * gain, 1.0, 1.0 / gain, 16)
+            rule = "slower" if rule == "ok" and gain < 1.0 else rule
+            setup = max(0.0, seconds - 1.0)
+            return Outcome(
+                plan,
+                rule=rule,
+                timing=timing,
+                setup_seconds=setup,
+                seconds=seconds,
+                applied=_Applied(plan),  # type: ignore[arg-type]
+            )
+
+    trials = Told()
+    search = Search(trials, Proposals(offered), Budget(budget, clock=lambda: trials.now))  # type: ignore[arg-type]
+    search._gate = lambda: None  # type: ignore[method-assign]
+    return search.run(), trials
+
+
+def test_a_compiler_that_never_comes_back_leaves_time_for_what_needs_none() -> None:
+    """Together they are slower, so that nothing was accepted before the compiler; one alone is faster."""
+    half, kernel = _candidate("half", "precision", 0.0), _candidate("kernel", "kernels", 0.0)
+    compiler = _candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        if "compiler" in names:
+            return 1e9, "ok", 1.0
+        return 1.0, "ok", 0.8 if "half" in names else 1.2
+
+    found, trials = _outlined(40.0, [half, kernel, compiler], fate)
+    assert found.best.plan.steps == (kernel,)
+    assert trials.seen[0][0] == "half + kernel" and "compiler" in trials.seen[1][0]
+
+
+def test_a_stack_without_setup_that_hangs_does_not_take_the_time_of_the_compiler() -> None:
+    hanging, compiler = _candidate("hanging", "kernels", 0.0), _candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (1e9 if "hanging" in names else 20.0), "ok", 2.0
+
+    found, trials = _outlined(100.0, [hanging, compiler], fate)
+    assert trials.seen[0][0] == "hanging" and trials.seen[1][1] <= 25.0
+    assert found.best.plan.steps == (compiler,)
+
+
+def test_what_sets_a_compiler_up_twice_is_left_out_where_once_is_all_there_is_time_for() -> None:
+    compiler, shapes = _candidate("compiler", "compile", 15.0), _candidate("shapes", "shapes", 15.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (1.0 + 15.0 * len(names) if "compiler" in names else 1.0), "ok", 1.5 if names else 1.0
+
+    found, trials = _outlined(40.0, [compiler, shapes], fate, latency=0.2)
+    assert trials.seen[0][0] == "compiler"
+    assert compiler in found.best.plan.steps
+
+
+def test_how_long_one_compiler_took_tells_how_long_another_one_will() -> None:
+    """It took three times what it had announced: the other does not fit, and is left for the end."""
+    first, second = _candidate("first", "compile", 10.0), _candidate("second", "compile", 12.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (31.0 if "first" in names else 1e9), "ok", 2.0
+
+    found, trials = _outlined(60.0, [first, second], fate)
+    assert found.best.plan.steps == (first,)
+    assert [key for key, _ in trials.seen] == ["first"]
+
+
+def test_what_is_left_at_the_end_goes_to_what_was_expected_to_take_longer() -> None:
+    kernel, compiler = _candidate("kernel", "kernels", 0.0), _candidate("compiler", "compile", 60.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (25.0 if "compiler" in names else 1.0), "ok", 1.5
+
+    found, trials = _outlined(40.0, [kernel, compiler], fate)
+    assert [key for key, _ in trials.seen] == ["kernel", "kernel + compiler"]
+    assert set(found.best.plan.steps) == {kernel, compiler}
+
+
+def test_what_could_never_be_ready_in_time_is_not_begun() -> None:
+    kernel, compiler = _candidate("kernel", "kernels", 0.0), _candidate("compiler", "compile", 500.0)
+    found, trials = _outlined(40.0, [kernel, compiler], lambda names, against: (1.0, "ok", 1.5))
+    assert [key for key, _ in trials.seen] == ["kernel"]
+    assert {entry.name: entry.rule for entry in found.rejected} == {"compiler": "budget"}
+
+
+def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need_a_compiler_each() -> None:
+    half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
+    better = Candidate(
+        Variant("better", predicted_gain=2.0, setup_seconds=60.0),
+        "compile",
+        "test",
+        "better",
+        make=lambda: None,
+    )
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (11.0 if names & {"compiler", "better"} else 1.0), "ok", 0.9 if names == {"half"} else 1.5
+
+    _, trials = _outlined(200.0, [half, compiler, better], fate)
+    keys = [key for key, _ in trials.seen]
+    assert keys.index("half + better") < keys.index("better") and "compiler" not in keys
+
+
+def test_a_step_that_was_timed_with_and_without_it_is_not_dropped_again() -> None:
+    kernel, compiler = _candidate("kernel", "kernels", 0.0), _candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return 1.0, "ok", 1.5 if against is None or len(names) == 2 else 0.7
+
+    found, trials = _outlined(200.0, [kernel, compiler], fate)
+    assert [key for key, _ in trials.seen] == ["kernel", "kernel + compiler", "compiler"]
+    assert found.gains["compiler"] == pytest.approx(1.5)
+
+
+def test_a_compiler_that_fails_in_company_only_is_kept_without_it() -> None:
+    """What it takes to see that it is innocent is not thrown away."""
+    half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        if names == {"half", "compiler"}:
+            return 8.0, "failed", 1.0
+        return (20.0, "ok", 2.0) if "compiler" in names else (1.0, "ok", 0.8)
+
+    found, trials = _outlined(40.0, [half, compiler], fate)
+    assert [key for key, _ in trials.seen] == ["half", "half + compiler", "compiler"]
+    assert found.best.plan.steps == (compiler,)
+
+
+def test_after_a_compiler_that_was_stopped_a_quicker_one_is_tried_without_what_loses() -> None:
+    """There is time for one more: the step that loses without a compiler's help must not be in it."""
+    half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
+    variant = Variant("quicker", predicted_gain=1.2, setup_seconds=2.0)
+    quicker = Candidate(variant, "compile", "test", "quicker", make=lambda: None)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        if "compiler" in names:
+            return 1e9, "ok", 1.0
+        return 1.0 + 2.0 * ("quicker" in names), "ok", 1.1 if names == {"quicker"} else 0.8
+
+    found, trials = _outlined(40.0, [half, compiler, quicker], fate)
+    assert [key for key, _ in trials.seen[:3]] == ["half", "half + compiler", "quicker"]
+    assert found.best.plan.steps == (quicker,)

@@ -23,6 +23,17 @@ _OVERRUN = 3.0
 #: and at least this share of what is left: more would leave nothing for the others, less would stop a
 #: compiler that is merely slow here, and what it promises is usually most of the gain.
 _PATIENCE = 0.7
+#: Share of what is left that it takes at most where something was accepted before.
+_MOST = 0.85
+#: Where no set-up was announced a trial that takes long most likely hangs.
+_PATIENCE_WITHOUT_SETUP = 0.25
+#: Share of the budget up to which a set-up counts as none.
+QUICK = 0.04
+#: Calls of the model that a trial makes, about, to judge and to time a plan; the clock decides when to stop.
+_CALLS = 40
+#: Bounds of how many times the announced seconds set-ups take: some are answered from a compiler's cache,
+#: which says nothing of the next; and one bad guess must not forbid all that follow.
+_PACE = (0.5, 3.0)
 
 
 @dataclass
@@ -48,6 +59,12 @@ class Ledger:
         self.fixed = False
         self.found = Found()
         self.tried: dict[str, Outcome] = {}
+        #: Steps that were seen to pay for themselves in company.
+        self.paid: set[Candidate] = set()
+        #: Seconds of set-up per announced second, as trials showed it here.
+        self.pace = 1.0
+        #: Seconds that slow set-ups leave to what needs none, while nothing was accepted.
+        self.spare = 0.0
         self._gone: set[Candidate] = set()
         self._reserve = _RESERVE * budget.seconds
 
@@ -94,12 +111,13 @@ class Ledger:
             against=against.applied if against is not None else None,
             keep=True,
             timed=timed,
-            seconds=self._patience(plan, among),
+            seconds=self._patience(plan, among, against),
         )
         outcome.over_eager = ratio(outcome) * (against.over_eager if against is not None else 1.0)
         if timed:
             self.tried[plan.key] = outcome
         self.keep_for_commit(outcome)
+        self._learn_pace(outcome)
         text = f"{plan.key}: {outcome.rule}" + (f" ({ratio(outcome):.2f}x)" if outcome.timing else "")
         emit("trial", text, rule=outcome.rule, seconds=self.budget.spent(), budget=self.budget.seconds)
         return outcome
@@ -109,22 +127,47 @@ class Ledger:
         outcome = self.tried.get(plan.key)
         return outcome if outcome is not None and not outcome.accepted else None
 
-    def cost(self, plan: Plan, best: Outcome) -> float:
-        """Expected seconds of a trial: predicted set-up, scaled by how the last prediction held."""
-        predicted = sum(step.variant.setup_seconds for step in plan.steps)
-        known = sum(step.variant.setup_seconds for step in best.plan.steps)
-        factor = best.setup_seconds / known if known > 0.5 and best.setup_seconds > 0.0 else 1.0
-        return predicted * min(factor, 3.0) + max(1.0, best.seconds - best.setup_seconds)
+    def setup(self, plan: Plan) -> float:
+        """Expected seconds to set ``plan`` up: what its steps announced, at the pace of the trials so far."""
+        return self.pace * announced(plan)
+
+    def slow(self, plan: Plan) -> bool:
+        """Whether the set-up of ``plan`` is worth a thought."""
+        return announced(plan) >= QUICK * self.budget.seconds
+
+    def cost(self, plan: Plan, best: Outcome | None = None) -> float:
+        """Expected seconds of a trial: its set-up, and what judging and timing took for ``best``."""
+        known = best.seconds - best.setup_seconds if best is not None else 0.0
+        return self.setup(plan) + max(1.0, known)
+
+    def seconds_of_calls(self) -> float:
+        """About what a trial without any set-up takes."""
+        return 1.0 + _CALLS * self.trials.observation.baseline_seconds
 
     def time_for(self, seconds: float) -> bool:
         return self.budget.left() - self._reserve > seconds
+
+    def time_for_plan(self, plan: Plan, best: Outcome | None = None) -> bool:
+        """Whether ``plan`` is expected to fit into what is left, with what slow ones have to leave."""
+        kept = self.spare if self.slow(plan) else 0.0
+        return self.time_for(self.cost(plan, best) + kept)
+
+    def _learn_pace(self, outcome: Outcome) -> None:
+        """Other set-ups will take as many times what they announced as this one did."""
+        seconds = announced(outcome.plan)
+        if seconds < 0.5:
+            return
+        if outcome.rule == "deadline":  # it would have taken longer still
+            self.pace = max(self.pace, min(outcome.seconds / seconds, _PACE[1]))
+        elif outcome.setup_seconds > 0.0:
+            self.pace = min(max(outcome.setup_seconds / seconds, _PACE[0]), _PACE[1])
 
     def keep_for_commit(self, outcome: Outcome) -> None:
         """What is found is lost if the commit has no time: a slow model needs more than a share."""
         if outcome.right and outcome.timing is not None:
             self._reserve = max(self._reserve, _COMMIT * (outcome.seconds - outcome.setup_seconds))
 
-    def _patience(self, plan: Plan, among: int | None) -> float:
+    def _patience(self, plan: Plan, among: int | None, against: Outcome | None) -> float:
         """Seconds that a trial may take: all there is only if nothing else is open or its set-up asks for it.
 
         A variant that never comes back must not take the budget of all others.
@@ -132,9 +175,36 @@ class Ledger:
         left = max(0.5, self.budget.left() - self._reserve)
         if len(self.open()) < 2:
             return left
-        announced = _OVERRUN * sum(step.variant.setup_seconds for step in plan.steps)
-        share = _PATIENCE if among is None else 1.0 / among
-        return min(left, max(share * left, announced))
+        needed = _OVERRUN * (announced(plan) + self.seconds_of_calls())
+        share = 1.0 / among if among is not None else _PATIENCE_WITHOUT_SETUP
+        if self.slow(plan):
+            left = max(0.5, left - self.spare)
+            if among is None:
+                share, needed = _PATIENCE, left - self._second_chance(plan)
+            if against is not None:  # what was found has to be looked at more closely, and committed
+                left *= _MOST
+        return min(left, max(share * left, needed))
+
+    def _second_chance(self, plan: Plan) -> float:
+        """Seconds for the quickest slow set-up beside that of ``plan``, should that not come back.
+
+        It may take as many times what it announced. One that is about as long would not come back either.
+        """
+        most = _PATIENCE * announced(plan)
+        others = [Plan.of([other]) for other in self.open() if other not in plan.steps]
+        quicker = [other for other in others if self.slow(other) and announced(other) < most]
+        return min((1.0 + _OVERRUN * announced(other) for other in quicker), default=0.0)
+
+
+def announced(plan: Plan) -> float:
+    """The seconds of set-up that the steps of ``plan`` announced.
+
+    Other shapes have none of their own: for each of them a compiler beside them is set up again.
+    """
+    compilers = sum(step.variant.setup_seconds for step in plan.steps if step.phase == "compile")
+    again = sum(min(step.variant.setup_seconds, compilers) for step in plan.steps if step.phase == "shapes")
+    others = sum(s.variant.setup_seconds for s in plan.steps if s.phase not in ("compile", "shapes"))
+    return compilers + again + others
 
 
 def ratio(outcome: Outcome) -> float:

@@ -1,8 +1,9 @@
 """Stage 4: find the best plan within the budget.
 
 First the stack of best predictions, since steps help each other (int8 alone may lose where int8 under a
-compiler wins). Then every step of the stack must pay for itself in company. Then alternatives for what was
-chosen, while their predicted gain is worth their trial.
+compiler wins). Then every step of the stack must pay for itself in company, and alternatives are tried while
+their predicted gain is worth their trial: what costs no set-up first, then what promises most. What is left
+of the budget at the end is given to what was thought to take longer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from kpt.transaction.trial import Outcome, Trials
 
 if TYPE_CHECKING:
     from kpt.transaction.budget import Budget
-    from kpt.transaction.plan import Proposals
+    from kpt.transaction.plan import Candidate, Proposals
 
 #: Alternatives predicted to gain less than this over what is there are not tried.
 _WORTH = 1.02
+#: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
+_PROMISING = 1.05
+#: A set-up that is expected to take this many times what is left is not begun,
+_GAMBLE = 2.5
+#: nor any where less than this share of the budget is left.
+_GAMBLE_LEAST = 0.15
+#: nor for less than this.
+_GAMBLE_GAIN = 1.2
 
 
 class Search:
@@ -56,8 +65,11 @@ class Search:
             if best is None:
                 best = self._singles()
             if best is not None:
+                best = self._ablate(best, only_quick=True)
+                best = self._alternatives(best, least=_PROMISING)
                 best = self._ablate(best)
                 best = self._alternatives(best)
+            best = self._gamble(best)
         self._leftovers(best)
         ledger.found.best = best
         return ledger.found
@@ -79,50 +91,65 @@ class Search:
                     self.ledger.reject(candidate, verdict.rule, verdict.detail, figures=verdict.figures)
 
     def _singles(self) -> Outcome | None:
-        """No stack was faster: the most promising candidates one by one, and the best of them."""
+        """No stack was faster: the candidates one by one, and the best of them.
+
+        What needs no set-up comes first, then the most promising.
+        """
         best: Outcome | None = None
         ledger = self.ledger
         if ledger.fuel == 0:
             return None
-        waiting = sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds))
+        waiting = sorted(
+            ledger.open(),
+            key=lambda c: (ledger.slow(Plan.of([c])), -worth(c, ledger.budget.seconds)),
+        )
         for number, candidate in enumerate(waiting):
             if candidate.gain <= 1.0:
                 ledger.reject(candidate, "slower", f"predicted {candidate.gain:.2f}x, not tried")
                 continue
-            known = ledger.failed(Plan.of([candidate]))
-            if known is None and not ledger.time_for(candidate.variant.setup_seconds):
+            plan = Plan.of([candidate])
+            known = ledger.failed(plan)
+            if ledger.slow(plan):
+                ledger.spare = 0.0
+            if known is None and not ledger.time_for(ledger.setup(plan)):
                 continue
-            outcome = known or ledger.run(Plan.of([candidate]), among=len(waiting) - number)
+            outcome = known or ledger.run(plan, among=len(waiting) - number)
             if not outcome.accepted:
                 outcome.close()
-                ledger.reject_by(candidate, outcome)
+                if ledger.slow(plan) or not outcome.right:  # else it may yet be faster beside a compiler
+                    ledger.reject_by(candidate, outcome)
                 continue
-            if best is not None:
-                better, worse = (outcome, best) if ratio(outcome) > ratio(best) else (best, outcome)
-                worse.close()
-                loser = worse.plan.steps[0]
-                ledger.reject(
-                    loser,
-                    "slower",
-                    f"{ratio(worse):.2f}x alone; {better.plan.key} gives {ratio(better):.2f}x",
-                )
-                best = better
-            else:
+            ledger.spare = 0.0
+            if best is None:
                 best = outcome
+                continue
+            better, worse = (outcome, best) if ratio(outcome) > ratio(best) else (best, outcome)
+            worse.close()
+            loser = worse.plan.steps[0]
+            if excludes(loser, better.plan.steps[0]) is not None:  # else it is tried beside the best
+                ledger.reject(loser, "slower", _alone(worse, better))
+            best = better
         return best
 
-    def _ablate(self, best: Outcome) -> Outcome:
-        """Drop every step without which the plan is not slower."""
+    def _ablate(self, best: Outcome, *, only_quick: bool = False) -> Outcome:
+        """Drop every step without which the plan is not slower; ``only_quick`` where that needs no set-up."""
         ledger = self.ledger
         gains = ledger.found.gains
         for step in sorted(best.plan.steps, key=lambda step: step.gain):
             if len(best.plan) == 1:
                 break
-            cost = ledger.cost(best.plan.without(step), best)
-            if not ledger.time_for(cost):
-                ledger.found.notes.append(f"{step.name} was not timed apart: no budget left for it")
+            without = best.plan.without(step)
+            known = ledger.failed(without)
+            if step in ledger.paid or (known is not None and not known.right):
                 continue
-            reduced = ledger.run(best.plan.without(step), against=best)
+            if only_quick and ledger.slow(without):
+                continue
+            if not ledger.time_for_plan(without, best):
+                note = f"{step.name} was not timed apart: no budget left for it"
+                if note not in ledger.found.notes:
+                    ledger.found.notes.append(note)
+                continue
+            reduced = ledger.run(without, against=best)
             if not reduced.right or reduced.timing is None:
                 reduced.close()
                 continue
@@ -130,6 +157,7 @@ class Search:
             share = 1.0 / reduced.timing.ratio
             if reduced.timing.high < 1.0:
                 gains[step.name] = share
+                ledger.paid.add(step)
                 reduced.close()
                 continue
             ledger.reject(
@@ -145,44 +173,80 @@ class Search:
             gains[best.plan.steps[0].name] = best.over_eager
         return best
 
-    def _alternatives(self, best: Outcome) -> Outcome:
-        """Try what was left out in place of (or beside) what was chosen, most promising first."""
+    def _alternatives(self, best: Outcome, *, least: float = _WORTH) -> Outcome:
+        """Try what was left out in place of (or beside) what was chosen, most promising first.
+
+        Those that promise less than ``least`` stay open.
+        """
         ledger = self.ledger
         for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
             if any(candidate is step for step in best.plan.steps):
                 continue
-            replaced = [step for step in best.plan.steps if excludes(step, candidate) is not None]
-            before = 1.0
-            for step in replaced:
-                before *= max(1.0, step.gain)
-            hope = candidate.gain / before
-            plan = best.plan.with_(candidate)
+            replaced = any(excludes(step, candidate) is not None for step in best.plan.steps)
+            hope, plan = _hope(candidate, best), best.plan.with_(candidate)
             if ledger.fuel is not None and len(plan) > ledger.fuel:
                 continue
             # Predictions are rough: an alternative is hopeless only if it is predicted clearly worse.
             if candidate.gain <= 1.0 or hope < (0.75 if replaced else _WORTH):
                 ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
                 continue
+            if hope < least and ledger.slow(plan):
+                continue
             known = ledger.failed(plan)
             if known is not None:
                 ledger.reject_by(candidate, known)
                 continue
-            if not ledger.time_for(ledger.cost(plan, best)):
+            if not ledger.time_for_plan(plan, best):
                 continue
-            outcome = ledger.run(plan, against=best)
-            if outcome.accepted:
-                for step in replaced:
-                    ledger.reject(
-                        step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x"
-                    )
-                    ledger.found.gains.pop(step.name, None)
-                ledger.found.gains[candidate.name] = ratio(outcome)
-                best.close()
-                best = outcome
-            else:
-                outcome.close()
-                ledger.reject_by(candidate, outcome)
+            best = self._in_place(candidate, plan, best)
         return best
+
+    def _in_place(self, candidate: Candidate, plan: Plan, best: Outcome) -> Outcome:
+        """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps."""
+        ledger = self.ledger
+        replaced = [step for step in best.plan.steps if step not in plan.steps]
+        outcome = ledger.run(plan, against=best)
+        if not outcome.accepted:
+            outcome.close()
+            ledger.reject_by(candidate, outcome)
+            return best
+        for step in replaced:
+            ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
+            ledger.found.gains.pop(step.name, None)
+        ledger.found.gains[candidate.name] = ratio(outcome)
+        if ledger.paid.issuperset(replaced):
+            ledger.paid.add(candidate)
+        best.close()
+        return outcome
+
+    def _gamble(self, best: Outcome | None) -> Outcome | None:
+        """Give what is left to the step that promises most of those whose set-up was expected to take longer.
+
+        Expectations are rough, and nothing else is left to do.
+        """
+        ledger = self.ledger
+        left = ledger.budget.left()
+        waiting: list[tuple[Candidate, Plan]] = []
+        for candidate in ledger.open():
+            if (candidate.gain if best is None else _hope(candidate, best)) < _GAMBLE_GAIN:
+                continue
+            plan = best.plan.with_(candidate) if best is not None else Plan.of([candidate])
+            known = best is not None and candidate in best.plan.steps or ledger.failed(plan) is not None
+            if known or (ledger.fuel is not None and len(plan) > ledger.fuel):
+                continue
+            if ledger.slow(plan) and ledger.setup(plan) < _GAMBLE * left:
+                waiting.append((candidate, plan))
+        if not waiting or not ledger.time_for(_GAMBLE_LEAST * ledger.budget.seconds):
+            return best
+        candidate, plan = max(waiting, key=lambda item: worth(item[0], left))
+        if best is not None:
+            return self._in_place(candidate, plan, best)
+        outcome = ledger.run(plan)
+        if outcome.accepted:
+            return outcome
+        outcome.close()
+        ledger.reject_by(candidate, outcome)
+        return None
 
     def _leftovers(self, best: Outcome | None) -> None:
         ledger = self.ledger
@@ -192,5 +256,25 @@ class Search:
         if full:
             rule, reason = "fuel", f"not tried: fuel={ledger.fuel} allows no further variant"
         for candidate in ledger.open():
-            if candidate not in chosen:
+            if candidate in chosen:
+                continue
+            alone = ledger.tried.get(Plan.of([candidate]).key)
+            if alone is not None and not alone.accepted:
+                ledger.reject_by(candidate, alone)
+            elif alone is not None and best is not None:
+                ledger.reject(candidate, "slower", _alone(alone, best))
+            else:
                 ledger.reject(candidate, rule, reason)
+
+
+def _alone(worse: Outcome, better: Outcome) -> str:
+    return f"{ratio(worse):.2f}x alone; {better.plan.key} gives {better.over_eager:.2f}x"
+
+
+def _hope(candidate: Candidate, best: Outcome) -> float:
+    """The predicted gain of ``candidate`` over what it would replace in ``best``."""
+    before = 1.0
+    for step in best.plan.steps:
+        if excludes(step, candidate) is not None:
+            before *= max(1.0, step.gain)
+    return candidate.gain / before

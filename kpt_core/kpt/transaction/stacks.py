@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kpt.transaction.ledger import QUICK, ratio
 from kpt.transaction.plan import Candidate, Plan
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 #: Steps of this level may be wrong, or slow to compile, where those of the other levels are not.
 _BOLD = "aggressive"
-#: Share of the budget up to which a set-up is no risk.
-_QUICK = 0.02
-#: Calls of the model that a trial makes, about, to judge and to time a plan; the clock decides when to stop.
-_CALLS = 40
-#: Share of what is left of the budget up to which a plan without set-up is bought before all others.
+#: Share of what is left of the budget up to which a plan without set-up is bought before all others,
 _CHEAP = 0.1
+#: and share of the budget that is kept at most to find one such step when the stacks fail.
+_SPARE = 0.2
+#: Share of the budget below which no other stack is begun after one that was stopped.
+_LATE = 0.2
 
 
 def first(ledger: Ledger) -> Outcome | None:
@@ -32,14 +33,23 @@ def first(ledger: Ledger) -> Outcome | None:
     needs no set-up is bought first where that is cheap, then what is cautious, then all.
     """
     whole = ledger.assembled(ledger.open())
-    if ledger.fixed or sum(map(_setup, whole.steps)) < _QUICK * ledger.budget.seconds:
+    if ledger.fixed or not ledger.slow(whole):
         return _holding(ledger, _any, None)
     best: Outcome | None = None
-    if 1.0 + _CALLS * ledger.trials.observation.baseline_seconds < _CHEAP * ledger.budget.left():
+    if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
         best = _holding(ledger, _quick_for(ledger.budget.seconds), best)
+    if best is None:
+        ledger.spare = _for_singles(ledger)
     if whole.level == _BOLD:
         best = _holding(ledger, _cautious, best)
     return _holding(ledger, _any, best)
+
+
+def _for_singles(ledger: Ledger) -> float:
+    """Seconds to try what needs no set-up one by one, should no stack hold."""
+    quick = [Plan.of([c]) for c in ledger.open() if _quick_for(ledger.budget.seconds)(c)]
+    each = [ledger.seconds_of_calls() + ledger.setup(plan) for plan in quick]
+    return min(sum(each), _SPARE * ledger.budget.seconds)
 
 
 def _any(candidate: Candidate) -> bool:
@@ -53,7 +63,7 @@ def _cautious(candidate: Candidate) -> bool:
 def _quick_for(budget: float) -> Callable[[Candidate], bool]:
     def quick(candidate: Candidate) -> bool:
         slow, seconds = _own_setup(candidate)
-        return _cautious(candidate) and (not slow or seconds < _QUICK * budget)
+        return _cautious(candidate) and (not slow or seconds < QUICK * budget)
 
     return quick
 
@@ -62,20 +72,34 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
     """The first stack of the ``admitted`` candidates that holds and beats ``best``; else ``best``.
 
     Whatever makes a stack fail is dropped until one holds. Only what a stack adds to ``best`` can be at
-    fault; a step of ``best`` that does not work in its company is left out of it and stays in ``best``.
+    fault; a step of ``best`` that does not work in its company is left out of it and stays in ``best``. What
+    takes longer to set up than there is time for is left out, and stays open.
     """
     known = best.plan.steps if best is not None else ()
     apart: dict[Candidate, Outcome] = {}
+    late: set[Candidate] = set()
     while True:
-        plan = ledger.assembled(c for c in ledger.open() if admitted(c) and c not in apart)
+        plan = ledger.assembled(c for c in ledger.open() if admitted(c) and c not in apart and c not in late)
         added = [step for step in plan.steps if step not in known]
         if not added or ledger.failed(plan) is not None:
             return best
-        if best is not None and not ledger.time_for(ledger.cost(plan, best)):
-            return best
+        if not ledger.time_for_plan(plan, best):
+            if ledger.slow(plan):
+                late.add(_dearest(added))
+                continue
+            if best is not None:
+                return best
         outcome = ledger.run(plan, against=best)
         if outcome.accepted and outcome.applied is not None:
+            ledger.spare = 0.0
             if best is not None:
+                if len(added) == 1 and len(plan) == len(known) + 1:  # timed with it and without it
+                    ledger.paid.add(added[0])
+                    ledger.found.gains[added[0].name] = ratio(outcome)
+                for step in known:
+                    if step not in plan.steps and step not in apart:
+                        reason = f"{plan.key} without it gives {ratio(outcome):.2f}x of {best.plan.key}"
+                        ledger.reject(step, "slower", reason)
                 best.close()
             for step, failure in apart.items():
                 ledger.reject_by(step, failure)
@@ -86,12 +110,31 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
             if len(added) == 1 and admitted is _any:
                 ledger.reject_by(added[0], outcome)
             return best
-        if outcome.rule in ("budget", "deadline") and ledger.budget.left() < 0.2 * ledger.budget.seconds:
+        if outcome.rule in ("budget", "deadline") and ledger.budget.left() < _LATE * ledger.budget.seconds:
             return best
         if outcome.culprit is not None and outcome.culprit in known:
             apart[outcome.culprit] = outcome
         elif not _blame(ledger, plan, added, outcome):
-            return best
+            alone = _without_company(ledger, added, best)
+            if alone is None or alone.rule == "slower":
+                return best
+            if alone.accepted:
+                ledger.spare = 0.0
+                if best is not None:
+                    best.close()
+                return alone
+        if outcome.rule == "deadline" and best is None and _lost(ledger):
+            return None  # without the compiler's help the rest is not faster together: one by one
+
+
+def _lost(ledger: Ledger) -> bool:
+    """Whether a stack was right and not faster."""
+    return any(outcome.rule == "slower" for outcome in ledger.tried.values())
+
+
+def _dearest(steps: list[Candidate]) -> Candidate:
+    """The step that asks for the most set-up for what it is predicted to gain."""
+    return max(steps, key=lambda step: (_setup(step) / max(step.gain - 1.0, 1e-3), step.phase == "shapes"))
 
 
 def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome) -> bool:
@@ -103,8 +146,8 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
         ledger.reject_by(added[0], outcome)
         return True
     if outcome.rule == "deadline":
-        if not any(map(_setup, added)):
-            return False  # nobody announced to be slow: they are tried one by one
+        if not ledger.slow(Plan.of(added)):
+            return _blame_hanging(ledger, added)
         slowest = max(added, key=_own_setup)
         ledger.reject_by(slowest, outcome)
         if not _own_setup(slowest)[0]:
@@ -115,20 +158,55 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
                 reason = f"not tried: {slowest.name}, with no longer a set-up, was stopped"
                 ledger.reject(other, "deadline", reason)
         return True
-    # Quick ones first, and no further than the first that is at fault: to see whether a compiler is
-    # innocent costs as much as the next whole stack, which tells the same.
-    for step in sorted(added, key=_setup):
-        if not ledger.time_for(_setup(step)):
+    # Quick ones only: to see whether a compiler is innocent costs as much as the next stack, which tells it.
+    quick = [step for step in added if not ledger.slow(Plan.of([step]))]
+    for step in quick:
+        known = ledger.tried.get(Plan.of([step]).key)
+        if known is not None and known.right:
+            continue
+        if not ledger.time_for(ledger.setup(Plan.of([step]))):
             return False  # no time to find out; they are tried one by one, as far as there is time
         alone = ledger.run(Plan.of([step]), timed=False)
         alone.close()
         if not alone.right:
             ledger.reject_by(step, alone)
             return True
+    if quick != added:
+        return False
     # Each is right alone, so it is their company that fails: leave the least promising one out.
     weakest = min(added, key=lambda step: step.gain)
     ledger.reject(weakest, outcome.rule, f"in company of {plan.without(weakest).key}: {outcome.reason}")
     return True
+
+
+def _without_company(ledger: Ledger, added: list[Candidate], best: Outcome | None) -> Outcome | None:
+    """The one step with a slow set-up among several, alone; None where there is no time or no such step.
+
+    The others were found right alone. If it is right too, their company failed: the rest of the search tries
+    them beside it one by one.
+    """
+    slow = [step for step in added if ledger.slow(Plan.of([step]))]
+    if len(slow) != 1 or len(added) == 1:
+        return None
+    plan = Plan.of(slow)
+    if ledger.failed(plan) is not None or not ledger.time_for_plan(plan, best):
+        return None
+    outcome = ledger.run(plan, against=best)
+    if not outcome.accepted:
+        outcome.close()
+        ledger.reject_by(slow[0], outcome)
+    return outcome
+
+
+def _blame_hanging(ledger: Ledger, added: list[Candidate]) -> bool:
+    """Reject the first step that does not come back alone either; nobody announced to be slow."""
+    for number, step in enumerate(added):
+        alone = ledger.run(Plan.of([step]), timed=False, among=2 * (len(added) - number))
+        alone.close()
+        if alone.rule == "deadline":
+            ledger.reject_by(step, alone)
+            return True
+    return False
 
 
 def _setup(candidate: Candidate) -> float:
