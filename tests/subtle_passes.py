@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import types
 from typing import Any, ClassVar
@@ -254,6 +255,46 @@ class EditsConfig(DirectScale):
         return super().apply(model, variant)
 
 
+class SlottedConfig:
+    """Has no dictionary; one slot is private."""
+
+    __slots__ = ("__gain", "calls", "names")
+
+    def __init__(self) -> None:
+        self.__gain = 2.0
+        self.calls = 0
+        self.names = ["a"]
+
+    @property
+    def gain(self) -> float:
+        return self.__gain
+
+    def amplify(self, gain: float) -> None:
+        self.__gain = gain
+
+
+class Slotted(_Around):
+    """Keeps a constant and its settings, which count its calls, in slots."""
+
+    __slots__ = ("factor", "settings")
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.factor = 0.0
+        self.settings = SlottedConfig()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.settings.calls += 1
+        return self.slow(x) * self.settings.gain + math.copysign(1.0 + self.factor, self.factor)
+
+
+class EditsSlots(DirectScale):
+    def apply(self, model, variant):
+        model.settings.amplify(3.0)
+        model.settings.names.append("b")
+        return super().apply(model, variant)
+
+
 # -- copies that nobody was told of, results that are remembered
 
 
@@ -274,14 +315,17 @@ class HidesCopies(SaysNothingOfCopies):
 
 
 class _Slotted:
-    __slots__ = ("weight",)
+    __slots__ = ("__weight",)
 
     def __init__(self, weight: Any) -> None:
-        self.weight = weight
+        self.__weight = weight
+
+    def __call__(self) -> Any:
+        return self.__weight
 
 
 class CopiesInArrays(SaysNothingOfCopies):
-    """In NumPy's memory, in a slot and in a default."""
+    """In NumPy's memory, in a private slot and in a default."""
 
     def apply(self, model, variant):
         held = _Slotted(model.slow.weight.detach().numpy().copy())
@@ -289,7 +333,7 @@ class CopiesInArrays(SaysNothingOfCopies):
         copied = model.slow.bias.detach().numpy().copy()
 
         def forward(x, *, bias=copied):
-            return torch.addcmul(torch.from_numpy(bias), x, torch.from_numpy(held.weight))
+            return torch.addcmul(torch.from_numpy(bias), x, torch.from_numpy(held()))
 
         model.slow.forward = forward
         self.applied = 1

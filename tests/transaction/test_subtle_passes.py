@@ -282,6 +282,36 @@ def test_what_eager_itself_counts_is_blamed_on_nobody_and_put_back():
     assert kpt.report(model).notes == []
 
 
+def test_what_is_kept_in_slots_is_put_back():
+    model, x = subtle.Slotted().eval(), torch.randn(32, 16)
+    assert rule_of(model, subtle.EditsSlots, x) == "parameter-modified"
+    assert "model.settings: attribute '_SlottedConfig__gain' replaced" in kpt.report(model).rejected[0].reason
+    assert (model.settings.gain, model.settings.names, model.settings.calls) == (2.0, ["a"], 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "factor", 4.0),
+        lambda m: setattr(m, "factor", -0.0),
+        lambda m: setattr(m, "factor", 0),
+        lambda m: m.settings.amplify(3.0),
+    ],
+    ids=["of the module", "its sign", "its type", "private, of an object"],
+)
+def test_a_constant_in_a_slot_that_changes_is_no_constant_of_the_plan(change):
+    model, x = subtle.Slotted().eval(), torch.randn(32, 16)
+    optimized(model, x, plugins=[plugin(DirectScale)])
+    with torch.no_grad():
+        model(x)
+        assert fast_calls(model) == 1
+        change(model)
+        result = model(x)
+        assert fast_calls(model) == 1
+        kpt.restore(model)
+        assert torch.equal(result, model(x))
+
+
 # -- copies, memory, order of memory
 
 

@@ -226,3 +226,37 @@ def test_a_users_hook_may_be_a_function_of_the_models_library(library):
     assert torch.equal(model(x)[0], expected) and library.heard == [model.net.slow]
     handle.remove()
     assert kpt.report(optimized(model, x, plugins=[plugin(DirectScale)])).optimized
+
+
+def test_a_submodule_that_was_compiled_in_place_is_named() -> None:
+    model, x = Net().eval(), torch.randn(32, 16)
+    model.slow.compile(backend="eager")
+    expected = model(x)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and "compile() was called on slow" in receipt.reason
+    assert torch.equal(model(x), expected)
+    model.slow._compiled_call_impl = None
+    assert kpt.report(optimized(model, x, plugins=[plugin(DirectScale)])).optimized
+
+
+class AnswersItself(Net):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class AnswersThroughForward(Net):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x)
+
+
+def test_a_class_that_answers_calls_without_its_forward_is_named() -> None:
+    x = torch.randn(32, 16)
+    model = kpt.optimize(AnswersItself().eval(), x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and "AnswersItself has a __call__ of its own" in receipt.reason
+    assert not receipt.searched
+    other = optimized(AnswersThroughForward().eval(), x, plugins=[plugin(DirectScale)])
+    with torch.no_grad():
+        other(x)
+    assert fast_calls(other) == 1

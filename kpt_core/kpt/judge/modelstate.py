@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
+from kpt.judge.slots import slot_names, slots_of
 from kpt.judge.tensorstate import restore_tensor, tensor_differences, tensor_state, within
 
 _CONTAINERS = (list, dict, set, OrderedDict)
@@ -34,7 +36,10 @@ class _ModuleState:
 
 @dataclass
 class _ObjectState:
-    """An object that hangs on a module, a configuration say: it is shared with every copy of the module."""
+    """An object that hangs on a module, a configuration say: it is shared with every copy of the module.
+
+    ``attributes`` are those of its dictionary and its slots.
+    """
 
     path: str
     value: Any
@@ -79,7 +84,7 @@ class ModelState:
                 found.append(f"{label}: replaced or removed")
             found += [f"{label}: {change}" for change in _module_differences(state)]
         for kept in self._objects:
-            found += [f"{kept.path}: {change}" for change in _attribute_differences(kept, vars(kept.value))]
+            found += [f"{kept.path}: {c}" for c in _attribute_differences(kept, attributes_of(kept.value))]
         known = {state.path for state in self._modules}
         found += [f"{path}: added" for path in now if path not in known]
         return found + self.tensor_differences()
@@ -93,7 +98,7 @@ class ModelState:
         for state in self._modules:
             _restore_module(state)
         for held in self._objects:
-            _restore_attributes(held, vars(held.value))
+            _restore_object(held)
         self.restore_tensors()
         return self.differences()
 
@@ -121,14 +126,14 @@ def _objects(modules: list[_ModuleState]) -> Iterator[_ObjectState]:
     pending = [
         (f"{state.path or 'model'}.{name}", value, 0)
         for state in modules
-        for name, value in state.attributes.items()
+        for name, value in {**state.attributes, **slots_of(state.module)}.items()
         if name not in _TABLES
     ]
     for path, value, depth in pending:
         if id(value) in seen or not _is_object(value):
             continue
         seen.add(id(value))
-        attributes = dict(vars(value))
+        attributes = attributes_of(value)
         copies = {name: item.copy() for name, item in attributes.items() if isinstance(item, _CONTAINERS)}
         yield _ObjectState(path, value, attributes, copies)
         if depth < _DEPTH:
@@ -141,8 +146,19 @@ def shared_objects(model: torch.nn.Module) -> list[Any]:
     return [kept.value for kept in _objects(modules)]
 
 
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What an object holds in its dictionary and its slots."""
+    return {**getattr(value, "__dict__", {}), **slots_of(value)}
+
+
 def _is_object(value: Any) -> bool:
-    return not isinstance(value, _NO_OBJECTS) and isinstance(getattr(value, "__dict__", None), dict)
+    if isinstance(value, _NO_OBJECTS):
+        return False
+    if isinstance(getattr(value, "__dict__", None), dict):
+        return True
+    # What Python's own classes keep in slots are remembered results, of a path's text say.
+    library = type(value).__module__.partition(".")[0]
+    return bool(slot_names(value.__class__)) and library not in sys.stdlib_module_names
 
 
 def _tensors(modules: list[_ModuleState]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -236,6 +252,22 @@ def _restore_module(state: _ModuleState) -> None:
             now.clear()
             now.update(before)
     _restore_attributes(state, values)
+
+
+def _restore_object(state: _ObjectState) -> None:
+    slots = slot_names(state.value.__class__)
+    if isinstance(held := getattr(state.value, "__dict__", None), dict):
+        in_dictionary = {name: v for name, v in state.attributes.items() if name not in slots}
+        _restore_attributes(replace(state, attributes=in_dictionary), held)
+    now = slots_of(state.value)
+    for name in slots:
+        # Past what a frozen dataclass allows.
+        if name in now and name not in state.attributes:
+            object.__delattr__(state.value, name)
+        elif name in state.attributes and now.get(name, state) is not state.attributes[name]:
+            object.__setattr__(state.value, name, state.attributes[name])
+        if name in state.contents and not _same_contents(state.contents[name], state.attributes[name]):
+            _refill(state.attributes[name], state.contents[name])
 
 
 def _restore_attributes(state: _ModuleState | _ObjectState, values: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses import FakeTensor
 
+from kpt.judge.slots import slots_of
+
 if TYPE_CHECKING:
     from kpt.transaction.applied import Applied
 
@@ -145,16 +147,7 @@ def _parts(item: Any) -> list[Any]:
         return [item.func, *item.args, *item.keywords.values()]
     if type(item).__module__.split(".")[0] == "kpt":
         return []
-    held = (getattr(item, name, None) for name in _slots(item.__class__))
-    return [*getattr(item, "__dict__", {}).values(), *held]
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots(cls: type) -> tuple[str, ...]:
-    """What the classes written in Python among ``cls`` and its bases keep beside the dictionary."""
-    declared = (vars(base).get("__slots__", ()) for base in cls.__mro__)
-    names = (name for slots in declared for name in ((slots,) if isinstance(slots, str) else slots))
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    return [*getattr(item, "__dict__", {}).values(), *slots_of(item).values()]
 
 
 def _content(cell: types.CellType) -> Any:

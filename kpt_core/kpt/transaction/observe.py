@@ -14,7 +14,7 @@ import torch
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
-from kpt.judge.modelstate import shared_objects
+from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.specs import Observation
 from kpt.transaction import workspace
 from kpt.transaction.ambient import ambient_state
@@ -135,6 +135,11 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
             continue
         if isinstance(module, torch.jit.ScriptModule):
             raise Unsuitable(f"{name} is a scripted module, which has no Python forward to change")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise Unsuitable(
+                f"compile() was called on {name}, so that its calls run what torch.compile made of it and no "
+                f"other forward; set its _compiled_call_impl = None first to have it optimised instead"
+            )
         for hooks in workspace.CALLED_HOOKS:
             if any(not is_own(model, hook) for hook in (getattr(module, hooks, None) or {}).values()):
                 raise Unsuitable(
@@ -174,6 +179,7 @@ def observe(
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
     seconds, writes = _warm_up(model, runner, plain, calls)
+    _refuse_bypassed(runner, plain, calls[0])
     moving = _state_of_calls(runner, plain, calls[0])
     looked_at = calls if 2 * len(calls) * seconds < 0.05 * deadline.left() else calls[:1]
     detached = (frozenset[str](), frozenset[str]())
@@ -244,6 +250,40 @@ def _warm_up(
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start, writes
+
+
+def _refuse_bypassed(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
+    """Refuse a model whose class answers calls without its forward, where a plan would stand.
+
+    Raises:
+        Unsuitable: with the reason.
+    """
+    if type(plain).__call__ is torch.nn.Module.__call__:
+        return
+    own, forward, heard = plain.__dict__.get("forward"), plain.forward, []
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        heard.append(True)
+        return forward(*args, **kwargs)
+
+    plain.__dict__["forward"] = listening
+    given = call.clone()
+    try:
+        with runner.buffers_kept(), torch.no_grad():
+            plain(*given.args, **given.kwargs)
+    except Exception as error:  # noqa: BLE001 - calls take other arguments than the forward
+        _log.debug("Calls of the model take something else than its forward: %s", error)
+        return
+    finally:
+        if own is None:
+            del plain.__dict__["forward"]
+        else:
+            plain.__dict__["forward"] = own
+    if not heard:
+        raise Unsuitable(
+            f"{type(plain).__name__} has a __call__ of its own that does not run the forward, so that no "
+            "call would reach a plan; optimise the modules inside"
+        )
 
 
 def _explain(
@@ -333,10 +373,10 @@ def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> froze
     Objects that modules hold are shared with copies, and so are globals and classes; what a call changes of
     them is returned, by the id of the owner and the attribute's name.
     """
-    shared = [(value, dict(vars(value))) for value in shared_objects(plain)]
+    shared = [(value, attributes_of(value)) for value in shared_objects(plain)]
     around = constants_read(type(module) for module in plain.modules())
     constants = {(owner, name): copy.copy(space[name]) for owner, space, names in around for name in names}
-    before = {name: dict(module.__dict__) for name, module in plain.named_modules()}
+    before = {name: attributes_of(module) for name, module in plain.named_modules()}
     contents = {
         (name, key): value.copy()
         for name, state in before.items()
@@ -349,7 +389,7 @@ def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> froze
     for name, module in plain.named_modules():
         changed = [
             key
-            for key, value in module.__dict__.items()
+            for key, value in attributes_of(module).items()
             if key not in before[name]
             or (before[name][key] is not value and not _equal(before[name][key], value))
             or ((name, key) in contents and not _same_items(contents[name, key], value))
@@ -363,7 +403,7 @@ def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> froze
     moving = {
         (id(value), key)
         for value, held in shared
-        for key, now in vars(value).items()
+        for key, now in attributes_of(value).items()
         if key not in held or (held[key] is not now and not _equal(held[key], now))
     }
     moving |= {

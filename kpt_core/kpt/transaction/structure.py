@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from kpt.judge.slots import slot_names, slots_of
 from kpt.transaction.copies import HANDLE, REDUCE
 from kpt.transaction.reading import reading_of
 
@@ -130,8 +131,9 @@ class Structure:
                 if old is not new and old != new:
                     self.unsure = True  # it may be put back
                     return f"{what} of {self._names[id(module)] or 'the model'} was replaced"
+            held = _attributes(module) if attributes else {}
             for name, value in attributes.items():
-                if not _same(module.__dict__.get(name, _MISSING), value):
+                if not _same(held.get(name, _MISSING), value):
                     self.unsure = True
                     return f"the attribute {name!r} of {self._names[id(module)] or 'the model'} changed"
             for name in module.__dict__.keys() - attributes.keys() - NOT_ATTRIBUTES:
@@ -175,7 +177,8 @@ class Structure:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module holds beside its parameters, buffers, children and hooks."""
-    return {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
+    held = {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
+    return {**held, **slots_of(module)} if slot_names(module.__class__) else held
 
 
 def _unset(module: torch.nn.Module) -> frozenset[str]:
@@ -193,17 +196,15 @@ def _names(attributes: tuple[str, ...]) -> frozenset[str]:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """Whether an attribute is the object that it was, or a constant equal to it."""
+    """Whether an attribute is the object that it was, or a constant that no code can tell from it."""
     if now is before:
         return True
-    return type(now) is type(before) and isinstance(now, _PLAIN) and _equal(now, before)
-
-
-def _equal(now: Any, before: Any) -> bool:
-    try:
-        return bool(now == before)
-    except (RuntimeError, ValueError):  # a tuple that holds tensors
+    if type(now) is not type(before) or not isinstance(now, _PLAIN):
         return False
+    if isinstance(now, tuple):
+        return len(now) == len(before) and all(map(_same, now, before))
+    # 0.0 and -0.0 are equal, and what is divided by them is not.
+    return repr(now) == repr(before) if isinstance(now, (float, complex)) else bool(now == before)
 
 
 def _put_back(module: torch.nn.Module, store: str, ear: Ear | Store, original: Any) -> Callable[[], None]:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from kpt.judge.modelstate import attributes_of
+from kpt.judge.slots import slots_of
 from kpt.transaction.copies import clean_copies
 from kpt.transaction.reading import constants_read, is_plain, reading_of
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
@@ -98,8 +100,8 @@ class Watch:
         try:
             if list(map(_call, self._getters, self._states)) != self._values:
                 return "an attribute of a submodule or of its config changed"
-        except KeyError:
-            return "an attribute of a submodule was deleted"
+        except (KeyError, AttributeError):
+            return "an attribute of a submodule or of its config was deleted"
         except (RuntimeError, ValueError):  # a tensor or an array in place of a constant
             return "an attribute of a submodule or of its config changed"
         try:
@@ -286,37 +288,41 @@ def _constant_getters(
 
 def _object_getters(
     modules: list[torch.nn.Module], moving: frozenset[tuple[int, str]]
-) -> list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]]:
+) -> list[tuple[Any, Callable[[Any], Any]]]:
     """Constants of objects that modules hold, and of those that these hold: compiled code has them built in.
 
     Watched are those that the code of a module or of the object's own class reads, and the switches of a
     ``config``, which functions read that are given the module.
     """
-    found: dict[int, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {}
+    found: list[tuple[Any, Callable[[Any], Any]]] = []
+    seen: set[int] = set()
     read = frozenset().union(*(reading_of(type(module)).names for module in modules))
     pending = [
         (name, value, True)
         for module in modules
-        for name, value in module.__dict__.items()
+        for name, value in attributes_of(module).items()
         if name not in NOT_ATTRIBUTES
     ]
     for name, value, direct in pending:
-        state = None if isinstance(value, _NO_OBJECTS) else getattr(value, "__dict__", None)
-        if not isinstance(state, dict) or id(state) in found:
+        if id(value) in seen or isinstance(value, (*_NO_OBJECTS, *_SCALARS)):
             continue
+        seen.add(id(value))
+        state = getattr(value, "__dict__", None)
+        state, slots = state if isinstance(state, dict) else {}, slots_of(value)
         switches = (bool, str, type(None)) if name == "config" else ()
-        names = read | reading_of(type(value)).names
-        keys = sorted(
-            key
-            for key, item in state.items()
-            if (id(value), key) not in moving
-            and (isinstance(item, switches) or (key in names and isinstance(item, _SCALARS)))
-        )
-        if keys:
-            found[id(state)] = (state, itemgetter(*keys))
+        names = read | reading_of(type(value)).names if state or slots else read
+        for holder, held, get in ((state, state, itemgetter), (value, slots, attrgetter)):
+            keys = sorted(
+                key
+                for key, item in held.items()
+                if (id(value), key) not in moving
+                and (isinstance(item, switches) or (key in names and isinstance(item, _SCALARS)))
+            )
+            if keys:
+                found.append((holder, get(*keys)))
         if direct:
-            pending += [(key, item, False) for key, item in state.items() if key in names]
-    return list(found.values())
+            pending += [(key, item, False) for key, item in {**state, **slots}.items() if key in names]
+    return found
 
 
 def _held_tensors(module: torch.nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, int | None]]:
