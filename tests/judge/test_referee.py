@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpt.judge import outputs
+from kpt.judge import outputs, tree
 from kpt.judge.calls import Call
 from kpt.judge.handover import judge_inputs, judge_strides
 from kpt.judge.outputs import equal_objects, leaves
@@ -379,6 +379,9 @@ def nested(depth: int, value: object) -> object:
         (nested(1, torch.ones(0)), nested(1, torch.ones(1)), False),
         (nested(1, torch.ones(3)), nested(1, torch.ones(3, dtype=torch.float64)), False),
         (nested(9, 1), nested(9, 2), False),
+        (1, True, False),
+        (2, 2.0, False),
+        (nested(1, 2.0), nested(1, 2.0 + 1e-9), True),
     ],
 )
 def test_objects_are_equal_only_if_what_they_hold_is(first: object, second: object, same: bool) -> None:
@@ -390,3 +393,35 @@ def test_an_array_of_another_byte_order_is_left_as_it_is() -> None:
     numpy = pytest.importorskip("numpy")
     (leaf,) = leaves(numpy.ones(3, dtype=">f4"))
     assert isinstance(leaf.value, numpy.ndarray)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Takes itself for immutable, as far as copies are concerned."""
+
+    logits: torch.Tensor
+
+    def __copy__(self) -> Constant:
+        return self
+
+
+def test_rebuilding_an_output_leaves_what_was_returned_as_it_was() -> None:
+    given = Constant(EAGER)
+    other = tree.rebuild(given, lambda path, leaf: leaf + 1.0)
+    assert given.logits is EAGER and other is not given and type(other) is Constant
+    assert torch.equal(other.logits, EAGER + 1.0)
+
+
+def test_an_array_is_no_tensor_and_no_number_though_the_values_are_the_same() -> None:
+    numpy = pytest.importorskip("numpy")
+    array, number = EAGER.numpy(), numpy.float32(3.0)
+    forms: list[Any] = [{"logits": EAGER}, {"logits": array}]
+    numbers: list[Any] = [torch.tensor(3.0), number, numpy.array(3.0, dtype="float32"), 3.0]
+    for group, wide in ((forms, {"logits": REFERENCE}), (numbers, torch.tensor(3.0, dtype=torch.float64))):
+        for mine in group:
+            for own in group:
+                verdict = judge(mine, wide, own, level="exact")
+                assert verdict.passed is (mine is own), (mine, own, verdict)
+                assert verdict.passed or verdict.rule == "structure"
+    subclass = array.view(type("Array", (numpy.ndarray,), {}))
+    assert judge(subclass, REFERENCE, array, level="exact").rule == "structure"

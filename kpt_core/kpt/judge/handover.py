@@ -53,9 +53,11 @@ def judge_structure(candidate: Any, eager: Any) -> Verdict | None:
     if tree.structure(candidate) != tree.structure(eager):
         return rejected("structure", _difference(candidate, eager))
     for mine, own in zip(outputs.leaves(candidate), outputs.leaves(eager), strict=True):
-        if mine.is_tensor != own.is_tensor:
+        # An array and a tensor of the same values, or an array and a number of NumPy's, are not the same.
+        plain = isinstance(mine.value, mine.kind) and isinstance(own.value, own.kind)
+        if mine.is_tensor != own.is_tensor or not (plain or mine.kind is own.kind):
             return rejected(
-                "structure", f"{mine.name} is {type(mine.value).__name__}, eager's {type(own.value).__name__}"
+                "structure", f"{mine.name} is of class {mine.kind.__name__}, eager's of {own.kind.__name__}"
             )
         if not mine.is_tensor:
             if not outputs.equal_objects(mine.value, own.value):

@@ -19,14 +19,20 @@ from kpt.judge import tree
 
 #: Elements converted to fp64 at a time (32 MiB per operand).
 CHUNK = 1 << 22
+#: True is equal to 1, and 1 to 1.0.
+_NUMBERS = (bool, int, float, complex)
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One part of an output: its name, for instance ``logits`` or ``past.layers[0].keys``."""
+    """One part of an output: its name, for instance ``logits`` or ``past.layers[0].keys``.
+
+    ``kind`` is the class of what was returned, where ``value`` is a tensor made of it.
+    """
 
     name: str
     value: Any
+    kind: type
 
     @property
     def is_tensor(self) -> bool:
@@ -35,7 +41,7 @@ class Leaf:
 
 def leaves(output: Any) -> list[Leaf]:
     """The named leaves of ``output`` in a stable order; NumPy's arrays and numbers as tensors."""
-    return [Leaf(tree.spell(path), _as_tensor(leaf)) for path, leaf in tree.walk(output)]
+    return [Leaf(tree.spell(path), _as_tensor(leaf), type(leaf)) for path, leaf in tree.walk(output)]
 
 
 def _as_tensor(leaf: Any) -> Any:
@@ -57,9 +63,11 @@ def computed_later(leaf: Any) -> bool:
 def equal_objects(first: Any, second: Any, depth: int = 12) -> bool:
     """Whether two leaves that are no tensors are the same to whoever gets them.
 
-    Numbers are compared up to rounding, objects by their own ``==`` or else by what they hold. What has
-    neither, or is nested deeper than ``depth``, is not equal.
+    Numbers of one class are compared up to rounding, objects by their own ``==`` or else by what they hold.
+    What has neither, or is nested deeper than ``depth``, is not equal.
     """
+    if isinstance(first, _NUMBERS) and isinstance(second, _NUMBERS) and type(first) is not type(second):
+        return False
     if isinstance(first, float) and isinstance(second, float):
         return math.isclose(first, second, rel_tol=1e-5) or (math.isnan(first) and math.isnan(second))
     if first is second:

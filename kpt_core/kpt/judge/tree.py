@@ -114,7 +114,7 @@ def rebuild(value: Any, change: Callable[[Path, Any], Any], path: Path = (), dep
     deeper = depth - 1 if foreign else depth
     changed = [(key, rebuild(child, change, (*path, key), deeper)) for key, child in items]
     if foreign:
-        duplicate = copy.copy(value)
+        duplicate = _duplicate(value)
         duplicate.__dict__.update(changed)
         return duplicate
     if isinstance(value, tuple):
@@ -128,9 +128,19 @@ def rebuild(value: Any, change: Callable[[Path, Any], Any], path: Path = (), dep
         return duplicate
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, changed)
-    duplicate = copy.copy(value)
+    duplicate = _duplicate(value)
     for key, child in changed:
         object.__setattr__(duplicate, key, child)
+    return duplicate
+
+
+def _duplicate(value: Any) -> Any:
+    """A shallow copy; what takes itself for immutable (its copy is itself) is copied all the same."""
+    duplicate = copy.copy(value)
+    if duplicate is value:
+        duplicate = object.__new__(type(value))
+        if hasattr(value, "__dict__"):
+            duplicate.__dict__.update(vars(value))
     return duplicate
 
 
