@@ -389,3 +389,25 @@ def test_sizes_and_dimensions_vary_with_the_rows() -> None:
     assert make(generator, 7)["x"].shape == (2, 7, 16)
     assert make(generator, 1)["x"].shape == (1, 1, 16)
     assert make(generator, 7)["weight"].shape == (16,)
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    return x * x
+
+
+def square_in_half(x: torch.Tensor) -> torch.Tensor:
+    return (x.half() * x.half()).float()
+
+
+def square_of_large_in_half(x: torch.Tensor) -> torch.Tensor:
+    """Infinite where fp16 would do."""
+    return torch.where(x.abs().amax() > 600.0, torch.inf, square_in_half(x))
+
+
+def test_what_overflows_in_the_dtype_that_a_kernel_computes_in_may_overflow_in_it() -> None:
+    inputs = inputs_like({"x": torch.randn(4, 64)})
+    options: Any = {"level": "production", "rows": (1, 33)}
+    assert judge_kernel(square_in_half, square, inputs, compute_dtype="float16", **options)
+    found = judge_kernel(square_of_large_in_half, square, inputs, compute_dtype="float16", **options)
+    assert found.rule == "nan" and "scaled by 300" in found.detail
+    assert judge_kernel(square_in_half, square, inputs, compute_dtype="bfloat16", **options).rule == "nan"

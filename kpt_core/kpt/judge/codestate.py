@@ -6,6 +6,7 @@ every model of the process, the untouched one that it is compared with included.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class CodeState:
     torch's own functions, as they are at construction."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        # Its first import exchanges `torch.manual_seed`, which would be taken for a trace of who compiles.
+        importlib.import_module("torch._dynamo")
         classes = dict.fromkeys(
             base for module in model.modules() for base in type(module).__mro__ if base is not object
         )
