@@ -265,16 +265,13 @@ def _woken(number: int, frame: FrameType | None) -> None:
     """Does nothing: running any Python code at all delivers the exception that is pending."""
 
 
-def _listens() -> bool:
-    """Have the main thread run `_woken` when it is signalled; False where somebody else decides that."""
-    if (
-        _WAKE is None
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(_WAKE) is not signal.SIG_DFL
-    ):
-        return False
-    signal.signal(_WAKE, _woken)
-    return True
+def _may_listen() -> bool:
+    """Whether the main thread can be woken by a signal; no, where somebody else decides what that does."""
+    return (
+        _WAKE is not None
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(_WAKE) is signal.SIG_DFL
+    )
 
 
 def _wake(thread_id: int) -> None:
@@ -317,7 +314,10 @@ class _Watch:
         # would end the new one, which then watches nothing.
         self._starts_until = time.monotonic() + _START_PATIENCE
         _watches.add(self)
-        self._listens = _listens()
+        self._listens = _may_listen()  # said before it is done: a Ctrl-C may arrive in between
+        if self._listens:
+            assert _WAKE is not None
+            signal.signal(_WAKE, _woken)
         # `Thread.start` waits for the new thread in Python code, which a Ctrl-C can tear.
         _thread.start_new_thread(self._run, ())
         while not self._runs and time.monotonic() < self._starts_until:
@@ -363,7 +363,8 @@ class _Watch:
         _watches.discard(self)
         if self._listens:
             assert _WAKE is not None
-            signal.signal(_WAKE, signal.SIG_DFL)
+            if signal.getsignal(_WAKE) is _woken:
+                signal.signal(_WAKE, signal.SIG_DFL)
             self._listens = False
         if not fired:
             return
@@ -403,12 +404,17 @@ class _Hush:
 
 def _hush_finalisers() -> None:
     """Set the hook while a watch interrupts its thread, and take it back afterwards if it is still there."""
-    hook = sys.unraisablehook
-    wanted = any(watch.fired for watch in tuple(_watches))
-    if wanted and not isinstance(hook, _Hush):
-        sys.unraisablehook = _Hush(hook)
-    elif not wanted and isinstance(hook, _Hush):
-        sys.unraisablehook = hook.before
+    with _hush_lock:  # two watches at once would take each other's hook for the user's
+        hook = sys.unraisablehook
+        wanted = any(watch.fired for watch in tuple(_watches))
+        if wanted and not isinstance(hook, _Hush):
+            sys.unraisablehook = _Hush(hook)
+        elif not wanted and isinstance(hook, _Hush):
+            sys.unraisablehook = hook.before
+
+
+#: One that a thread may take twice: a finaliser may run another plan's undo, under a deadline of its own.
+_hush_lock = threading.RLock()
 
 
 #: Watches that were started and not yet told that their block was left.
