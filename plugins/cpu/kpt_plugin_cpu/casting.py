@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,13 +51,13 @@ def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> tuple[int, Calla
     copies: dict[int, torch.Tensor] = {}
     replaced = list(_wide(model))
     for store, name, tensor in replaced:
-        copy = copies.get(id(tensor))
-        if copy is None:
-            copy = tensor.detach().to(dtype)
+        narrowed = copies.get(id(tensor))
+        if narrowed is None:
+            narrowed = tensor.detach().to(dtype)
             if isinstance(tensor, torch.nn.Parameter):
-                copy = torch.nn.Parameter(copy, requires_grad=False)
-            copies[id(tensor)] = copy
-        store[name] = copy
+                narrowed = torch.nn.Parameter(narrowed, requires_grad=False)
+            copies[id(tensor)] = narrowed
+        store[name] = narrowed
 
     def undo() -> None:
         for store, name, tensor in replaced:
@@ -91,47 +92,46 @@ def cast_calls(
 
 
 def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
-    """``output`` with ``narrow`` tensors in ``wide``; objects change in place: the forward made them."""
+    """``output`` with ``narrow`` tensors in ``wide``; what holds some is copied: the model may keep it."""
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(wide) if value.dtype == narrow else value
-        _widen_inside(value, narrow, wide, _DEPTH)
-        return value
+        return _widened_inside(value, narrow, wide, _DEPTH)
 
     return pytree.tree_map(leaf, output)
 
 
-def _widen_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> None:
-    """Cast the tensors that hang on an object such as a cache, at most ``depth`` levels down."""
+def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> Any:
+    """A tensor in ``wide``, or a copy of an object that holds ``narrow`` ones (a cache, say) within ``depth``
+    levels; ``value`` itself where nothing changes."""
+    if isinstance(value, torch.Tensor):
+        return value.to(wide) if value.dtype == narrow else value
     if depth == 0 or value is None or isinstance(value, (int, float, str, bytes, torch.nn.Module, type)):
-        return
+        return value
     if isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            if isinstance(item, torch.Tensor):
-                if item.dtype == narrow and isinstance(value, list):
-                    value[index] = item.to(wide)
-            else:
-                _widen_inside(item, narrow, wide, depth - 1)
-        return
+        items = [_widened_inside(item, narrow, wide, depth - 1) for item in value]
+        if all(new is old for new, old in zip(items, value)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    changed = {}
+    for name, item in list(held.items()):
+        if isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
+            new = _widened_inside(item, narrow, wide, depth - 1)
+            if new is not item:
+                changed[name] = new
+    if not changed:
+        return value
+    if type(value) is dict:
+        return {**value, **changed}
     if isinstance(value, dict):
-        for key, item in list(value.items()):
-            if isinstance(item, torch.Tensor):
-                if item.dtype == narrow:
-                    value[key] = item.to(wide)
-            else:
-                _widen_inside(item, narrow, wide, depth - 1)
-        return
-    for name, item in list(getattr(value, "__dict__", {}).items()):
-        if isinstance(item, torch.Tensor):
-            if item.dtype == narrow:
-                # A frozen dataclass refuses what goes through its own interface.
-                put = object.__setattr__ if _is_frozen(value) else setattr
-                put(value, name, item.to(wide))
-        elif isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
-            _widen_inside(item, narrow, wide, depth - 1)
-
-
-def _is_frozen(value: Any) -> bool:
-    parameters: Any = getattr(type(value), "__dataclass_params__", None)
-    return parameters is not None and bool(parameters.frozen)
+        copied = copy.copy(value)
+        copied.update(changed)
+        return copied
+    try:
+        twin = object.__new__(type(value))
+    except TypeError:  # laid out by a base that is not Python's
+        twin = type(value).__new__(type(value))
+    for name, item in list(held.items()):
+        # A frozen dataclass refuses what goes through its own interface.
+        object.__setattr__(twin, name, changed.get(name, item))
+    return twin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kpt.transaction.plan import Candidate, assemble
 from kpt_plugin_cpu import onednn
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.captured import Captured
+from kpt_plugin_cpu.casting import _widened
 from kpt_plugin_cpu.channels_last import ChannelsLast
 from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
@@ -230,6 +232,44 @@ def test_bf16_widens_what_containers_of_an_object_hold(compiled: bool):
     output = run(x)
     held = [output["logits"], output["cache"].states[0], output["cache"].layers[0]]
     assert [tensor.dtype for tensor in held] == [torch.float32] * 3
+    undo()
+
+
+class Box:
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
+class Keeps(nn.Module):
+    """Returns objects that it keeps, and computes with what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 8)
+        self.frozen = Frozen(torch.zeros(8, dtype=torch.bfloat16))
+        self.cache = Box([Box(torch.ones(8, dtype=torch.bfloat16))])
+        self.table = {"keys": [torch.ones(8, dtype=torch.bfloat16)]}
+
+    def forward(self, x: torch.Tensor) -> tuple[object, ...]:
+        kept = self.frozen, self.cache, Box(self.table)
+        return self.linear(x), *kept
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_bf16_leaves_alone_what_the_model_keeps(compiled: bool):
+    model, x = Keeps().eval(), torch.randn(4, 128)
+    (offer,) = variants(Bf16(), observe(model, x))
+    _, space, undo = applied(Bf16, model, offer)
+    run = torch.compile(space.forward, backend="eager") if compiled else space.forward
+    _, frozen, cache, held = run(x)
+    given = frozen.logits, cache.inner[0].inner, held.inner["keys"][0]
+    kept = model.frozen.logits, model.cache.inner[0].inner, model.table["keys"][0]
+    assert [tensor.dtype for tensor in given] == [torch.float32] * 3
+    assert [tensor.dtype for tensor in kept] == [torch.bfloat16] * 3
+    if not compiled:
+        twin = _widened(SimpleNamespace(keys=kept[0]), torch.bfloat16, torch.float32)
+        assert type(twin) is SimpleNamespace and twin.keys.dtype is torch.float32
     undo()
 
 
