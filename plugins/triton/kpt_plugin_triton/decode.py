@@ -143,7 +143,7 @@ def run_decode(
             *(part, peaks, totals, sinks, out, stats, form.heads, form.q_len, splits, *strides_of(out)),
             all_rows,
         ),
-        (form.head_v, block_v, max(4, min(power_of_two(splits), 4096 // block_v)), form.additive),
+        (form.head_v, block_v, max(4, min(power_of_two(splits), 2048 // block_v)), form.additive),
         4,
     )
     return out, stats
