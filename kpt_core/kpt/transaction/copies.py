@@ -8,10 +8,9 @@ inert in the copy, whose handle is empty.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +19,14 @@ HANDLE = "_kpt_plan"
 REDUCE = "__reduce_ex__"
 #: Bound methods, which are ours if their code is.
 _METHODS = ("forward", "_apply", REDUCE)
+_our_code: set[types.CodeType] = set()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def ours(function: _Function) -> _Function:
+    """Mark ``function``: bound to a model as one of its methods, it is left out of copies and pickles."""
+    _our_code.add(function.__code__)  # type: ignore[attr-defined]
+    return function
 
 
 class Handle:
@@ -35,6 +42,7 @@ class Handle:
         return type(None), ()
 
 
+@ours
 def reduce_ex(self: torch.nn.Module, protocol: Any) -> Any:
     """What the class's own ``__reduce_ex__`` gives, without what kpt set on the instance."""
     reduced: Any = getattr(type(self), REDUCE)(self, protocol)
@@ -74,11 +82,4 @@ def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
 
 def _is_ours(value: Any) -> bool:
     code = getattr(getattr(value, "__func__", None), "__code__", None)
-    return code is not None and code in _our_code()
-
-
-@functools.cache
-def _our_code() -> frozenset[types.CodeType]:
-    from kpt.transaction import dispatch, watch
-
-    return frozenset(function.__code__ for function in (reduce_ex, dispatch.forward, watch._apply))
+    return code is not None and code in _our_code

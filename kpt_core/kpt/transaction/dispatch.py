@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from kpt.transaction.copies import HANDLE, Handle, clean_copies
+from kpt.transaction.copies import HANDLE, Handle, clean_copies, ours
 from kpt.transaction.unwind import unwind
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
 
 
+@ours
 def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     handle = self.__dict__.get("_kpt_plan")
     if handle is None or handle.plan is None:

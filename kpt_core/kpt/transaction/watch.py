@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 
 from kpt.judge.modelstate import attributes_of
 from kpt.judge.slots import slots_of
-from kpt.transaction.copies import clean_copies
+from kpt.transaction.copies import clean_copies, ours
 from kpt.transaction.reading import constants_read, is_plain, reading_of
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
@@ -209,6 +209,7 @@ def _restore_apply(module: torch.nn.Module) -> Callable[[], None]:
 _apply_watchers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 
 
+@ours
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
     """``nn.Module._apply``, which ``.to()``, ``.half()`` and ``.cuda()`` go through, with a notice."""
     reference = _apply_watchers.get(self)
