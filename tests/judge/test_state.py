@@ -6,6 +6,8 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import types
 import warnings
@@ -276,3 +278,12 @@ def test_odd_models_are_remembered() -> None:
     in_place(model.complex)
     assert state.differences() == ["complex: values"]
     assert state.restore() == []
+
+
+def test_the_first_import_of_dynamo_is_no_change_of_code() -> None:
+    """It exchanges `torch.manual_seed`, and may be that of whoever compiles first."""
+    script = (
+        "import torch; from kpt.judge.codestate import CodeState; state = CodeState(torch.nn.Linear(2, 2)); "
+        "import torch._dynamo; assert state.differences() == [], state.differences()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

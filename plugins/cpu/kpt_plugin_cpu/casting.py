@@ -127,10 +127,11 @@ def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: i
         copied = copy.copy(value)
         copied.update(changed)
         return copied
+    cls: Any = type(value)
     try:
-        twin = object.__new__(type(value))
+        twin = object.__new__(cls)
     except TypeError:  # laid out by a base that is not Python's
-        twin = type(value).__new__(type(value))
+        twin = cls.__new__(cls)
     for name, item in list(held.items()):
         # A frozen dataclass refuses what goes through its own interface.
         object.__setattr__(twin, name, changed.get(name, item))
