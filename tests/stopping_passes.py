@@ -6,7 +6,9 @@ import itertools
 import os
 import queue
 import signal
+import threading
 import time
+from concurrent import futures
 
 import torch
 
@@ -37,6 +39,66 @@ class UndoWaits(DirectScale):
     def apply(self, model, variant):
         super().apply(model, variant)
         return lambda: time.sleep(1000.0)
+
+
+class WrongAndUndoWaits(UndoWaits):
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * 1.01
+
+
+class UndoTakesLong(DirectScale):
+    """Its undo runs in Python code, so that it could be stopped anywhere."""
+
+    ended: list[bool] = []
+
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+
+        def slowly():
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                time.sleep(0.001)
+            undo()
+            self.ended.append(True)
+
+        return slowly
+
+
+#: Ends the threads of the passes below.
+ended = threading.Event()
+
+
+class StartsAThread(DirectScale):
+    """Wrong, and leaves a thread behind."""
+
+    def replacement(self):
+        return lambda self, x: fast_forward(self, x) * 1.01
+
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+        ended.clear()
+        self.start()
+        return undo
+
+    def start(self):
+        threading.Thread(target=ended.wait, name="left-behind", daemon=True).start()
+
+
+class StartsAPool(StartsAThread):
+    def start(self):
+        pool = futures.ThreadPoolExecutor(1, thread_name_prefix="left-behind")
+        pool.submit(ended.wait)
+
+
+class EndsItsThread(StartsAThread):
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+
+        def end():
+            undo()
+            ended.set()
+
+        return end
 
 
 class SleepsInSteps(DirectScale):

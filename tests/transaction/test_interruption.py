@@ -17,7 +17,7 @@ import kpt
 import stopping_passes as stopping
 from fingerprints import optimized
 from kpt import interruption
-from kpt.transaction import applied, events
+from kpt.transaction import events
 from slow_models import DirectScale, net, plugin
 
 
@@ -67,14 +67,6 @@ def test_the_budget_holds(offered):
         assert all(rule in ("deadline", "budget") or "budget" in rule for rule in stopped), receipt.rejected
 
     stays_the_same(model, run)
-
-
-def test_an_undo_that_does_not_come_back_is_stopped(monkeypatch):
-    monkeypatch.setattr(applied, "_UNDO_SECONDS", 0.1)
-    model, example = model_in_mid_life(), torch.randn(32, 16)
-    optimized(model, example, plugins=[plugin(stopping.UndoWaits)])
-    kpt.restore(model)
-    assert kpt.report(model).notes == ["UndoWaits:direct: undo did not come back and was stopped"]
 
 
 def test_a_deadline_ends_no_thread_that_watches_another(monkeypatch):

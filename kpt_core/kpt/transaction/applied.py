@@ -9,12 +9,14 @@ import torch
 
 from kpt import compiling
 from kpt.transaction import workspace
+from kpt.transaction.threads import StartedThreads
 
 if TYPE_CHECKING:
     from kpt.transaction.plan import Candidate, Plan
 
 
-#: How long one undo may take. The workspace is dropped anyhow; what it frees beside that is its own affair.
+#: How long one undo may take while a budget runs. The workspace is dropped anyhow; what it frees beside that
+#: is its own affair.
 _UNDO_SECONDS = 5.0
 
 
@@ -32,7 +34,7 @@ class Applied:
     """A workspace of ``model`` with ``plan`` applied.
 
     `close` undoes the plan, frees compiled code and drops the workspace; an undo that raises, or does not
-    come back, is noted in ``undo_errors``.
+    come back in a run, is noted in ``undo_errors``.
 
     Raises:
         StepFailed: a variant's ``apply`` raised or returned no undo.
@@ -42,6 +44,7 @@ class Applied:
         self, model: torch.nn.Module, plan: Plan, *, training: bool, undo_errors: list[str] | None = None
     ) -> None:
         self.plan = plan
+        self._threads = StartedThreads()
         self.module: torch.nn.Module | None = workspace.clone(model)
         self.compiled: list[compiling.CompiledForward] = []
         self._undos: list[tuple[Candidate, Callable[[], None]]] = []
@@ -64,6 +67,8 @@ class Applied:
     def _apply(self, step: Candidate) -> None:
         try:
             behaviour = step.make()
+            if step.left_out:
+                behaviour.leave_out(step.left_out)
             undo = behaviour.apply(self.module, step.variant)
         except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
             raise
@@ -141,6 +146,7 @@ class Applied:
             if not applied:
                 raise StepFailed(step, "no-effect", "the variant changed nothing that can be observed")
             self._check_accounts(step, behaviour)
+        self._threads.look()
 
     def _check_accounts(self, step: Candidate, behaviour: Any) -> None:
         """What a step tells of itself is asked for in reports: it has to work there, so it is tried here."""
@@ -159,19 +165,33 @@ class Applied:
                     step, "failed", f"{name} returned {type(told).__name__}; expected {kind.__name__}"
                 )
 
-    def close(self) -> None:
-        for step, undo in reversed(self._undos):
+    def close(self, *, in_run: bool = True) -> None:
+        """Undo every step, the last one first, and free everything.
+
+        Within a run each undo has some seconds; outside of one it is waited for. A Ctrl-C in one undo lets
+        the others run before it is raised. Threads that the plan leaves behind are noted.
+        """
+        interrupted: KeyboardInterrupt | None = None
+        while self._undos:
+            step, undo = self._undos[-1]
             try:
-                with compiling.deadline(_UNDO_SECONDS):
+                with compiling.deadline(_UNDO_SECONDS if in_run else None):
                     undo()
-            except KeyboardInterrupt:
-                raise
+            except KeyboardInterrupt as error:
+                interrupted = error
             except compiling.DeadlinePassed:
                 self.undo_errors.append(f"{step.name}: undo did not come back and was stopped")
             except BaseException as error:  # noqa: BLE001 - the workspace is dropped anyway; the receipt says so
                 self.undo_errors.append(f"{step.name}: undo raised {type(error).__name__}: {error}")
-        self._undos.clear()
+            self._undos.pop()
+        if in_run:  # later on, others may have started some
+            self._threads.look()
+        if left := self._threads.left():
+            told = f"threads that it started still run, and cannot be ended: {', '.join(left)}"
+            self.undo_errors.append(f"{self.plan.key}: {told}")
         for compiled in self.compiled:
             compiled.dispose()
         self.compiled = []
         self.module = None
+        if interrupted is not None:
+            raise interrupted

@@ -31,7 +31,7 @@ class Committed:
         self.watch = self.plan.watch
         self.plan.committed = self
         self._uninstall: Callable[[], None] | None = dispatch.install(model, self.plan)
-        self._finalizer = weakref.finalize(model, applied.close)
+        self._finalizer = weakref.finalize(model, applied.close, in_run=False)
         self._finalizer.atexit = False
 
     def time(self, model: torch.nn.Module, trials: Trials) -> Timing:
@@ -49,8 +49,10 @@ class Committed:
                 load=trials.load,
             )
 
-    def take_back(self) -> list[str]:
+    def take_back(self, *, in_run: bool = False) -> list[str]:
         """Remove the patch, the watch and the workspace; return what undoing the plan complained of.
+
+        ``in_run`` says that a budget runs, within which no undo is waited for any longer than in a trial.
 
         Raises:
             RuntimeError: the forward was wrapped by somebody else and cannot be unwound; nothing was
@@ -61,8 +63,8 @@ class Committed:
             self._uninstall = None
         self.watch.close()
         known = len(self.applied.undo_errors)
-        self.applied.close()
         self._finalizer.detach()
+        self.applied.close(in_run=in_run)
         return self.applied.undo_errors[known:]
 
 
@@ -110,16 +112,16 @@ def commit(
         with trials.state_kept():
             timing = committed.time(model, trials)
     except BaseException:
-        committed.take_back()
+        committed.take_back(in_run=True)
         raise
     if len(trials.damage) > harmed:
-        committed.take_back()
+        committed.take_back(in_run=True)
         return None, ("parameter-modified", trials.damage_since(harmed)), timing
     used, fallbacks = committed.plan.optimized_calls, committed.plan.fallbacks.to_dict()
     committed.plan.reset_counters()
     faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)
     if used == 0 or not faster:
-        committed.take_back()
+        committed.take_back(in_run=True)
         reason = (
             "the guard let no call reach the plan: " + ", ".join(fallbacks)
             if used == 0
