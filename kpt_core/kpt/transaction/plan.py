@@ -22,7 +22,8 @@ class Candidate:
 
     ``make`` gives a new instance of the behaviour for each application, so that what an instance
     remembers (tables, compiled functions) never mixes two trials. ``dtypes`` are those a kernel
-    computes in, empty for any.
+    computes in, empty for any; ``left_out`` the kinds of sites (`kpt.kernels.kind_of`) that it must not
+    serve.
     """
 
     variant: Variant
@@ -36,6 +37,7 @@ class Candidate:
     requires: frozenset[str] = frozenset()
     conflicts: frozenset[str] = frozenset()
     priority: int = 0
+    left_out: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -47,13 +49,14 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """The step as a recipe stores it."""
+        left_out = {"left_out": sorted(self.left_out)} if self.left_out else {}
         return {
             "phase": self.phase,
             "plugin": self.plugin,
             "source": self.source,
             "variant": {
                 **plain(asdict(replace(self.variant, params={}))),
-                "params": plain(self.variant.params),
+                "params": plain({**self.variant.params, **left_out}),
             },
         }
 

@@ -185,6 +185,10 @@ def rebuild(
             ]
             if not found or found[0].variant.sites != variant.sites:
                 raise RecipeError(f"kernel {step['source']} has no such sites here")
+            left_out = variant.params.get("left_out", ())
+            if not isinstance(left_out, list) and left_out or not all(isinstance(k, str) for k in left_out):
+                raise RecipeError(f"what kernel {step['source']} leaves out is malformed in the recipe")
+            found[0].left_out.update(left_out)
             steps.append(found[0])
             continue
         steps.append(_rebuilt(step, variant, observation, registry))
