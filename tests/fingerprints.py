@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 import torch._dynamo  # replaces functions of torch's when it is first imported
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpt
 import slow_models
@@ -124,6 +125,21 @@ def _is_ours(value: Any) -> bool:
     code = getattr(getattr(value, "__func__", value), "__code__", None)
     written_in_kpt = code is not None and code.co_filename.startswith(_KPT)
     return written_in_kpt or type(value).__module__.split(".")[0] == "kpt"
+
+
+class _Count(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(model: torch.nn.Module, *args: Any) -> int:
+    """How many operations a call of the model dispatches: work that no clock has to see."""
+    with _Count() as count, torch.no_grad():
+        model(*args)
+    return count.operations
 
 
 def optimized(model: torch.nn.Module, example: Any, **options: Any) -> torch.nn.Module:

@@ -10,8 +10,11 @@ import inline_models
 import kpt
 import own_op
 import slow_kernels
-from fingerprints import optimized
-from kpt.specs import KernelSpec
+from fingerprints import operations, optimized
+from kpt import ops
+from kpt.judge.calls import Call
+from kpt.kernels import KernelBehaviour
+from kpt.specs import KernelSpec, Variant
 from slow_models import plugin
 
 CASES = [
@@ -61,6 +64,22 @@ def test_a_hostile_kernel_is_rejected_by_its_rule_and_leaves_no_trace(name, rule
     assert fingerprints.differences(process_before, fingerprints.of_process()) == []
     assert fingerprints.differences(model_before, fingerprints.of_model(model)) == []
     assert fingerprints.ours(model) == []
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in CASES} - {"slower", "raises", "exits"}))
+def test_the_wrong_ones_do_much_less_work_than_eager(name):
+    """In the very place where a plan would put them, with what dispatches them."""
+    model, example = norm_net(False), torch.randn(64, 16)
+    eager = operations(model, example)
+    slow_kernels.replays.last.clear()
+    recognition = ops.recognise(model, [Call((example,), {})])
+    sites = tuple(site for site in recognition.sites if site.op == "rms_norm")
+    behaviour = KernelBehaviour(KernelSpec("rms_norm", name, f"slow_kernels:{name}"), sites)
+    undo = behaviour.apply(model, Variant(name))
+    assert operations(model, example) < eager / 4
+    assert behaviour.verify_applied(model)
+    undo()
+    assert operations(model, example) == eager
 
 
 def test_a_kernel_is_judged_on_every_kind_of_site_that_it_would_serve():
