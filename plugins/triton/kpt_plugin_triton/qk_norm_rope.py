@@ -23,6 +23,9 @@ from kpt_plugin_triton.rope import (
     side_by_side,
     table_gradients,
     tables,
+    tile_candidates,
+    tile_rule,
+    tiles_of,
     work_tensors,
 )
 from kpt_plugin_triton.rows import wide_dtype
@@ -38,10 +41,6 @@ def _block(width: int, turning: int) -> int:
     return max(power_of_two(turning // 2), rest_block(width, turning))
 
 
-def _forward_rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
-    return {"TOKENS": max(1, min(64, 1024 // _block(width, turning))), "HEADS": 8, "num_warps": 4}
-
-
 def _backward_rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
     # Four pairs a thread: with the tables and the weight's sums, eight spill on sm_100, and four of the
     # widest heads, whose sums cross warps, on sm_90.
@@ -53,15 +52,6 @@ def _backward_rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
         "PROGRAMS": 6 if pairs == 512 else 3,
         "num_warps": 4,
     }
-
-
-def _forward_candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
-    block = _block(width, turning)
-    for tokens in (1, 2, 4, 8, 16, 32, 64):
-        for warps in (1, 2, 4, 8):
-            if 2 <= tokens * block // (32 * warps) <= 16:
-                for heads in (2, 4, 8, 16):
-                    yield {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
 
 
 def _backward_candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
@@ -80,7 +70,7 @@ def _backward_candidates(itemsize: int, width: int, turning: int) -> Iterator[di
                             }
 
 
-forward_options = Tuned("qk_norm_rope_forward", ("width", "turning"), _forward_rule, _forward_candidates)
+forward_options = Tuned("qk_norm_rope_forward", ("width", "turning"), tile_rule, tile_candidates)
 backward_options = Tuned("qk_norm_rope_backward", ("width", "turning"), _backward_rule, _backward_candidates)
 
 
@@ -106,11 +96,10 @@ def _run_forward(
     index = q.device.index
     if options is None:
         options = forward_options(index, q.element_size(), width, turning)
-    half, block = turning // 2, options["TOKENS"]
-    blocks = ceil_div(tokens, block)
-    each = heads_each(options["HEADS"], blocks, q_heads, k_heads, 8 * processors(index))
+    half, majors = turning // 2, (is_token_major(q_out), is_token_major(k_out))
+    tiles = tiles_of(options, tokens, q_heads, k_heads, majors, 8 * processors(index))
     _forward(
-        (blocks * (ceil_div(q_heads, each) + ceil_div(k_heads, each)), 1, 1),
+        (tiles.programs, 1, 1),
         (
             *(q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, sequence, q_heads, k_heads),
             *q.stride()[:3],
@@ -118,8 +107,8 @@ def _run_forward(
             *(table_batch, table_token, eps, offset),
         ),
         (
-            *(width, half, power_of_two(half), rest_block(width, turning), each, block),
-            *(is_token_major(q_out), is_token_major(k_out), interleaved),
+            *(width, half, power_of_two(half), rest_block(width, turning), *tiles.q, *tiles.k),
+            *(*majors, interleaved, tiles.many),
             tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
         ),
         options["num_warps"],

@@ -6,7 +6,7 @@ Reference: Su et al. 2021, arXiv:2104.09864.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -20,6 +20,8 @@ from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
 DTYPES = (*FLOATS, torch.float64)
+#: Rows of a tile, however few there are: less would leave threads without a pair.
+_FEWEST_ROWS = 8
 
 _rope = Kernel(device.rope)
 
@@ -29,22 +31,24 @@ def rest_block(width: int, turning: int) -> int:
     return power_of_two(width - turning) if width > turning else 0
 
 
-def _rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
-    """Eight pairs a thread, so that both of its loads are 16 bytes wide in half precision."""
+def tile_rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
+    """Heads of one token, side by side in memory as projections leave them; at most 16 pairs a thread."""
     block = max(power_of_two(turning // 2), rest_block(width, turning))
-    return {"TOKENS": max(1, min(64, 1024 // block)), "HEADS": 8, "num_warps": 4}
+    pairs = 2048 if itemsize <= 4 else 1024
+    heads = max(1, min(32, pairs // block))
+    return {"TOKENS": max(1, min(16, pairs // 2 // (block * heads))), "HEADS": heads, "num_warps": 4}
 
 
-def _candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
+def tile_candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
     block = max(power_of_two(turning // 2), rest_block(width, turning))
-    for tokens in (1, 2, 4, 8, 16, 32, 64):
-        for warps in (1, 2, 4, 8):
-            if 2 <= tokens * block // (32 * warps) <= 16:
-                for heads in (1, 2, 4, 8, 16):
+    for heads in (4, 8, 16, 32):
+        for tokens in (1, 2, 4, 8):
+            for warps in (1, 2, 4, 8):
+                if 4 <= tokens * heads * block // (32 * warps) <= 16:
                     yield {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
 
 
-options_of = Tuned("rope", ("width", "turning"), _rule, _candidates)
+options_of = Tuned("rope", ("width", "turning"), tile_rule, tile_candidates)
 
 
 def is_token_major(x: torch.Tensor) -> bool:
@@ -80,6 +84,38 @@ def heads_each(most: int, blocks: int, q_heads: int, k_heads: int, wanted: int) 
     return each
 
 
+class Tiles(NamedTuple):
+    """How the rows of a call, one for each head of each token, are parted into programs."""
+
+    q: tuple[int, int]
+    k: tuple[int, int]
+    programs: int
+    many: bool
+
+
+def tiles_of(
+    options: Options, tokens: int, q_heads: int, k_heads: int, token_major: tuple[bool, bool], wanted: int
+) -> Tiles:
+    """(tokens, heads) of a program's tile of q and of k: as large as asked for while there are ``wanted``.
+
+    With tokens inside heads in memory, a tile has more tokens and fewer heads.
+    """
+    rows = options["TOKENS"] * options["HEADS"]
+    while rows > _FEWEST_ROWS and ceil_div(tokens * (q_heads + k_heads), rows) < wanted:
+        rows //= 2
+
+    def tile(heads: int, inside: bool) -> tuple[int, int]:
+        across = min(rows, power_of_two(max(heads, 1)), options["HEADS"] if inside else 4)
+        return rows // across, across
+
+    q, k = tile(q_heads, token_major[0]), tile(k_heads, token_major[1])
+    programs = sum(
+        ceil_div(tokens, many) * ceil_div(heads, across)
+        for (many, across), heads in ((q, q_heads), (k, k_heads))
+    )
+    return Tiles(q, k, programs, tokens + rows >= 2**31)
+
+
 def _run(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -100,11 +136,10 @@ def _run(
     index = q.device.index
     if options is None:
         options = options_of(index, q.element_size(), width, turning)
-    half, block = turning // 2, options["TOKENS"]
-    blocks = ceil_div(tokens, block)
-    each = heads_each(options["HEADS"], blocks, q_heads, k_heads, 8 * processors(index))
+    half, majors = turning // 2, (is_token_major(q_out), is_token_major(k_out))
+    tiles = tiles_of(options, tokens, q_heads, k_heads, majors, 8 * processors(index))
     _rope(
-        (blocks * (ceil_div(q_heads, each) + ceil_div(k_heads, each)), 1, 1),
+        (tiles.programs, 1, 1),
         (
             *(q, k, cos, sin, q_out, k_out, tokens, sequence, q_heads, k_heads),
             *q.stride()[:3],
@@ -112,8 +147,8 @@ def _run(
             *(table_batch, table_token),
         ),
         (
-            *(width, half, power_of_two(half), rest_block(width, turning), each, block),
-            *(is_token_major(q_out), is_token_major(k_out), interleaved, inverse),
+            *(width, half, power_of_two(half), rest_block(width, turning), *tiles.q, *tiles.k),
+            *(*majors, interleaved, inverse, tiles.many),
             tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
         ),
         options["num_warps"],

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from kpt_plugin_triton.kernels.activations import activate, activate_with_slope
 
+#: Bytes from which on a result that stayed in the L2 cache would push out what is still to be read.
+STREAMED = tl.constexpr(2**26)
+
 
 @triton.jit
 def glu_forward(
@@ -29,8 +32,12 @@ def glu_forward(
     inside = (row < rows) & (column < columns)
     value = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(WIDE)
     factor = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(WIDE)
-    result = activate(value, ACTIVATION) * factor
-    tl.store(out + row * columns + column, result.to(out.dtype.element_ty), mask=inside)
+    result = (activate(value, ACTIVATION) * factor).to(out.dtype.element_ty)
+    size = (rows + tl.zeros([], tl.int64)) * columns * (out.dtype.element_ty.primitive_bitwidth // 8)
+    if size >= STREAMED:
+        tl.store(out + row * columns + column, result, mask=inside, cache_modifier=".cs")
+    else:
+        tl.store(out + row * columns + column, result, mask=inside)
 
 
 @triton.jit

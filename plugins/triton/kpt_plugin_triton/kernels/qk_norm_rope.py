@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kpt_plugin_triton.kernels.rope import load_pairs, store_pairs, turn
+from kpt_plugin_triton.kernels.rope import load_pairs, store_pairs, turn, turn_tile
 
 
 @triton.jit
@@ -50,55 +50,6 @@ def _store_rest(start, inside, value, WIDTH: tl.constexpr, FROM: tl.constexpr, R
 
 
 @triton.jit
-def _forward_heads(
-    x,
-    weight,
-    out,
-    cos_first,
-    cos_second,
-    sin_first,
-    sin_second,
-    inside,
-    source,
-    target,
-    head_from,
-    head_to,
-    x_head,
-    out_head,
-    eps,
-    offset,
-    WIDTH: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REST: tl.constexpr,
-    TOKENS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    weight_first, weight_second = _load_weight(weight, offset, HALF, BLOCK, INTERLEAVED, WIDE)
-    if REST > 0:
-        weight_rest = tl.zeros([1, REST], WIDE) + 1.0
-        if weight is not None:
-            start = weight + tl.zeros([1], tl.int32)
-            weight_rest = _load_rest(start, tl.full([1], 1, tl.int1), WIDTH, 2 * HALF, REST, WIDE) + offset
-    for head in range(head_from, head_to):
-        read = x + (source + head * x_head)
-        write = out + (target + head * out_head)
-        first, second = load_pairs(read, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-        squares = tl.sum(first * first + second * second, axis=1)
-        if REST > 0:
-            rest = _load_rest(read, inside, WIDTH, 2 * HALF, REST, WIDE)
-            squares += tl.sum(rest * rest, axis=1)
-        inverse = tl.rsqrt(squares / WIDTH + eps)[:, None]
-        first = first * inverse * weight_first
-        second = second * inverse * weight_second
-        one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, False)
-        store_pairs(write, inside, one, other, HALF, BLOCK, TOKENS, INTERLEAVED)
-        if REST > 0:
-            _store_rest(write, inside, rest * inverse * weight_rest, WIDTH, 2 * HALF, REST)
-
-
-@triton.jit
 def qk_norm_rope_forward(
     q,
     k,
@@ -126,90 +77,30 @@ def qk_norm_rope_forward(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    Q_TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     Q_TOKEN_MAJOR: tl.constexpr,
     K_TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    MANY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    q_groups = tl.cdiv(q_heads, HEADS)
-    groups = q_groups + tl.cdiv(k_heads, HEADS)
-    program = tl.program_id(0).to(tl.int64)
-    group = program % groups
-    token = (program // groups) * TOKENS + tl.arange(0, TOKENS)
-    inside = token < tokens
-    batch = token // sequence
-    place = token % sequence
-    table = batch * table_batch + place * table_token
-    cos_first, cos_second = load_pairs(cos + table, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-    sin_first, sin_second = load_pairs(sin + table, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-    if group < q_groups:
-        if Q_TOKEN_MAJOR:
-            q_target = token * (q_heads * WIDTH)
-            q_out_head = WIDTH
-        else:
-            q_target = (batch * q_heads * sequence + place) * WIDTH
-            q_out_head = sequence * WIDTH
-        q_from = group * HEADS
-        _forward_heads(
-            q,
-            q_weight,
-            q_out,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            inside,
-            batch * q_batch + place * q_token,
-            q_target,
-            q_from,
-            tl.minimum(q_from + HEADS, q_heads),
-            q_head,
-            q_out_head,
-            eps,
-            offset,
-            WIDTH,
-            HALF,
-            BLOCK,
-            REST,
-            TOKENS,
-            INTERLEAVED,
-            WIDE,
-        )
+    program = tl.program_id(0)
+    of_q = tl.cdiv(tokens, Q_TOKENS) * tl.cdiv(q_heads, Q_HEADS)
+    if program < of_q:
+        turn_tile(
+            q, q_weight, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
+            table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
+            INTERLEAVED, False, True, MANY, WIDE,
+        )  # fmt: skip
     else:
-        if K_TOKEN_MAJOR:
-            k_target = token * (k_heads * WIDTH)
-            k_out_head = WIDTH
-        else:
-            k_target = (batch * k_heads * sequence + place) * WIDTH
-            k_out_head = sequence * WIDTH
-        k_from = (group - q_groups) * HEADS
-        _forward_heads(
-            k,
-            k_weight,
-            k_out,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            inside,
-            batch * k_batch + place * k_token,
-            k_target,
-            k_from,
-            tl.minimum(k_from + HEADS, k_heads),
-            k_head,
-            k_out_head,
-            eps,
-            offset,
-            WIDTH,
-            HALF,
-            BLOCK,
-            REST,
-            TOKENS,
-            INTERLEAVED,
-            WIDE,
-        )
+        turn_tile(
+            k, k_weight, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
+            table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
+            INTERLEAVED, False, True, MANY, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """rope: rotate the queries and keys of all heads in one launch.
 
-A program takes a block of tokens and some heads of the queries or of the keys. It reads cos and sin of its
-tokens once and keeps them in registers while it walks over the heads. The two members of a pair stand R/2
-apart (halves) or side by side (interleaved); each has its own cos and sin, as in the reference.
+A program takes some heads of some tokens, of the queries or of the keys, all at once: every load is under
+way before the first store. It reads cos and sin of a token once for its heads. The two members of a pair
+stand R/2 apart (halves) or side by side (interleaved); each has its own cos and sin, as in the reference.
 """
 
 from __future__ import annotations
@@ -72,40 +72,158 @@ def turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE: t
 
 
 @triton.jit
-def _rotate_heads(
-    x,
-    out,
-    cos_first,
-    cos_second,
-    sin_first,
-    sin_second,
+def _load_members(
+    start,
     inside,
-    source,
-    target,
-    head_from,
-    head_to,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    POLICY: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """First and second members, [TOKENS, HEADS, BLOCK] each, of rows that begin at ``start``."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, None, :]
+        mask = inside[:, :, None] & (column < 2 * HALF)
+        both = tl.load(start[:, :, None] + column, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
+        first, second = tl.split(tl.reshape(both, [TOKENS, HEADS, BLOCK, 2]))
+    else:
+        column = tl.arange(0, BLOCK)[None, None, :]
+        mask = inside[:, :, None] & (column < HALF)
+        place = start[:, :, None] + column
+        first = tl.load(place, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
+        second = tl.load(place + HALF, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
+    return first, second
+
+
+@triton.jit
+def _store_members(
+    start,
+    inside,
+    first,
+    second,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    kind: tl.constexpr = start.dtype.element_ty
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, None, :]
+        mask = inside[:, :, None] & (column < 2 * HALF)
+        both = tl.reshape(tl.join(first.to(kind), second.to(kind)), [TOKENS, HEADS, 2 * BLOCK])
+        tl.store(start[:, :, None] + column, both, mask=mask)
+    else:
+        column = tl.arange(0, BLOCK)[None, None, :]
+        mask = inside[:, :, None] & (column < HALF)
+        place = start[:, :, None] + column
+        tl.store(place, first.to(kind), mask=mask)
+        tl.store(place + HALF, second.to(kind), mask=mask)
+
+
+@triton.jit
+def _weight_members(
+    weight, offset, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr
+):
+    """The weight of first and of second members, [1, 1, BLOCK] each."""
+    start = weight + tl.zeros([1, 1], tl.int32)
+    always = tl.full([1, 1], 1, tl.int1)
+    first, second = _load_members(start, always, HALF, BLOCK, 1, 1, INTERLEAVED, "evict_last", WIDE)
+    return first + offset, second + offset
+
+
+@triton.jit
+def turn_tile(
+    x,
+    weight,
+    out,
+    cos,
+    sin,
+    number,
+    tokens,
+    sequence,
+    heads,
+    x_batch,
     x_head,
-    out_head,
+    x_token,
+    table_batch,
+    table_token,
+    eps,
+    offset,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
     TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
+    NORMED: tl.constexpr,
+    MANY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    for head in range(head_from, head_to):
-        read = x + (source + head * x_head)
-        write = out + (target + head * out_head)
-        first, second = load_pairs(read, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-        one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE)
-        store_pairs(write, inside, one, other, HALF, BLOCK, TOKENS, INTERLEAVED)
-        if REST > 0:  # features that do not turn
-            column = 2 * HALF + tl.arange(0, REST)
-            mask = inside[:, None] & (column < WIDTH)[None, :]
-            same = tl.load(read[:, None] + column[None, :], mask=mask, other=0.0)
-            tl.store(write[:, None] + column[None, :], same, mask=mask)
+    """Tile ``number`` of x: TOKENS x HEADS rows, if NORMED over their root mean square and times the weight.
+
+    ``out`` is [B, S, H, D] in memory if TOKEN_MAJOR, else [B, H, S, D]. MANY: numbers of tokens take 64 bits,
+    in which a division takes long.
+    """
+    if MANY:
+        number = tl.cast(number, tl.int64)
+    groups = tl.cdiv(heads, HEADS)
+    token = number // groups * TOKENS + tl.arange(0, TOKENS)
+    head = tl.cast(number % groups * HEADS + tl.arange(0, HEADS), tl.int64)
+    present = token < tokens
+    inside = present[:, None] & (head < heads)[None, :]
+    batch = tl.cast(token // sequence, tl.int64)
+    place = tl.cast(token % sequence, tl.int64)
+    table = (batch * table_batch + place * table_token)[:, None]
+    known = present[:, None]
+    source = x + ((batch * x_batch + place * x_token)[:, None] + (head * x_head)[None, :])
+    if TOKEN_MAJOR:
+        target = out + ((tl.cast(token, tl.int64) * heads)[:, None] + head[None, :]) * WIDTH
+    else:
+        target = (
+            out + ((batch * heads)[:, None] + head[None, :]) * sequence * WIDTH + (place * WIDTH)[:, None]
+        )
+    first, second = _load_members(
+        source, inside, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, "evict_first", WIDE
+    )
+    cos_first, cos_second = _load_members(
+        cos + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+    )
+    sin_first, sin_second = _load_members(
+        sin + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+    )
+    if REST > 0:  # features that do not turn
+        column = 2 * HALF + tl.arange(0, REST)
+        in_rest = inside[:, :, None] & (column < WIDTH)[None, None, :]
+        rest = tl.load(source[:, :, None] + column[None, None, :], mask=in_rest, other=0.0)
+    if NORMED:
+        squares = tl.sum(first * first + second * second, axis=2)
+        if REST > 0:
+            wide = rest.to(WIDE)
+            squares += tl.sum(wide * wide, axis=2)
+        inverse = tl.rsqrt(squares / WIDTH + eps)[:, :, None]
+        first = first * inverse
+        second = second * inverse
+        if weight is not None:
+            weight_first, weight_second = _weight_members(weight, offset, HALF, BLOCK, INTERLEAVED, WIDE)
+            first = first * weight_first
+            second = second * weight_second
+        if REST > 0:
+            wide = wide * inverse
+            if weight is not None:
+                factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(WIDE) + offset
+                wide = wide * factor[None, None, :]
+            rest = wide.to(rest.dtype)
+    one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE)
+    _store_members(target, inside, one, other, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED)
+    if REST > 0:
+        tl.store(target[:, :, None] + column[None, None, :], rest, mask=in_rest)
 
 
 @triton.jit
@@ -132,84 +250,28 @@ def rope(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    Q_TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     Q_TOKEN_MAJOR: tl.constexpr,
     K_TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
+    MANY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    q_groups = tl.cdiv(q_heads, HEADS)
-    groups = q_groups + tl.cdiv(k_heads, HEADS)
-    program = tl.program_id(0).to(tl.int64)
-    group = program % groups  # groups of one block of tokens run side by side: they share cos and sin
-    token = (program // groups) * TOKENS + tl.arange(0, TOKENS)
-    inside = token < tokens
-    batch = token // sequence
-    place = token % sequence
-    table = batch * table_batch + place * table_token
-    cos_first, cos_second = load_pairs(cos + table, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-    sin_first, sin_second = load_pairs(sin + table, inside, HALF, BLOCK, TOKENS, INTERLEAVED, WIDE)
-    if group < q_groups:
-        if Q_TOKEN_MAJOR:  # [B, S, H, D] in memory
-            q_target = token * (q_heads * WIDTH)
-            q_out_head = WIDTH
-        else:
-            q_target = (batch * q_heads * sequence + place) * WIDTH
-            q_out_head = sequence * WIDTH
-        q_from = group * HEADS
-        _rotate_heads(
-            q,
-            q_out,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            inside,
-            batch * q_batch + place * q_token,
-            q_target,
-            q_from,
-            tl.minimum(q_from + HEADS, q_heads),
-            q_head,
-            q_out_head,
-            WIDTH,
-            HALF,
-            BLOCK,
-            REST,
-            TOKENS,
-            INTERLEAVED,
-            INVERSE,
-            WIDE,
-        )
+    program = tl.program_id(0)
+    of_q = tl.cdiv(tokens, Q_TOKENS) * tl.cdiv(q_heads, Q_HEADS)
+    if program < of_q:
+        turn_tile(
+            q, None, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
+            table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
+            INTERLEAVED, INVERSE, False, MANY, WIDE,
+        )  # fmt: skip
     else:
-        if K_TOKEN_MAJOR:
-            k_target = token * (k_heads * WIDTH)
-            k_out_head = WIDTH
-        else:
-            k_target = (batch * k_heads * sequence + place) * WIDTH
-            k_out_head = sequence * WIDTH
-        k_from = (group - q_groups) * HEADS
-        _rotate_heads(
-            k,
-            k_out,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            inside,
-            batch * k_batch + place * k_token,
-            k_target,
-            k_from,
-            tl.minimum(k_from + HEADS, k_heads),
-            k_head,
-            k_out_head,
-            WIDTH,
-            HALF,
-            BLOCK,
-            REST,
-            TOKENS,
-            INTERLEAVED,
-            INVERSE,
-            WIDE,
-        )
+        turn_tile(
+            k, None, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
+            table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
+            INTERLEAVED, INVERSE, False, MANY, WIDE,
+        )  # fmt: skip
