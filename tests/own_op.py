@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from inline_models import detour
 from kpt.ops import Hypothesis
+from kpt.ops.regions import Region, base_name
 
 
 def scaled_tanh(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -22,6 +24,40 @@ class Recogniser:
         if len(parameters) == 1 and len(names) == 1:
             (weight,) = parameters
             yield Hypothesis("scaled_tanh", {"x": names[0], "weight": f"self.{weight}"})
+
+
+def _first(node):
+    """What went into the conversions before a node."""
+    while base_name(node) in ("double", "float"):
+        node = node.args[0]
+    return node
+
+
+class RegionRecogniser(Recogniser):
+    """Looks for places in captured graphs, too."""
+
+    marks = {"scaled_tanh": ("tanh",)}
+
+    def regions(self, graph):
+        for node in graph.nodes:
+            inner, weight = node.args[:2] if base_name(node) == "mul" else (None, None)
+            if isinstance(inner, torch.fx.Node) and base_name(inner) == "tanh":
+                yield Region(
+                    (node,), (_first(inner.args[0]),), {"weight": weight}, ops=frozenset({"scaled_tanh"})
+                )
+
+
+class InlineTanh(nn.Module):
+    """Computes it in line, slowly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 4)
+        self.gain = nn.Parameter(torch.rand(64) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.last(torch.tanh(detour(y, 20)) * self.gain)
 
 
 class SlowScaledTanh(nn.Module):

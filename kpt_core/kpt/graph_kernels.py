@@ -147,12 +147,22 @@ class GraphKernels:
         return graph
 
 
-def wanted(registered: Any) -> bool:
+def wanted(registered: Any, registry: Any) -> bool:
     """Whether a kernel whose op no module computes may be put into a graph."""
-    from kpt.ops.presence import GRAPH_OPS
+    from kpt.ops.presence import marks
 
     spec: KernelSpec = registered.spec
-    return spec.op in GRAPH_OPS and spec.compile_safe and spec.setup is None
+    return spec.op in marks(registry) and spec.compile_safe and spec.setup is None
+
+
+def _without_site(op: str, registry: Any) -> str:
+    """Why a kernel of ``op`` has no site: nothing was recognised, nothing could be, or no such op exists."""
+    known = catalogue(registry)
+    if op not in known:
+        return f"there is no op {op!r}; {nearest(op, known)}"
+    if known[op].recogniser is None:
+        return "kpt does not recognise sites of this op in models; call it directly"
+    return f"nothing in the model was recognised as {op}"
 
 
 def propose(
@@ -167,19 +177,14 @@ def propose(
     ``look(ops)`` captures the graph and recognises these ops in it; it is called only if a kernel needs it.
     """
     siteless = list(siteless)
-    hopeful = [registered for registered in siteless if wanted(registered)]
+    hopeful = [registered for registered in siteless if wanted(registered, registry)]
     found = look(frozenset(registered.spec.op for registered in hopeful)) if hopeful else None
-    known = catalogue(registry)
     usable: list[tuple[Any, list[Site]]] = []
     for registered in siteless:
         spec: KernelSpec = registered.spec
         sites: list[Site] = []
-        reason = (
-            f"the model has no {spec.op} site"
-            if spec.op in known
-            else f"there is no op {spec.op!r}; {nearest(spec.op, known)}"
-        )
-        if found is not None and wanted(registered):
+        reason = _without_site(spec.op, registry)
+        if found is not None and wanted(registered, registry):
             sites, refusal = kernels.supported(spec, found.sites, observation.mode)
             reason = refusal or found.reason or reason
         if sites:
@@ -218,7 +223,9 @@ def _offer(
         if other.spec.op != spec.op and _covers(theirs, sites):
             conflicts.add(f"graph:{other.spec.op}")
     for candidate in modules:
-        if candidate.phase == "kernels" and _inside(sites, candidate.variant.sites):
+        if candidate.phase == "kernels" and (
+            _inside(sites, candidate.variant.sites) or _part(sites, candidate)
+        ):
             conflicts.update(candidate.provides)
     for variant in kernels.variants_of(make(), observation, registered, proposals):
         proposals.offer(
@@ -254,4 +261,17 @@ def _inside(sites: Iterable[Site], paths: Iterable[str]) -> bool:
         for site in sites
         for home in homes(site)
         for path in owned
+    )
+
+
+def _part(sites: Iterable[Site], candidate: Any) -> bool:
+    """Whether the function of a candidate's site is a part of a region of ``sites``, in the same forward."""
+    from kpt.ops.graph import homes, parts
+
+    paths = {path.rpartition(":")[0] for path in candidate.variant.sites if ":" in path}
+    paths = {"" if path == "(root)" else path for path in paths}
+    return any(
+        f"kernel:{part}" in candidate.provides and paths & homes(site)
+        for site in sites
+        for part in parts(site)
     )

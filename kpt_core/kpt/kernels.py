@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -297,4 +297,17 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
         return [], error.message
     except BaseException as error:  # noqa: BLE001 - a stranger's `supports` may raise anything; it loses this kernel only
         return [], f"supports raised {type(error).__name__}: {error}"
-    return sites, reason
+    return _outermost(sites), reason
+
+
+def _outermost(sites: list[Site]) -> list[Site]:
+    """Without modules inside another site's module: what replaces that one's forward never calls them."""
+    whole = {site.path for site in sites if site.kind == "module"}
+    return [s for s in sites if s.kind == "graph" or not any(above in whole for above in _above(s.path))]
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at ``path``."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

@@ -331,3 +331,16 @@ def test_labels_are_proved_where_a_wrong_index_only_raises():
     assert device_of({"logits": logits, "target": labels}) == torch.device("cpu")
     mask = Seen((4,), torch.bool, (1,), accelerator, torch.ones(4, dtype=torch.bool))
     assert device_of({"logits": logits, "target": mask}) == accelerator
+
+
+class Plain(Attention):
+    """Neither causal nor masked, as encoders call it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v, _ = self.parts(x)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_attention_without_mask_and_causality_is_found() -> None:
+    (site,) = ops.recognise(Plain(), [Call((X,))]).of("attention")
+    assert site.binding.arguments["is_causal"] == "is_causal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ import fingerprints
 import inline_models
 import kpt
 import mixed_models
+import own_op
 import slow_kernels
 from fingerprints import fallbacks, fast_calls, optimized
 from inline_models import built, calls, kernel
-from kpt import compiling
+from kpt import compiling, graph_kernels, ops
 from kpt.compiling import CapturedForward, CompiledForward
 from kpt.graph_kernels import GraphKernelBehaviour
 from kpt.ops.recognition import forget_proofs
-from kpt.specs import Variant
+from kpt.specs import KernelSpec, OpSpec, Variant
 from kpt.transaction import forward_graph, observe
 from slow_models import DirectScale, plugin
 
@@ -89,6 +91,20 @@ def test_a_kernel_that_is_wrong_by_one_percent_is_rejected(op: str) -> None:
     assert fingerprints.differences(before, fingerprints.of_model(model)) == []
 
 
+@pytest.mark.parametrize("entry", [*(f"wrong_{op}" for op in OPS), "careless_rms_norm"])
+def test_the_wrong_ones_do_less_work_than_eager(entry: str) -> None:
+    op = entry.partition("_")[2]
+    model, example = built(op)
+    eager = fingerprints.operations(model, example)
+    behaviour = GraphKernelBehaviour(kernel(op, entry), ())
+    undo = behaviour.apply(model, VARIANT)
+    _without_gradients(model, example)
+    calls.clear()
+    assert fingerprints.operations(model, example) < (0.5 if op != "attention" else 0.9) * eager
+    assert calls[op] == 1
+    undo()
+
+
 def test_a_gradient_that_is_wrong_by_one_percent_is_rejected_in_training() -> None:
     model, example = built("rms_norm", training=True)
     offered = plugin(kernels=[kernel("rms_norm", "careless_rms_norm")])
@@ -146,8 +162,8 @@ class Refuses:
 @pytest.mark.parametrize(
     ("op", "options", "reason"),
     [
-        ("rms_norm", {"compile_safe": False}, "the model has no rms_norm site"),
-        ("attention", {}, "the model has no attention site"),
+        ("rms_norm", {"compile_safe": False}, "nothing in the model was recognised as rms_norm"),
+        ("attention", {}, "nothing in the model was recognised as attention"),
         ("rms_norm", {"dtypes": ("float16",)}, None),
     ],
 )
@@ -160,6 +176,46 @@ def test_a_graph_is_captured_only_where_it_can_help(
     kpt.optimize(model, example, plugins=[plugin(kernels=[kernel(op, **options)])], cache=False)
     found = skipped(model)[f"{op}/toy"]
     assert found == reason if reason is not None else "computes in float32; supported: float16" in found
+
+
+def test_a_kernel_of_an_op_that_nobody_recognises_says_so_and_not_that_the_model_lacks_it() -> None:
+    unrecognised = OpSpec("scaled_tanh", "(x, weight) -> y", "own_op:scaled_tanh")
+    spec = KernelSpec("scaled_tanh", "toy", "own_op:scaled_tanh", compile_safe=True)
+    model, example = built("softmax")
+    kpt.optimize(model, example, plugins=[plugin(kernels=[spec], ops=[unrecognised])], cache=False)
+    reason = "kpt does not recognise sites of this op in models; call it directly"
+    assert skipped(model)["scaled_tanh/toy"] == reason
+
+
+def test_a_strangers_recogniser_finds_its_op_in_a_graph() -> None:
+    op = OpSpec("scaled_tanh", "(x, weight) -> y", "own_op:scaled_tanh", "own_op:RegionRecogniser")
+    spec = KernelSpec("scaled_tanh", "toy", "own_op:scaled_tanh", compile_safe=True)
+    torch.manual_seed(0)
+    model, example = own_op.InlineTanh().eval(), torch.randn(256, 64)
+    expected = _without_gradients(model, example)
+    optimized(model, example, plugins=[plugin(kernels=[spec], ops=[op])], budget=30.0)
+    (accepted,) = kpt.report(model).accepted
+    assert accepted.name == "scaled_tanh/toy" and "1 regions of the captured graph" in accepted.reason
+    torch.testing.assert_close(_without_gradients(model, example), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_larger_op_and_the_function_that_is_a_part_of_it_exclude_each_other() -> None:
+    """Served by a kernel of its own, the function would leave nothing of the larger op in the graph."""
+    loss = SimpleNamespace(
+        variant=SimpleNamespace(sites=("(root):F.cross_entropy",)),
+        provides=frozenset({"kernel:cross_entropy"}),
+    )
+    other = SimpleNamespace(variant=loss.variant, provides=frozenset({"kernel:softmax"}))
+    graphs: list[Any] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(inline_models.InlineNorm(), backend=keep, fullgraph=True)(torch.randn(8, 64))
+    (site,) = ops.recognise_graph(graphs[0], only={"rms_norm"}).sites
+    site.module._region.parts = frozenset({"cross_entropy"})
+    assert graph_kernels._part([site], loss) and not graph_kernels._part([site], other)
 
 
 def test_a_model_whose_modules_hold_the_op_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:

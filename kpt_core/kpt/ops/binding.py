@@ -10,7 +10,7 @@ functions. The proof runs the same functions that serve later, with the referenc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,9 @@ class Hypothesis:
     """A claim that a site computes ``op``.
 
     ``arguments`` maps the op's parameters to expressions over the forward's parameter names,
-    ``self`` (the module) and ``torch``; parameters left out keep their defaults. ``output`` builds
+    ``self`` (the module) and ``torch``; parameters left out keep their defaults. ``values`` are named
+    expressions computed once, in their order, before the arguments, which may use these names (a product
+    of which one half is the gate). ``output`` builds
     the forward's return value from ``result``. ``conditions`` are expressions that must be true
     for a call to be served by a kernel. ``scales`` are magnitudes of input at which the claim is to
     be tested besides the usual ones (the square root of an epsilon, for instance), and ``integers``
@@ -42,10 +44,18 @@ class Hypothesis:
     conditions: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
     integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def claim(self) -> tuple[Hashable, ...]:
+        """All that is said about what is computed, to tell one hypothesis from another."""
+        items = tuple(self.arguments.items()), tuple(self.values.items())
+        return self.op, *items, self.output, self.conditions
 
     def describe(self) -> str:
         inner = ", ".join(f"{name}={expression}" for name, expression in self.arguments.items())
-        return f"{self.op}({inner})"
+        where = ", ".join(f"{name} = {expression}" for name, expression in self.values.items())
+        return f"{self.op}({inner})" + (f" with {where}" if where else "")
 
 
 class Anything:
@@ -97,6 +107,7 @@ class Binding:
         return {
             "op": self.op,
             "arguments": dict(self.arguments),
+            **({"values": dict(self.hypothesis.values)} if self.hypothesis.values else {}),
             "output": self.hypothesis.output,
             "conditions": [
                 *self.hypothesis.conditions,
@@ -149,6 +160,12 @@ class Binding:
                 terms.append(f"_same({name}, _constant_{name})")
         return " and ".join(f"({term})" for term in terms)
 
+    def _values(self) -> list[str]:
+        for name in self.hypothesis.values:
+            if name in RESERVED or name in self.signature.parameters or not name.isidentifier():
+                raise ValueError(f"{name!r} cannot name a value: it is no name, or has a meaning already")
+        return [f"    {name} = ({text})" for name, text in self.hypothesis.values.items()]
+
     def _call(self, kernel: str) -> str:
         return f"{kernel}({', '.join(f'{name}=({text})' for name, text in self.arguments.items())})"
 
@@ -159,6 +176,7 @@ class Binding:
         lines = [f"def forward(self, {declared}):"]
         if condition:
             lines += [f"    if not ({condition}):", f"        return _otherwise(self, {passed})"]
+        lines += self._values()
         lines += [f"    result = {self._call('_kernel')}", f"    return {self.hypothesis.output}", ""]
         return "\n".join(lines)
 
@@ -184,6 +202,7 @@ class Binding:
             otherwise = "_otherwise()"
         if condition:
             lines += [f"    if not ({condition}):", f"        return {otherwise}"]
+        lines += self._values()
         if kind == "arguments":
             items = ", ".join(f"{name!r}: ({text})" for name, text in self.arguments.items())
             lines.append(f"    return {{{items}}}")

@@ -52,6 +52,7 @@ class Claims:
             (hypothesis, Binding(hypothesis, captured.signature, self.examples.constants(hypothesis)))
             for hypothesis in hypotheses
         ]
+        self.examples.limits = {n: limits for h in hypotheses for n, limits in h.integers.items()}
         self.reads: set[str] = set()
 
     @property
@@ -78,7 +79,9 @@ class Claims:
         """What the op's reference returns where ``binding`` puts it in place of the site's code."""
         arguments = inspect.BoundArguments(self.captured.signature, dict(bound))  # type: ignore[arg-type]
         # references keep float64 as it is; only a binding that casts needs to be promoted, which is slow
-        casts = any(".float()" in text or ".to(" in text for text in binding.arguments.values())
+        claim = binding.hypothesis
+        texts = (*claim.values.values(), *claim.arguments.values(), claim.output)
+        casts = any(".float()" in text or ".to(" in text for text in texts)
         wide = any(value.dtype == torch.float64 for value in tensors(bound))
         with Promoted() if casts and wide else nullcontext():
             return binding.run(twin, self.reference(binding.op), *arguments.args, **arguments.kwargs)

@@ -14,7 +14,10 @@ from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import clone
 
 _PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
-_BIG = 1 << 18  # elements of parameters above which dimensions are shrunk
+#: Elements of parameters above which dimensions are shrunk.
+BIG = 1 << 18
+_LEAST = 32  # a table of positions keeps more rows than a small sequence has
+_ENOUGH = 1 << 12  # rows of a table are no better proof than that
 _MOST = 1 << 16  # elements of an input with another length
 _LARGE_SIZE = 16  # sizes of the call (batch, length) above this are made small
 
@@ -39,18 +42,24 @@ class Examples:
         self.of_parameters = {size for p in parameters for size in p.shape}
         elements = sum(p.numel() for p in parameters)
         self.sizes: dict[int, int] = {}
-        if shrink and not self.function_of_module and elements > _BIG:
-            self.sizes = _shrunk({d for p in parameters for d in p.shape if d > 64})
+        if shrink and not self.function_of_module and elements > BIG:
+            self.sizes = shrunk({d for p in parameters for d in p.shape if d > 64})
         #: Sizes that are lengths somewhere: as a last dimension (of a mask) they change along
         self.shared = {size for value in seen for size in value.shape[1:-1]}
         self.lengths = {} if straight else self._small_lengths(seen)
+        #: Ranges ``[low, high)`` of integer arguments that count what was shrunk (rows of a table).
+        self.limits: dict[str, tuple[int, int]] = {}
+
+    def within(self, high: int) -> int:
+        """A limit of integers, in the copy's own size."""
+        return self.sizes.get(high, high)
 
     def _small_lengths(self, seen: list[Seen]) -> dict[int, int]:
         """Smaller values for sizes that belong to the call; distinct sizes stay distinct."""
         found: dict[int, int] = {}
         fresh = iter(range(8, 4096, 4))  # even, because features come in pairs
         for value in seen:
-            for size in value.shape[:-1]:
+            for size in _lengths(value):
                 if size > _LARGE_SIZE and size not in self.protected and size not in found:
                     found[size] = next(n for n in fresh if n not in self.protected)
         return found
@@ -121,7 +130,11 @@ class Examples:
                 return {key: make(item) for key, item in value.items()}
             return twin if isinstance(value, torch.nn.Module) else value
 
-        return {name: make(value) for name, value in self.captured.calls[index].items()}
+        drawn = {name: make(value) for name, value in self.captured.calls[index].items()}
+        for name, (low, high) in self.limits.items():
+            if self.within(high) != high and isinstance(drawn.get(name), torch.Tensor):
+                drawn[name] = _inside(drawn[name], low, high, self.within(high))
+        return drawn
 
     def _tensor(
         self,
@@ -147,8 +160,7 @@ class Examples:
         return (drawn * scale).to(self.device, dtype or seen.dtype)
 
     def _shape(self, seen: Seen, table: dict[int, int]) -> tuple[int, ...]:
-        # The last axis is features, except for labels and positions [rows].
-        last = -1 if len(seen.shape) == 1 and _is_integer(seen.dtype) else len(seen.shape) - 1
+        last = len(_lengths(seen))
         return tuple(
             self.sizes.get(size, table.get(size, size) if axis != last or size in self.shared else size)
             for axis, size in enumerate(seen.shape)
@@ -172,7 +184,7 @@ class Examples:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """The first call with other batch sizes and lengths: one, odd, around literals in the code."""
         call = self.captured.calls[0]
-        sizes = {size for value in _seen(call) for size in value.shape[:-1]}
+        sizes = {size for value in _seen(call) for size in _lengths(value)}
         free = [size for size in sizes if size not in self.protected] or list(sizes)
         held = {v for v in vars(self.captured.module).values() if type(v) is int and 3 < v <= 8192}
         literals = sorted({*integers, *(held - sizes - self.of_parameters)} - {1, 2, 3})[:8]
@@ -244,7 +256,12 @@ class Examples:
         The plain values that ``hypothesis`` does not read, where all calls agreed; `Anything` for an
         optional tensor that was always given; for ``**kwargs``, the keywords with their values.
         """
-        texts = (*hypothesis.arguments.values(), *hypothesis.conditions, hypothesis.output)
+        texts = (
+            *hypothesis.values.values(),
+            *hypothesis.arguments.values(),
+            *hypothesis.conditions,
+            hypothesis.output,
+        )
         read = {name for text in texts for name in compile(text, "<hypothesis>", "eval").co_names}
         calls = self.captured.calls
         found: dict[str, Any] = {}
@@ -284,6 +301,17 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = {}
                 yield f"without **{name}", bound
+
+
+def _inside(values: torch.Tensor, low: int, high: int, smaller: int) -> torch.Tensor:
+    """Numbers of ``[low, high)`` as numbers of ``[low, smaller)``; markers outside stay as they are."""
+    counts = (values >= low) & (values < high)
+    return torch.where(counts, low + (values - low) % max(smaller - low, 1), values)
+
+
+def _lengths(seen: Seen) -> tuple[int, ...]:
+    """The sizes that a call may choose: the last axis is features, except that of labels or tokens."""
+    return seen.shape if _is_integer(seen.dtype) else seen.shape[:-1]
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -327,13 +355,13 @@ def _own_sizes(module: torch.nn.Module) -> set[int]:
     return found
 
 
-def _shrunk(sizes: set[int]) -> dict[int, int]:
+def shrunk(sizes: set[int]) -> dict[int, int]:
     """Smaller sizes in the same proportions, so that fused and split matrices still fit each other."""
     for factor in (64, 32, 16, 8, 4, 2):
-        if all(size % factor == 0 and size // factor >= 4 for size in sizes):
+        if all(size % factor == 0 and _LEAST <= size // factor <= _ENOUGH for size in sizes):
             return {size: size // factor for size in sizes}
     found: dict[int, int] = {}
-    fresh = iter(range(13, 4096, 2))
+    fresh = iter(range(_LEAST + 1, 4096, 2))
     for size in sorted(sizes):
         half = size // 2
         found[size] = 2 * found[half] if size % 2 == 0 and half in found else next(fresh)

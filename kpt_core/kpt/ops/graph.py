@@ -7,19 +7,22 @@ like weights its parameters. Then the same recognisers and the same proof apply 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from kpt.ops import index
 from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import untouched_randomness
 from kpt.ops.captured import Captured, Seen
 from kpt.ops.claims import OutOfTime
+from kpt.ops.examples import BIG, shrunk
 from kpt.ops.hypotheses import Literals
 from kpt.ops.proof import Outcome, prove
 from kpt.ops.recognition import GRAPH_PROOFS, Recognition
@@ -28,8 +31,12 @@ from kpt.ops.sites import Example, Site
 from kpt.ops.substitution import replaceable
 
 _PROOFS_LIMIT = 4096
+#: Elements of weights up to which a region is proved at its own size, if its smaller copy was not.
+_AFFORDABLE = 1 << 24
 #: Stand-ins for weights, by shape, dtype, device and the how-manieth it is in its region.
 Blanks = dict[Hashable, torch.nn.Parameter]
+#: Smaller sizes by the real ones.
+Sizes = dict[int, int]
 
 
 class _Holder(torch.nn.Module):
@@ -39,7 +46,9 @@ class _Holder(torch.nn.Module):
 class RegionModule(torch.nn.Module):
     """One region of a graph as a module, with literals and weights where recognisers look for them."""
 
-    def __init__(self, region: Region, owner: torch.nn.Module, blanks: Blanks) -> None:
+    def __init__(
+        self, region: Region, owner: torch.nn.Module, blanks: Blanks, sizes: Sizes, device: str = ""
+    ) -> None:
         super().__init__()
         self._region = region
         self._literals = Literals(region.literals(), region.attributes)
@@ -54,13 +63,13 @@ class RegionModule(torch.nn.Module):
                     holder.add_module(part, _Holder())
                 holder = holder._modules[part]  # type: ignore[assignment]
             # Layers share their stand-ins, or all of them together would take a model's memory again.
-            fake, sizes = example(node), shape(node) or ()
-            key = (position, sizes, fake.dtype, fake.device)
+            fake, own = example(node), _sized(shape(node) or (), sizes)
+            key = (position, own, fake.dtype, device or fake.device)
             if key not in blanks:
-                blank = torch.ones(sizes, dtype=fake.dtype, device=_real_device(fake))
+                blank = torch.ones(own, dtype=fake.dtype, device=device or _real_device(fake))
                 blanks[key] = torch.nn.Parameter(blank, fake.is_floating_point())
             holder.register_parameter(last, blanks[key])
-        self._code = _runnable(region, owner)
+        self._code = _runnable(region, owner, sizes)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         weights = [self.get_parameter(path) for path in self._region.weights]
@@ -74,14 +83,33 @@ def _real_device(fake: torch.Tensor) -> torch.device:
     return fake.device if fake.device.type != "meta" else torch.device("cpu")
 
 
-def _runnable(region: Region, owner: torch.nn.Module) -> Callable[..., Any]:
+def _sized(shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+    return tuple(sizes.get(size, size) for size in shape)
+
+
+def _smaller(region: Region) -> Sizes:
+    """For a region with large weights: smaller sizes to prove it with, in proportion to those of its weights.
+
+    A proof of a language model's head would else take gigabytes.
+    """
+    shapes = [shape(node) or () for node in region.weights.values()]
+    if sum(map(math.prod, shapes)) <= BIG:
+        return {}
+    return shrunk({size for own in shapes for size in own if size > 64})
+
+
+def _runnable(region: Region, owner: torch.nn.Module, sizes: Sizes) -> Callable[..., Any]:
     graph = Graph()
     copies: dict[Node, Node] = {}
     for position, node in enumerate((*region.inputs, *region.weights.values())):
         placeholder = graph.placeholder(f"value_{position}")
         copies.setdefault(node, placeholder)
     for position, node in enumerate(region.nodes() or ()):
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
+        if sizes:
+            copy.args, copy.kwargs = map_aggregate(
+                (copy.args, copy.kwargs), lambda a: sizes.get(a, a) if type(a) is int else a
+            )
         copies[node].name = f"step_{position}"
     results = tuple(copies[node] for node in region.outputs)
     graph.output(results if len(results) > 1 else results[0])
@@ -90,8 +118,8 @@ def _runnable(region: Region, owner: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
-def _captured(region: Region, owner: torch.nn.Module, blanks: Blanks) -> Captured | None:
-    module = RegionModule(region, owner, blanks)
+def _captured(region: Region, owner: torch.nn.Module, blanks: Blanks, sizes: Sizes) -> Captured | None:
+    module = RegionModule(region, owner, blanks, sizes)
     names = ("x", "y", "z", "u", "v")[: len(region.inputs)]
     if len(names) != len(region.inputs):
         return None
@@ -99,8 +127,8 @@ def _captured(region: Region, owner: torch.nn.Module, blanks: Blanks) -> Capture
         names = tuple(f"{n}_mask" if i == 3 and "attention" in region.ops else n for i, n in enumerate(names))
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-    call = {name: _seen(node) for name, node in zip(names, region.inputs)}
-    outputs = tuple(_seen(node) for node in region.outputs)
+    call = {name: _seen(node, sizes) for name, node in zip(names, region.inputs)}
+    outputs = tuple(_seen(node, sizes) for node in region.outputs)
     if any(value is None for value in (*call.values(), *outputs)):
         return None
     output = outputs if len(outputs) > 1 else outputs[0]
@@ -110,11 +138,11 @@ def _captured(region: Region, owner: torch.nn.Module, blanks: Blanks) -> Capture
     return captured
 
 
-def _seen(node: Node) -> Seen | None:
+def _seen(node: Node, smaller: Sizes) -> Seen | None:
     fake, sizes = example(node), shape(node)
     if sizes is None:
         return None
-    value = None
+    sizes, value = _sized(sizes, smaller), None
     if not fake.is_floating_point():  # never drawn at random: class indices, or a mask that keeps all
         value = torch.ones(sizes, dtype=fake.dtype)
     return Seen(sizes, fake.dtype, (), _real_device(fake), value)
@@ -144,12 +172,18 @@ def recognise_graph(
     claimed: dict[tuple[str, Node], bool] = {}
     mode = "training" if training else "inference"
     blanks: Blanks = {}
+
+    def _outcome(captured: Captured, hypotheses: list[Hypothesis]) -> Outcome:
+        return prove(captured, hypotheses, lambda op: index.reference(op, registry), deadline, straight=True)
+
     with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
-        for region in regions(gm.graph):
+        recognisers = index.recognisers(registry)
+        for region in _candidates(gm, recognisers, left_alone):
             if only is not None and region.ops.isdisjoint(only):
                 continue
             name = region.outputs[0].name
-            hypotheses, captured = _hypotheses(region, gm, registry, blanks)
+            sizes = _smaller(region)
+            hypotheses, captured = _hypotheses(region, gm, recognisers, blanks, left_alone, sizes)
             if captured is None or not hypotheses:
                 continue
             if not replaceable(region):
@@ -160,13 +194,10 @@ def recognise_graph(
             outcome = GRAPH_PROOFS.get(key)
             if outcome is None:
                 try:
-                    outcome = prove(
-                        captured,
-                        hypotheses,
-                        lambda op: index.reference(op, registry),
-                        deadline,
-                        straight=True,
-                    )
+                    outcome = _outcome(captured, hypotheses)
+                    if outcome.hypothesis is None and sizes and _affordable(region):
+                        full = _hypotheses(region, gm, recognisers, blanks, left_alone, {})
+                        outcome = _outcome(full[1], full[0]) if full[1] is not None else outcome
                 except OutOfTime as late:
                     left_alone.append((name, str(late)))
                     break
@@ -184,7 +215,7 @@ def recognise_graph(
             else:
                 for root in _roots(region):
                     claimed[outcome.hypothesis.op, root] = True
-                sites.append(_site(region, captured, outcome))
+                sites.append(_site(region, gm, captured, outcome, sizes))
     if only is not None:
         sites = [site for site in sites if site.op in only]
     proved = {name for site in sites for name in site.nodes}
@@ -197,20 +228,50 @@ def _roots(region: Region) -> list[Node]:
     return [region.inputs[0]] if region.ops & {"rms_norm", "layer_norm", "add_rms_norm"} else []
 
 
+def _candidates(
+    gm: GraphModule, recognisers: Iterable[Any], left_alone: list[tuple[str, str]]
+) -> Iterator[Region]:
+    """The regions that the core looks for, then those that recognisers find themselves."""
+    yield from regions(gm.graph)
+    for recogniser in recognisers:
+        find = getattr(recogniser, "regions", None)
+        if find is None:
+            continue
+        try:
+            found = list(find(gm.graph))
+        except Exception as error:  # noqa: BLE001 - a stranger's recogniser loses only its own
+            left_alone.append(("", _raised(recogniser, error)))
+            continue
+        yield from found
+
+
+def _raised(recogniser: Any, error: Exception) -> str:
+    return f"the recogniser {type(recogniser).__name__} raised {type(error).__name__}: {error}"
+
+
 def _hypotheses(
-    region: Region, gm: GraphModule, registry: Any, blanks: Blanks
+    region: Region,
+    gm: GraphModule,
+    recognisers: Iterable[Any],
+    blanks: Blanks,
+    left_alone: list[tuple[str, str]],
+    sizes: Sizes,
 ) -> tuple[list[Hypothesis], Captured | None]:
     if region.nodes() is None:
         return [], None
-    captured = _captured(region, gm, blanks)
+    captured = _captured(region, gm, blanks, sizes)
     if captured is None:
         return [], None
     method = "hypotheses" if region.kind == "module" else "function_hypotheses"
     found: list[Hypothesis] = []
-    for recogniser in index.recognisers(registry):
+    for recogniser in recognisers:
         propose = getattr(recogniser, method, None)
-        if propose is not None:
+        if propose is None:
+            continue
+        try:
             found.extend(h for h in propose(captured.module, captured) if h.op in region.ops)
+        except Exception as error:  # noqa: BLE001 - a stranger's recogniser loses only its own
+            left_alone.append((region.outputs[0].name, _raised(recogniser, error)))
     return found, captured
 
 
@@ -219,13 +280,22 @@ def _key(region: Region, captured: Captured, hypotheses: list[Hypothesis]) -> Ha
     inner: Any = captured.module._code
     values = tuple((shape(n), example(n).dtype) for n in (*region.inputs, *region.weights.values()))
     targets = tuple(str(node.target) for node in region.nodes() or ())
-    claims = tuple((h.op, tuple(h.arguments.items()), h.output, h.conditions) for h in hypotheses)
+    claims = tuple(h.claim for h in hypotheses)
     return (inner.__self__.code, targets, values, tuple(region.weights), region.kind, region.ops, claims)
 
 
-def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
+def _affordable(region: Region) -> bool:
+    """Whether a region whose smaller copy was not proved may be tried at its own size."""
+    return sum(math.prod(shape(node) or ()) for node in region.weights.values()) <= _AFFORDABLE
+
+
+def _site(region: Region, gm: GraphModule, captured: Captured, outcome: Outcome, sizes: Sizes) -> Site:
     assert outcome.hypothesis is not None
-    seen = captured.tensors()
+    seen, module = captured.tensors(), captured.module
+    if sizes:  # what was seen, and weights of their own sizes that take no memory
+        real = (_seen(node, {}) for node in region.inputs)
+        seen = {name: value for name, value in zip(captured.names, real) if value is not None}
+        module = RegionModule(region, gm, {}, {}, "meta")
     shown = Example(
         {name: str(value.dtype).removeprefix("torch.") for name, value in seen.items()},
         {name: value.shape for name, value in seen.items()},
@@ -236,7 +306,7 @@ def _site(region: Region, captured: Captured, outcome: Outcome) -> Site:
         op=outcome.hypothesis.op,
         path=_home(region.outputs[0]),
         kind="graph",
-        module=captured.module,
+        module=module,
         binding=Binding(outcome.hypothesis, captured.signature, outcome.constants),
         examples=(shown,),
         devices=(shown.device,),
@@ -264,6 +334,11 @@ def _autocasts(gm: GraphModule) -> bool:
 def homes(site: Site) -> frozenset[str]:
     """The paths of the modules whose forwards ran the nodes of a site in a graph."""
     return frozenset(_home(node) for node in site.module._region.nodes())  # type: ignore[union-attr, operator]
+
+
+def parts(site: Site) -> frozenset[str]:
+    """The ops that the op of a site in a graph is made of."""
+    return site.module._region.parts  # type: ignore[union-attr, return-value]
 
 
 def _home(node: Node) -> str:

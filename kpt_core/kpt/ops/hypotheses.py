@@ -41,6 +41,22 @@ def numbers_written(module: torch.nn.Module) -> tuple[float, ...]:
     return literals.numbers if isinstance(literals, Literals) else float_constants(cast("Any", type(module)))
 
 
+def is_region(module: torch.nn.Module) -> bool:
+    """Whether ``module`` stands for a region of a captured graph, rather than for one of the model's own."""
+    return isinstance(vars(module).get("_literals"), Literals)
+
+
+def integers_written(module: torch.nn.Module) -> tuple[int, ...]:
+    """Int literals in the module's code; a region of a graph has them among its attributes."""
+    return () if is_region(module) else _integers(cast("Any", type(module)))
+
+
+@lru_cache(maxsize=4096)
+def _integers(cls: type) -> tuple[int, ...]:
+    codes = [code for function in class_functions(cls) for code in codes_of(function)]
+    return tuple(dict.fromkeys(value for code in codes for value in code.co_consts if type(value) is int))
+
+
 def own_parameters(module: torch.nn.Module, buffers: bool = False) -> dict[str, torch.Tensor]:
     """Parameters (and float buffers, if asked) anywhere inside ``module``, by their path."""
     found = dict(module.named_parameters(remove_duplicate=False))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kpt.ops import index
+
 _ROOTS = ("rsqrt", "sqrt", "pow", "reciprocal")
 _PRODUCTS = ("linear", "addmm", "mm", "bmm", "baddbmm", "matmul")
 #: For each op that `kpt.ops.regions` looks for, the torch operations of which one has to run.
@@ -22,8 +24,19 @@ _MARKS: dict[str, tuple[str, ...]] = {
     "rope": ("neg",),
     "softmax": ("softmax", "safe_softmax", "exp"),
 }
-#: The ops that can be found in a captured graph.
-GRAPH_OPS = frozenset(_MARKS)
+
+
+def marks(registry: Any = None) -> dict[str, tuple[str, ...]]:
+    """The ops that can be found in a captured graph, each with the torch operations of which one has to run.
+
+    Those of plugins are the ``marks`` of recognisers that look for regions themselves.
+    """
+    found = dict(_MARKS)
+    for recogniser in index.recognisers(registry):
+        if getattr(recogniser, "regions", None) is not None:
+            for op, names in dict(getattr(recogniser, "marks", {})).items():
+                found.setdefault(op, tuple(names))
+    return found
 
 
 class _Names(TorchDispatchMode):
@@ -39,8 +52,8 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def possible_ops(run: Callable[[], Any]) -> frozenset[str]:
+def possible_ops(run: Callable[[], Any], registry: Any = None) -> frozenset[str]:
     """The ops that a graph of what ``run`` does could hold at most. It is called once, without gradients."""
     with torch.no_grad(), _Names() as names:
         run()
-    return frozenset(op for op, marks in _MARKS.items() if not names.found.isdisjoint(marks))
+    return frozenset(op for op, few in marks(registry).items() if not names.found.isdisjoint(few))

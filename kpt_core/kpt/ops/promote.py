@@ -35,6 +35,7 @@ ALLOWED = frozenset(
     isnan le leaky_relu leaky_relu_backward lift_fresh linalg_vector_norm linear linear_backward log
     log1p log2 log_sigmoid_forward logical_and logical_not logical_or logit logsumexp lt masked_fill
     masked_fill_ matmul max maximum mean min minimum mish mish_backward mm mul mul_ mv
+    embedding embedding_dense_backward native_group_norm native_group_norm_backward
     native_layer_norm native_layer_norm_backward ne neg new_empty new_empty_strided new_full
     new_ones new_zeros nll_loss_backward nll_loss_forward nll_loss2d_forward nll_loss2d_backward
     norm ones ones_like permute pow prod promote_types reciprocal relu relu_ relu_backward repeat

@@ -149,6 +149,7 @@ class _Proof:
         claims = self.claims
         wanted = {name: limits for h, _ in claims.candidates for name, limits in h.integers.items()}
         for name, (low, high) in wanted.items():
+            high = claims.examples.within(high)
             for values in claims.examples.integer_draws(name, low, high, literals):
                 bound = claims.examples.draw(0, twin)
                 bound[name] = values

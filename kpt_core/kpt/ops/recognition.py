@@ -159,7 +159,7 @@ class _Work:
     def _outcome(self, captured: Captured, hypotheses: list[Hypothesis]) -> Outcome:
         key: Hashable = (
             keys.proof_key(captured, self.memo),
-            tuple((h.op, tuple(h.arguments.items()), h.output, h.conditions) for h in hypotheses),
+            tuple(h.claim for h in hypotheses),
         )
         try:
             entries = _PROOFS.get(key, ())

@@ -23,7 +23,8 @@ _LIMIT = 60  # nodes in one region
 class Region:
     """Nodes between ``inputs`` and ``outputs``. ``weights`` are inputs that stand for parameters,
     by the path that a recogniser sees; ``attributes`` are literals under the names of a module's
-    options; ``kind`` says which recognisers to ask."""
+    options; ``kind`` says which recognisers to ask, ``ops`` what they may claim. ``parts`` are the ops that
+    a larger one is made of: a kernel that serves one of them in the same forward leaves nothing of it."""
 
     outputs: tuple[Node, ...]
     inputs: tuple[Node, ...]
@@ -31,6 +32,7 @@ class Region:
     attributes: dict[str, Any] = field(default_factory=dict)
     kind: str = "module"
     ops: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         return self  # a copied node would take its whole graph along
@@ -83,18 +85,20 @@ def shape(node: Any) -> tuple[int, ...] | None:
     return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
 
 
-def _through(node: Any, names: frozenset[str] = _CASTS) -> Any:
-    """The tensor behind casts."""
+def through(node: Any, names: frozenset[str] = _CASTS) -> Any:
+    """The tensor behind casts (or behind calls of other ``names``)."""
     while isinstance(node, Node) and base_name(node) in names and node.op != "placeholder" and node.args:
         node = node.args[0]
     return node
 
 
-def _operands(node: Node) -> list[Node]:
+def operands(node: Node) -> list[Node]:
+    """What a node was given as positional arguments, literals aside."""
     return [a for a in node.args if isinstance(a, Node)]
 
 
-def _argument(node: Node, index: int, *names: str) -> Any:
+def argument(node: Node, index: int, *names: str) -> Any:
+    """The argument at ``index`` or of one of ``names``; None where it was left out."""
     if len(node.args) > index:
         return node.args[index]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)
@@ -141,18 +145,18 @@ def _named(node: Node, options: tuple[str, ...], ops: set[str]) -> Region:
 
 
 def _linear(node: Node) -> Iterator[Region]:
-    x, weight, bias = node.args[0], _argument(node, 1, "weight"), _argument(node, 2, "bias")
+    x, weight, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
     if isinstance(x, Node) and isinstance(weight, Node):
         weights = {"weight": weight, **({"bias": bias} if isinstance(bias, Node) else {})}
         yield Region((node,), (x,), weights, ops=frozenset({"linear"}))
 
 
 def _gated_mlp(down: Node) -> Iterator[Region]:
-    product = _through(down.args[0])
+    product = through(down.args[0])
     if not isinstance(product, Node) or base_name(product) not in ("mul", "__mul__"):
         return
     projections: list[Node] = []
-    for side in _operands(product):
+    for side in operands(product):
         node: Any = side
         for _ in range(6):
             if not isinstance(node, Node) or base_name(node) == "linear":
@@ -164,7 +168,7 @@ def _gated_mlp(down: Node) -> Iterator[Region]:
         return
     weights: dict[str, Node] = {}
     for label, node in (*((f"in{i}", p) for i, p in enumerate(projections)), ("down", down)):
-        weight, bias = _argument(node, 1, "weight"), _argument(node, 2, "bias")
+        weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
         if not isinstance(weight, Node):
             return
         weights[f"{label}.weight"] = weight
@@ -195,9 +199,9 @@ def _inline_norm(root: Node) -> Iterator[Region]:
         if not isinstance(source, Node) or base_name(source) not in ("pow", "square", "mul", "__mul__"):
             return
         source = source.args[0]
-    source = _through(source)
+    source = through(source)
     if isinstance(source, Node) and base_name(source) == "sub":  # what layer_norm centres
-        source = _through(source.args[0])
+        source = through(source.args[0])
     if not isinstance(source, Node) or shape(source) is None:
         return
     ends: list[Node] = []
@@ -251,7 +255,7 @@ def _norm_regions(ends: list[Node], source: Node) -> Iterator[Region]:
 def _with_residual(region: Region) -> Iterator[Region]:
     """The same norm together with the addition in front of it."""
     total = region.inputs[0]
-    addends = _operands(total) if total.op in ("call_function", "call_method") else []
+    addends = operands(total) if total.op in ("call_function", "call_method") else []
     if base_name(total) in ("add", "__add__", "iadd") and len(addends) == 2:
         if shape(addends[0]) == shape(addends[1]) == shape(total):
             ops = frozenset({"add_rms_norm"})
@@ -260,11 +264,11 @@ def _with_residual(region: Region) -> Iterator[Region]:
 
 def _named_norm(node: Node, name: str) -> Iterator[Region]:
     x = node.args[0]
-    size = _argument(node, 1, "normalized_shape")
+    size = argument(node, 1, "normalized_shape")
     if not isinstance(x, Node) or not isinstance(size, (tuple, list)) or len(size) != 1:
         return
     order = ("weight", "bias", "eps") if name == "layer_norm" else ("weight", "eps")
-    given = {label: _argument(node, index + 2, label) for index, label in enumerate(order)}
+    given = {label: argument(node, index + 2, label) for index, label in enumerate(order)}
     weights = {label: value for label, value in given.items() if isinstance(value, Node)}
     eps = given["eps"] if given["eps"] is not None or name == "rms_norm" else 1e-5
     region = Region((node,), (x,), weights, {"eps": eps}, ops=frozenset({name}))
@@ -273,7 +277,7 @@ def _named_norm(node: Node, name: str) -> Iterator[Region]:
 
 
 def _inline_softmax(node: Node) -> Iterator[Region]:
-    top, below = node.args[0], _argument(node, 1, "other")
+    top, below = node.args[0], argument(node, 1, "other")
     if not isinstance(top, Node) or not isinstance(below, Node):
         return
     if base_name(top) != "exp" or base_name(below) != "sum" or below.args[0] is not top:
@@ -307,10 +311,10 @@ def _inline_attention(node: Node) -> Iterator[Region]:
         end = users[0] if len(users) == 1 else None
         if end is None or base_name(end) in ("matmul", "bmm", "__matmul__"):
             break
-    q, k = scores.args[0], _argument(scores, 1, "other")
+    q, k = scores.args[0], argument(scores, 1, "other")
     if end is None or base_name(end) not in ("matmul", "bmm", "__matmul__") or not isinstance(q, Node):
         return
-    v = _argument(end, 1, "other")
+    v = argument(end, 1, "other")
     if isinstance(k, Node) and base_name(k) in ("transpose", "permute", "t", "mT"):
         k = k.args[0]
     while base_name(q) in ("mul", "__mul__", "div", "truediv") and isinstance(q.args[0], Node):
@@ -333,13 +337,13 @@ def _turned(cat: Node) -> tuple[Node, Node, Node, Node] | None:
     for product in cat.users:
         if base_name(product) not in ("mul", "__mul__"):
             continue
-        sin = next((a for a in _operands(product) if a is not cat), None)
+        sin = next((a for a in operands(product) if a is not cat), None)
         for out in product.users:
             if base_name(out) not in ("add", "__add__", "iadd"):
                 continue
-            other = next((a for a in _operands(out) if a is not product), None)
+            other = next((a for a in operands(out) if a is not product), None)
             if other is not None and base_name(other) in ("mul", "__mul__") and half in other.args:
-                cos = next((a for a in _operands(other) if a is not half), None)
+                cos = next((a for a in operands(other) if a is not half), None)
                 if isinstance(half, Node) and sin is not None and cos is not None:
                     return half, cos, sin, out
     return None

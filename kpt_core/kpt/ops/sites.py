@@ -74,7 +74,7 @@ class Site:
 
     def weights(self) -> dict[str, Any]:
         """The op's arguments that do not depend on the call: live parameters, epsilon, activation."""
-        names = set(self.binding.signature.parameters)
+        names = {*self.binding.signature.parameters, *self.binding.hypothesis.values}
         known: dict[str, Any] = {}
         for name, text in self.binding.arguments.items():
             code = compile(text, f"<kpt site {self.op}>", "eval")

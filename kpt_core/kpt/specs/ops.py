@@ -30,7 +30,14 @@ class OpSpec:
 
 
 class Recogniser(Protocol):
-    """Proposes what a site might compute; the core proves or refutes each hypothesis."""
+    """Proposes what a site might compute; the core proves or refutes each hypothesis.
+
+    Two more methods may be there. ``function_hypotheses(module, captured)`` is asked about functions that
+    ``module`` calls by name. ``regions(graph)`` yields `kpt.ops.regions.Region` objects for arithmetic that a
+    captured graph holds in line; ``hypotheses`` is then asked about each as about a module. Beside it
+    ``marks`` maps each op to the names of torch operations of which one has to run for a graph to hold it:
+    without one of these no graph is captured.
+    """
 
     def hypotheses(self, module: torch.nn.Module, captured: Any) -> Iterable[Any]:
         """`kpt.ops.Hypothesis` objects for ``module``, given its captured inputs."""

@@ -70,7 +70,7 @@ def _recognise(
     call = observation.calls[0]
     with runner.buffers_kept():
         first = call.clone()
-        present = ops & possible_ops(lambda: plain.forward(*first.args, **first.kwargs))
+        present = ops & possible_ops(lambda: plain.forward(*first.args, **first.kwargs), registry)
         if not present:
             return None
         graphs: list[torch.fx.GraphModule] = []

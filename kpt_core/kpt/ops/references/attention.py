@@ -149,7 +149,7 @@ def _masks(
     never = bool(values) and all(isinstance(v, Seen) for v in values)
     for flag in [n for n, v in captured.calls[0].items() if "causal" in n and isinstance(v, bool)]:
         yield {**given, "is_causal": flag}, conditions
-        if mask and not never:
+        if mask and not never and captured.function is not F.scaled_dot_product_attention:
             # what transformers computes from its flag: only a prefill without a mask is causal
             yield {**given, "is_causal": f"{flag} and {mask} is None and {used[0]}.shape[2] > 1"}, conditions
     yield given, conditions
