@@ -259,20 +259,19 @@ def attention(
 
 def supports(site: Site) -> str | None:
     """The reason why a site cannot use this kernel, or None; sizes are those that the site has seen."""
-    from kpt_plugin_triton.sites import on_gpu
+    from kpt_plugin_triton.sites import on_gpu, seen
 
     refusal = on_gpu(site)
     if refusal is not None:
         return refusal
-    for example in site.examples:
-        for name in ("q", "v"):
-            shape = example.shapes.get(name, ())
+    for name in ("q", "v"):
+        for shape, _ in seen(site, name):
             if len(shape) == 4 and shape[-1] > LARGEST_HEAD:
                 return f"{name} has {shape[-1]} features; supported are up to {LARGEST_HEAD}"
-        dtype = example.dtypes.get("q", "")
-        if any(example.dtypes.get(name, dtype) != dtype for name in ("k", "v")):
-            return "q, k and v have different dtypes"
-        mask = example.dtypes.get("mask", "bool")
+    for dtypes in zip(*([dtype for _, dtype in seen(site, name)] for name in ("q", "k", "v"))):
+        if len(set(dtypes)) > 1:
+            return f"q, k and v are in {', '.join(dtypes)}; supported is one dtype for all"
+    for _, mask in seen(site, "mask"):
         if mask not in ("bool", *map(dtype_name, FLOATS)):
             return f"mask is {mask}; supported are bool, {', '.join(map(dtype_name, FLOATS))}"
     scale = site.weights().get("scale")

@@ -10,6 +10,7 @@ from kpt.specs import KernelSpec, OpSpec
 _HOME = "kpt_plugin_triton"
 _FLOATS = ("bfloat16", "float16", "float32")
 _SUPPORTS = f"{_HOME}.sites:on_gpu"
+_TUNER = f"{_HOME}.tuner:tune"
 
 
 def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
@@ -21,7 +22,7 @@ def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
         "compile_safe": True,
         "reproducible": True,
         "supports": _SUPPORTS,
-        "tuner": f"{_HOME}.tuner:tune",
+        "tuner": _TUNER,
         **more,
     }
     return KernelSpec(op, "triton", f"{_HOME}.{entry}", **options)  # type: ignore[arg-type]
@@ -29,35 +30,40 @@ def _kernel(op: str, entry: str, **more: object) -> KernelSpec:
 
 @hookimpl
 def kpt_ops() -> Iterator[OpSpec]:
-    references = f"{_HOME}.references"
+    references, found = f"{_HOME}.references", f"{_HOME}.recognisers"
     yield OpSpec(
         "add_layer_norm",
         "(x, residual, weight=None, bias=None, eps=1e-5) -> (y, x + residual)",
         f"{references}.norms:add_layer_norm",
+        f"{found}.norms:AddLayerNorms",
         summary="add a residual and normalise the sum to mean 0 and variance 1",
     )
     yield OpSpec(
         "qk_norm_rope",
         "(q, k, q_weight, k_weight, cos, sin, eps=1e-6, offset=0.0, interleaved=False) -> (q, k)",
         f"{references}.qk_norm_rope:qk_norm_rope",
+        f"{found}.qk_norm_rope:QkNormRopes",
         summary="rms_norm over each head of queries and keys, then rope",
     )
     yield OpSpec(
         "glu",
         "(gate, up, activation='silu') -> y",
         f"{references}.glu:glu",
+        f"{found}.activations:Glus",
         summary="activation(gate) * up",
     )
     yield OpSpec(
         "bias_activation",
         "(x, bias=None, activation='gelu') -> y",
         f"{references}.activations:bias_activation",
+        f"{found}.activations:BiasActivations",
         summary="an activation function of x + bias",
     )
     yield OpSpec(
         "group_norm",
         "(x, groups, weight=None, bias=None, eps=1e-5, activation=None) -> y",
         f"{references}.group_norm:group_norm",
+        f"{found}.group_norm:GroupNorms",
         summary="normalise groups of channels to mean 0 and variance 1; silu may follow",
     )
     yield OpSpec(
@@ -65,6 +71,7 @@ def kpt_ops() -> Iterator[OpSpec]:
         "(ids, words, position_ids=None, positions=None, type_ids=None, types=None, weight=None, bias=None, "
         "eps=1e-12, padding_idx=None) -> y",
         f"{references}.embedding:embedding_sum_norm",
+        f"{found}.embedding:EmbeddingSumNorms",
         summary="the layer norm of the sum of word, position and type embeddings",
     )
     fp8 = "mode='row', scale=None, dtype=None) -> (fp8, scale"
@@ -106,6 +113,7 @@ def kpt_ops() -> Iterator[OpSpec]:
         "(hidden, weight, target, bias=None, ignore_index=-100, label_smoothing=0.0, reduction='mean', "
         "softcap=None, z_loss=0.0) -> loss",
         f"{references}.losses:linear_cross_entropy",
+        f"{found}.losses:LinearLosses",
         summary="cross entropy of a linear layer's output with class indices, logits never stored as a whole",
     )
     for width in ("int8", "fp8"):
@@ -160,3 +168,18 @@ def kpt_kernels() -> Iterator[KernelSpec]:
     yield _kernel("linear", "skinny:linear", **half | of_rows)
     for width in ("int8", "fp8"):
         yield _kernel(f"linear_{width}", f"skinny:linear_{width}", **half)
+        # The weights of a model's own linear layers, quantised once.
+        yield KernelSpec(
+            "linear",
+            f"triton-{width}",
+            f"{_HOME}.skinny:linear",
+            hardware=("cuda",),
+            dtypes=("bfloat16", "float16"),
+            level="aggressive",
+            compile_safe=True,
+            reproducible=True,
+            supports=f"{_HOME}.skinny_sites:supports_quantised",
+            setup=f"{_HOME}.skinny_sites:prepare_{width}",
+            tuner=_TUNER,
+            predicted_gain=1.2,
+        )

@@ -52,7 +52,7 @@ def attention(
 
 def supports(site: Site) -> str | None:
     """The reason why a site cannot be served by cuDNN, or None."""
-    from kpt_plugin_triton.sites import on_gpu
+    from kpt_plugin_triton.sites import on_gpu, seen
 
     refusal = on_gpu(site)
     if refusal is not None:
@@ -68,11 +68,10 @@ def supports(site: Site) -> str | None:
     if "mask" in given:
         # a row whose keys are all masked has no defined result there, and zeros here
         return "the site has a mask: rows without any key are zeros here, and undefined in cuDNN"
-    for example in site.examples:
-        for name in ("q", "v"):
-            shape = example.shapes.get(name, ())
+    for name in ("q", "k", "v"):
+        for shape, dtype in seen(site, name):
             if len(shape) == 4 and (shape[-1] > _LARGEST_HEAD or shape[-1] % 8):
                 return f"{name} has {shape[-1]} features; cuDNN takes multiples of 8 up to {_LARGEST_HEAD}"
-        if any(example.dtypes.get(name) == "float32" for name in ("q", "k", "v")):
-            return "the site is in float32; cuDNN's attention takes bfloat16 and float16"
+            if dtype == "float32":
+                return "the site is in float32; cuDNN's attention takes bfloat16 and float16"
     return None
