@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+import mixed_models
+
 JOBS = Path(__file__).resolve().parent.parent / "jobs.py"
 
 
 def run_job(name: str, folder: Path) -> Any:
-    """What the job prints; it is ended after three minutes."""
+    """What the job prints; it is ended after five minutes."""
     done = subprocess.run(
-        [sys.executable, str(JOBS), name, str(folder)], capture_output=True, text=True, timeout=180
+        [sys.executable, str(JOBS), name, str(folder)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -47,10 +49,37 @@ def test_two_data_parallel_processes_train_as_without_kpt(tmp_path):
     assert ranks[0]["eager"] != ranks[1]["eager"]
 
 
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_two_data_parallel_processes_with_a_compiled_a_precision_and_a_kernel_variant(tmp_path):
+    ranks = run_job("distributed_mixed", tmp_path)
+    for found in ranks:
+        for way in ("after", "before"):
+            mine = found[way]
+            assert set(mine["phases"]) == mixed_models.EVERY_PHASE, mine["why"]
+            assert mine["calls"] == {"optimized": 32, "fallback": 0, "reasons": {}, "misses": {}}
+            for loss, eager in zip(mine["losses"], found["eager"], strict=True):
+                assert float.fromhex(loss) == pytest.approx(float.fromhex(eager), rel=0.05)
+        assert len(set(found["after"]["losses"])) == 32
+        assert found["after"]["losses"] == found["before"]["losses"] != found["eager"]
+    assert ranks[0]["after"]["losses"] != ranks[1]["after"]["losses"]
+    assert len({found[way]["weights"] for found in ranks for way in ("after", "before")}) == 1
+
+
 def test_three_processes_under_deterministic_algorithms_agree_bit_for_bit(tmp_path):
     first, second, third = (run_job("deterministic", tmp_path) for _ in range(3))
     assert first == second == third
     assert first["accepted"] == [["DirectScale:direct"], ["DirectScale:direct"]]
+
+
+def test_three_processes_agree_bit_for_bit_on_compiled_code_kernels_and_a_recipe(tmp_path):
+    first, *others = (run_job("deterministic_mixed", tmp_path) for _ in range(3))
+    assert first["recipe"] == ["miss", "miss"] and first["searched"] == [True, True]
+    for found in others:
+        assert found["recipe"] == ["hit", "hit"] and found["searched"] == [False, False]
+    for found in (first, *others):
+        assert found["phases"] == [sorted(mixed_models.EVERY_PHASE)] * 2
+        assert found["calls"] == [1, 32]
+        assert found["digest"] == first["digest"]
 
 
 def test_a_second_process_does_not_search(tmp_path):
