@@ -114,7 +114,15 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
         """What it changed, for the receipt."""
         names = list(self.replaced)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f"replaces {len(names)} regions of the captured graph: {', '.join(names[:8])}{more}"
+        told = f"replaces {len(names)} regions of the captured graph: {', '.join(names[:8])}{more}"
+        return f"{told}{self._said_of_others()}"
+
+    def may_serve(self, site: Site) -> bool:
+        """Whether a region of this form was judged: with other dtypes it may be, where the plan casts."""
+        if not self.left_out:
+            return True
+        judged = [[dict(shown.shapes) for shown in other.examples] for other in self.sites]
+        return [dict(shown.shapes) for shown in site.examples] in judged
 
 
 class GraphKernels:
@@ -141,6 +149,7 @@ class GraphKernels:
             site
             for op, behaviour in serving.items()
             for site in kernels.supported(behaviour.spec, found.of(op), behaviour.mode)[0]
+            if behaviour.may_serve(site)
         ]
         for site in ops.graph_sites(usable):
             ops.substitute(graph, site, serving[site.op].at(site))

@@ -88,12 +88,33 @@ class KernelBehaviour:
     traced: bool = False
     #: The plugins in use, one of which may define the op.
     registry: Any = None
+    #: Names of the sites that it leaves alone.
+    left_out: list[str] = field(default_factory=list)
 
     def reference(self) -> Callable[..., Any]:
         """What the kernel has to compute, and what runs where it cannot."""
         from kpt import ops
 
         return ops.reference(self.spec.op, self.registry)
+
+    def leave_out(self, kinds: set[str]) -> None:
+        """Serve no site, and no further binding of one, that is of these kinds."""
+        sites = [site for site in self.sites if kind_of(site) not in kinds]
+        self.left_out = [site.name for site in self.sites if kind_of(site) in kinds]
+        self.sites = tuple(
+            replace(site, others=tuple(other for other in site.others if kind_of(other) not in kinds))
+            for site in sites
+        )
+
+    def effect(self) -> str:
+        """What it changed, for the receipt."""
+        return f"right and faster{self._said_of_others()}"
+
+    def _said_of_others(self) -> str:
+        if not self.left_out:
+            return ""
+        more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
+        return f"; not judged in time, and left alone: {', '.join(self.left_out[:4])}{more}"
 
     def propose(self, observation: Any, hardware: Any) -> list[Variant]:
         paths = tuple(sorted({site.name for site in self.sites}))
@@ -143,8 +164,8 @@ class KernelBehaviour:
     def note_traced(self) -> None:
         """Note that a site was compiled into a graph.
 
-        Dynamo traces this. It must read nothing: what it reads becomes a condition of the compiled code, which
-        would hold for the very first call only if the value is what is written here.
+        Dynamo traces this. It must read nothing: what it reads becomes a condition of the compiled code,
+        which would hold for the very first call only if the value is what is written here.
         """
         self.traced = True
 
@@ -158,6 +179,16 @@ class KernelBehaviour:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.traced or any(table.calls for table in self.tables)
+
+
+def kind_of(site: Site) -> str:
+    """What ``site`` saw: kernels are judged once for all sites that saw the same."""
+    return "; ".join(
+        ", ".join(
+            f"{name}: {shown.dtypes.get(name)} {list(shape)}" for name, shape in sorted(shown.shapes.items())
+        )
+        for shown in site.examples
+    )
 
 
 def callable_for(spec: KernelSpec, site: Site) -> Callable[..., Any]:

@@ -90,6 +90,27 @@ def test_a_kernel_is_judged_on_every_kind_of_site_that_it_would_serve():
     assert entry.rule == "stride"
 
 
+def test_a_kernel_serves_no_kind_of_site_that_it_was_not_judged_on_in_time():
+    """It hangs on the fourth of five kinds; receipt and recipe say where it does not serve."""
+    example, kept = torch.randn(64, 40), []
+    for time in ("first", "second"):
+        model = slow_kernels.FiveWidths().eval()
+        expected = model(example)
+        slow_kernels.widths.clear()
+        kpt.optimize(model, example, plugins=[offered("hangs_when_wide")], budget=30.0)
+        receipt = kpt.report(model)
+        kept.append([(entry.name, entry.reason) for entry in receipt.accepted])
+        assert receipt.searched is (time == "first"), receipt
+        assert receipt.optimized, receipt
+        torch.testing.assert_close(model(example), expected)
+        assert kpt.report(model).calls["optimized"] == 1
+        assert 16 in slow_kernels.widths and (time == "first" or max(slow_kernels.widths) < 36)
+    assert kept[0] == kept[1]
+    ((name, reason),) = kept[0]
+    assert name == "rms_norm/hangs_when_wide"
+    assert "not judged in time, and left alone: norms.6, norms.7, norms.8" in reason
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_right_kernel_is_kept(training):
     model = optimized(norm_net(training), torch.randn(64, 16), plugins=[offered("right")])

@@ -10,7 +10,8 @@ import torch
 from kpt import compiling
 from kpt.judge.kernels import inputs_like, is_weight, judge_kernel
 from kpt.judge.verdict import Verdict, passed, rejected
-from kpt.kernels import callable_for
+from kpt.kernels import callable_for, kind_of
+from kpt.transaction.budget import BudgetSpent
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 #: Sites of one kernel that differ in what they saw are judged apart: this many in any case, those that serve
 #: most sites first,
 _LEAST_KINDS = 3
-#: and all others while this share of the budget lasts. The trial judges every site with the whole model.
+#: and all others while this share of the budget lasts. What was not judged by then is not served.
 _SHARE = 0.05
+#: The last of them may take that many times what the slowest before it took.
+_PATIENCE = 2.0
 #: Elements of a weight above which the judge takes the model's own.
 _LARGE = 1 << 20
 #: Elements of the activations and weights together above which scales and layouts are tried on fewer rows:
@@ -31,34 +34,42 @@ _FEW_ROWS = 61
 
 
 def judge(candidate: Candidate, trials: Trials) -> Verdict:
-    """Judge a kernel candidate on one site of each kind that it would serve."""
+    """Judge a kernel candidate on one site of each kind that it would serve.
+
+    Kinds that were not judged in time are left out of what the candidate serves.
+    """
     behaviour = candidate.make()
-    observation = trials.observation
-    distinct: dict[Any, list[Site]] = {}
+    observation, budget = trials.observation, trials.budget
+    distinct: dict[str, list[Site]] = {}
     others = [other for site in behaviour.sites for other in site.others]
     for site in (*behaviour.sites, *others):
-        key = tuple((tuple(sorted(e.dtypes.items())), tuple(sorted(e.shapes.items()))) for e in site.examples)
-        distinct.setdefault(key, []).append(site)
-    kinds = sorted(distinct.values(), key=len, reverse=True)
-    enough = trials.budget.spent() + _SHARE * trials.budget.seconds
-    judged = 0
+        distinct.setdefault(kind_of(site), []).append(site)
+    kinds = sorted(distinct, key=lambda kind: -len(distinct[kind]))
+    enough = budget.spent() + _SHARE * budget.seconds
+    longest = 0.0
+    judged: set[str] = set()
     try:
-        with trials.untouched(), trials.budget.limit(0.2 * trials.budget.seconds):
-            for site, *_ in kinds:
-                if judged >= _LEAST_KINDS and trials.budget.spent() > enough:
+        with trials.untouched(), budget.limit(0.2 * budget.seconds):
+            for kind in kinds:
+                started = budget.spent()
+                least = len(judged) < _LEAST_KINDS
+                if not least and started > enough:
                     break
-                verdict = _judge_site(behaviour, site, observation)
+                # One that hangs must not use up what the search has for all others.
+                with budget.limit(None if least else max(enough - started, _PATIENCE * longest)):
+                    verdict = _judge_site(behaviour, distinct[kind][0], observation)
                 if not verdict.passed:
                     return verdict
-                judged += 1
+                judged.add(kind)
+                longest = max(longest, budget.spent() - started)
     except KeyboardInterrupt:
         raise
-    except compiling.DeadlinePassed:
-        if judged >= _LEAST_KINDS:
-            return passed()
-        return Verdict(False, "deadline", "judging the kernel alone took more than a fifth of the budget")
+    except (compiling.DeadlinePassed, BudgetSpent):
+        if len(judged) < _LEAST_KINDS:
+            return Verdict(False, "deadline", "judging the kernel alone took more than a fifth of the budget")
     except BaseException as error:  # noqa: BLE001 - a stranger's kernel may raise anything
         return rejected("error", f"{type(error).__name__}: {str(error)[:300]}")
+    candidate.left_out.update(distinct.keys() - judged)
     return passed()
 
 
