@@ -2,11 +2,16 @@
 
 torch's TunableOp times the libraries' solutions at the first call of each shape. While a plan is warmed
 up tuning is on; afterwards the chosen solutions are used and shapes that were never seen run as before.
-The switch belongs to the process: it is put back when the variant is undone.
+The switches belong to the process: they are put back when the variant is undone. What was chosen stays known
+to the process, and nothing asks for it while TunableOp is off.
+
+TunableOp appends what it finds to a file in the working directory. A trial must leave no trace, so that the
+file is the null device until the variant is undone.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -39,8 +44,10 @@ class TunableGemm:
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         tunable = torch.cuda.tunable
         held = (tunable.is_enabled(), tunable.tuning_is_enabled(), tunable.record_untuned_is_enabled())
+        # Asking for results reads the user's file once, and settles its name where none was given.
         self._before = len(tunable.get_results())
-        tunable.write_file_on_exit(False)
+        filename = tunable.get_filename()
+        tunable.set_filename(os.devnull)
         tunable.enable(True)
         tunable.tuning_enable(True)
 
@@ -49,6 +56,7 @@ class TunableGemm:
             tunable.tuning_enable(tuning)
             tunable.record_untuned_enable(recording)
             tunable.enable(enabled)
+            tunable.set_filename(filename)
 
         return undo
 

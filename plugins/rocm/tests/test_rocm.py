@@ -1,12 +1,14 @@
-"""Detection against recorded topologies, the facts of each architecture, and the tables."""
+"""Detection against topologies in the driver's form, the facts of each architecture, and the tables."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import topologies
 import torch
 
 import kpt_plugin_rocm.plugin
@@ -25,47 +27,55 @@ class TestPlugin(PluginSuite):
     plugin = kpt_plugin_rocm.plugin
 
 
-def write_node(root: Path, number: int, facts: dict[str, int], links=(), banks=()) -> None:
-    node = root / str(number)
-    node.mkdir(parents=True)
-    (node / "properties").write_text("".join(f"{name} {value}\n" for name, value in facts.items()))
-    for index, link in enumerate(links):
-        folder = node / "io_links" / str(index)
-        folder.mkdir(parents=True)
-        (folder / "properties").write_text("".join(f"{name} {value}\n" for name, value in link.items()))
-    for index, size in enumerate(banks):
-        folder = node / "mem_banks" / str(index)
-        folder.mkdir(parents=True)
-        (folder / "properties").write_text(f"heap_type 1\nsize_in_bytes {size}\n")
-
-
 @pytest.fixture
 def mi300x(tmp_path):
-    """A CPU and two MI300X joined by XGMI, in the form of the driver's files."""
-    write_node(tmp_path, 0, {"cpu_cores_count": 96, "simd_count": 0, "gfx_target_version": 0})
-    for number, other in ((1, 2), (2, 1)):
-        facts = {
-            "cpu_cores_count": 0,
-            "simd_count": 1216,
-            "simd_per_cu": 4,
-            "wave_front_size": 64,
-            "lds_size_in_kb": 64,
-            "gfx_target_version": 90402,
-        }
-        links = [
-            {"type": 2, "node_from": number, "node_to": 0, "max_bandwidth": 64000},
-            {"type": 11, "node_from": number, "node_to": other, "max_bandwidth": 64000},
-        ]
-        write_node(tmp_path, number, facts, links, banks=[206158430208])
-    return tmp_path
+    return topologies.write(tmp_path, topologies.MI300X, topologies.PAIR)
 
 
-def test_a_recorded_topology_is_read(mi300x) -> None:
-    first, second = topology.gpus(mi300x)
-    assert (first.gfx, first.compute_units, first.wavefront, first.lds) == ("gfx942", 304, 64, 65536)
-    assert first.memory == 206158430208
-    assert first.links == {2: 64000}, "PCIe links do not count"
-    assert second.links == {1: 64000}
+@pytest.mark.parametrize(
+    ("chip", "joined", "facts", "first_links"),
+    [
+        # A package of MI250X is two GPUs, with a half of the units and of the memory each.
+        (
+            topologies.MI250X,
+            topologies.TWO_PACKAGES,
+            ("gfx90a", 110, 65_536, 64 * 2**30),
+            {2: 200_000, 3: 50_000},
+        ),
+        (topologies.MI300X, topologies.PAIR, ("gfx942", 304, 65_536, 192 * 2**30), {2: 64_000}),
+        (topologies.MI350X, topologies.PAIR, ("gfx950", 256, 163_840, 288 * 2**30), {2: 76_800}),
+    ],
+    ids=["MI250X", "MI300X", "MI350X"],
+)
+def test_topologies_are_read(tmp_path, chip, joined, facts, first_links) -> None:
+    found = topology.gpus(topologies.write(tmp_path, chip, joined))
+    assert [node.number for node in found] == sorted({end for pair in joined for end in pair})
+    for node in found:
+        assert (node.gfx, node.compute_units, node.lds, node.memory) == facts
+        assert node.wavefront == 64
+    assert found[0].links == first_links, "PCIe links do not count"
+    by_number = {node.number: node for node in found}
+    assert all(by_number[other].links[1] == width for other, width in found[0].links.items())
+
+
+@pytest.mark.parametrize(
+    ("chip", "family", "eight_bits"),
+    [
+        (topologies.MI250X, "MI200", ()),
+        (topologies.MI300X, "MI300", ("float8_e4m3fnuz", "float8_e5m2fnuz")),
+        (topologies.MI350X, "MI350", ("float8_e4m3fn", "float8_e5m2")),
+    ],
+    ids=["MI250X", "MI300X", "MI350X"],
+)
+def test_profiles_of_each_family(tmp_path, chip, family, eight_bits) -> None:
+    """What the driver and the table of architectures say agree, and both are in the profile."""
+    (node, *_) = nodes = topology.gpus(topologies.write(tmp_path, chip, topologies.PAIR))
+    profile = describe(nodes, "7.0.0")
+    assert node.lds == KNOWN[node.gfx].lds == profile.caches["lds"]
+    assert node.wavefront == KNOWN[node.gfx].wavefront
+    assert profile.details["family"].startswith(family)
+    assert tuple(name for name in profile.native_dtypes if "float8" in name) == eight_bits
+    assert ("mfma" in profile.features) and profile.compute_units == chip.units
 
 
 @pytest.mark.parametrize(
@@ -77,7 +87,7 @@ def test_gfx_names(version, name) -> None:
 
 def test_a_broken_topology_is_no_gpu(tmp_path) -> None:
     assert topology.gpus(tmp_path / "absent") == []
-    write_node(tmp_path, 0, {})
+    topologies.write_node(tmp_path, 0, {})
     (tmp_path / "0" / "properties").write_text("simd_count many\ngfx_target_version\n")
     (tmp_path / "notes").mkdir()
     assert topology.gpus(tmp_path) == []
@@ -130,7 +140,8 @@ def test_a_gpu_that_torch_uses_and_no_plugin_describes_is_unknown_not_absent(mon
 
 
 def test_tunable_gemm_switches_back(monkeypatch) -> None:
-    state = {"enabled": False, "tuning": True, "record": False, "file": True, "results": []}
+    state = {"enabled": False, "tuning": True, "record": False, "file": "mine.csv", "results": []}
+    offered = set(torch.cuda.tunable.__all__)
     fake = SimpleNamespace(
         is_enabled=lambda: state["enabled"],
         enable=lambda on=True: state.update(enabled=on),
@@ -138,21 +149,24 @@ def test_tunable_gemm_switches_back(monkeypatch) -> None:
         tuning_enable=lambda on=True: state.update(tuning=on),
         record_untuned_is_enabled=lambda: state["record"],
         record_untuned_enable=lambda on=True: state.update(record=on),
-        write_file_on_exit=lambda on: state.update(file=on),
+        get_filename=lambda: state["file"],
+        set_filename=lambda name, insert_device_ordinal=False: state.update(file=name),
         get_results=lambda: state["results"],
     )
+    assert set(vars(fake)) <= offered, "the stand-in has what this torch has, and nothing else"
     monkeypatch.setattr(torch.cuda, "tunable", fake)
     subject = tunable.TunableGemm()
     (variant,) = subject.propose(None, SimpleNamespace(vendor="amd"))
     before = dict(state)
     undo = subject.apply(torch.nn.Linear(2, 2), variant)
     assert state["enabled"] and state["tuning"]
+    assert state["file"] == os.devnull, "what a trial finds is written nowhere"
     assert not subject.verify_applied(torch.nn.Linear(2, 2)), "nothing was tuned"
     state["results"] = [("gemm", "1", "solution", 0.1)]
     assert subject.verify_applied(torch.nn.Linear(2, 2))
     assert not state["tuning"], "after the warm-up no shape is tuned any more"
     undo()
-    assert (state["enabled"], state["tuning"]) == (before["enabled"], before["tuning"])
+    assert state == {**before, "results": state["results"]}
     (skip,) = subject.propose(None, SimpleNamespace(vendor="nvidia"))
     assert "not AMD" in skip.reason
 
