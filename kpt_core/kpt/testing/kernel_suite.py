@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -156,19 +156,54 @@ class KernelSuite(Suite, standard=True):
 
     def test_error_like_eager(self) -> None:
         """In half precision, errors against fp64 stay within 1.3 times those of the reference run eagerly."""
-        low = [dtype for dtype in self.dtypes() if dtype in (torch.bfloat16, torch.float16)]
-        if not low or self.kernel.setup is not None or self.kernel.level == "aggressive":
-            raise skip("the kernel has no half precision of its own")
-        for dtype in low:
-            given = {name: _cast(value, dtype) for name, value in self.arguments().items()}
+        for dtype, given in self._in_half_precision():
             true = self.reference()(**{name: _cast(value, torch.float64) for name, value in given.items()})
             eager, mine = self.reference()(**given), self.run()(**given)
             for one, other, right in zip(_tensors(mine), _tensors(eager), _tensors(true)):
-                floor = torch.finfo(dtype).eps * 0.5  # rounding the result alone costs about this
-                error, usual = (float((t.double() - right).norm() / right.norm()) for t in (one, other))
-                assert error <= 1.3 * max(usual, floor), (
-                    f"{self.kernel.op}/{self.kernel.name} in {dtype}: error {error:.2e}, eager's {usual:.2e}"
+                self._assert_close_to_eager("", dtype, one, other, right)
+
+    def test_gradient_error_like_eager(self) -> None:
+        """The same of the gradients of every floating-point argument."""
+        if not self.kernel.backward:
+            raise skip("the kernel declares no backward")
+        for dtype, given in self._in_half_precision():
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                template = list(_tensors(self.reference()(**given)))
+            # Of this dtype's own numbers: what fp64 is given must not be more exact.
+            upstream = [torch.randn(t.shape, generator=generator).to(t.device, dtype) for t in template]
+            wide = {name: _cast(value, torch.float64) for name, value in given.items()}
+            true, eager, mine = (
+                _gradients(run, arguments, upstream)
+                for run, arguments in (
+                    (self.reference(), wide),
+                    (self.reference(), given),
+                    (self.run(), given),
                 )
+            )
+            for name, right in true.items():
+                assert name in mine, f"{self.kernel.op}/{self.kernel.name} gives {name} no gradient"
+                self._assert_close_to_eager(f"the gradient of {name} ", dtype, mine[name], eager[name], right)
+
+    def _in_half_precision(self) -> Iterator[tuple[torch.dtype, dict[str, Any]]]:
+        """Each half precision that the kernel declares, with arguments in it."""
+        low = [dtype for dtype in self.dtypes() if dtype in (torch.bfloat16, torch.float16)]
+        if not low or self.kernel.setup is not None:
+            raise skip("the kernel has no half precision of its own")
+        for dtype in low:
+            yield dtype, {name: _cast(value, dtype) for name, value in self.arguments().items()}
+
+    def _assert_close_to_eager(
+        self, what: str, dtype: torch.dtype, mine: torch.Tensor, eager: torch.Tensor, true: torch.Tensor
+    ) -> None:
+        right = true.double()
+        if right.norm() == 0:  # nothing to be relative to
+            right = right + torch.finfo(dtype).tiny
+        floor = torch.finfo(dtype).eps * 0.5  # rounding the result alone costs about this
+        error, usual = (float((t.double() - true.double()).norm() / right.norm()) for t in (mine, eager))
+        assert error <= 1.3 * max(usual, floor), (
+            f"{self.kernel.op}/{self.kernel.name} in {dtype}: {what}error {error:.2e}, eager's {usual:.2e}"
+        )
 
     def test_no_rows(self) -> None:
         """Inputs without rows give outputs without rows, or an error that says so; never a crash."""
@@ -212,22 +247,47 @@ class KernelSuite(Suite, standard=True):
         holds()
 
     def test_two_streams(self) -> None:
-        """Two streams at once give what one after the other gives."""
+        """Two streams at once give what one after the other gives, forward and backward."""
         streams = self._accelerator("Stream")
         run, make = self._ready()
         sets = [make(torch.Generator().manual_seed(seed), None) for seed in (1, 2)]
-        expected = [list(_tensors(run(**given))) for given in sets]
+        if self.kernel.backward:
+            sets = [_requiring_grad(given) for given in sets]
+        upstream = [
+            [
+                torch.randn(t.shape, generator=torch.Generator().manual_seed(3)).to(t)
+                for t in _tensors(run(**given))
+            ]
+            for given in sets
+        ]
+
+        def gradients(number: int, results: list[torch.Tensor]) -> list[torch.Tensor]:
+            return list(_backward(sets[number], results, upstream[number]).values())
+
+        expected: list[list[torch.Tensor]] = []
+        expected_gradients: list[list[torch.Tensor]] = []
+        for number, given in enumerate(sets):  # one after the other, its backward pass included
+            expected.append(list(_tensors(run(**given))))
+            expected_gradients.append(gradients(number, expected[-1]))
         module = torch.get_device_module(self.device)
         module.synchronize()
         lanes = [streams() for _ in sets]
         results: list[list[torch.Tensor]] = [[] for _ in sets]
+        found: list[list[torch.Tensor]] = [[] for _ in sets]
         for _ in range(20):
+            # Both forward passes come before the backward ones: scratch memory that they share would show.
             for number, (lane, given) in enumerate(zip(lanes, sets)):
                 with module.stream(lane):
                     results[number] = list(_tensors(run(**given)))
+            for number, lane in enumerate(lanes):
+                with module.stream(lane):
+                    found[number] = gradients(number, results[number])
         module.synchronize()
         for mine, true in zip(results, expected):
             torch.testing.assert_close(mine, true, rtol=0, atol=0)
+        exact = {"rtol": 0, "atol": 0} if self.kernel.reproducible else {}
+        for mine, true in zip(found, expected_gradients):
+            torch.testing.assert_close(mine, true, **exact)
 
     def test_graph_capture(self) -> None:
         """Captured once and replayed on new values, the kernel reads the new ones."""
@@ -265,6 +325,38 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     """``value`` in ``dtype`` if it is a floating-point tensor; codes of 8 bits are packed, and stay."""
     floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1
     return value.to(dtype) if floating else value
+
+
+def _requiring_grad(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, floating-point tensors as leaves that require gradients; codes of 8 bits cannot."""
+    return {
+        name: value.detach().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1
+        else value
+        for name, value in given.items()
+    }
+
+
+def _gradients(
+    run: Callable[..., Any], arguments: Mapping[str, Any], upstream: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    given = _requiring_grad(arguments)
+    return _backward(given, _tensors(run(**given)), upstream)
+
+
+def _backward(
+    given: Mapping[str, Any], results: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Gradients of the leaves among ``given`` by name, those that there are."""
+    leaves = {name: v for name, v in given.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    pairs = [
+        (out, grad.to(out.dtype)) for out, grad in zip(results, upstream, strict=True) if out.requires_grad
+    ]
+    if not leaves or not pairs:
+        return {}
+    outs, grads = zip(*pairs)
+    found = torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True)
+    return {name: grad for name, grad in zip(leaves, found) if grad is not None}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
