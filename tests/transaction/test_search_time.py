@@ -329,3 +329,17 @@ def test_after_a_compiler_that_was_stopped_a_quicker_one_is_tried_without_what_l
     found, trials = _outlined(40.0, [half, compiler, quicker], fate)
     assert [key for key, _ in trials.seen[:3]] == ["half", "half + compiler", "quicker"]
     assert found.best.plan.steps == (quicker,)
+
+
+def test_what_hangs_in_a_stack_without_setup_is_found_and_the_others_are_kept() -> None:
+    hanging, good = _candidate("hanging", "kernels", 0.0), _candidate("good", "layout", 0.0)
+    compiler = _candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        seconds = 1e9 if "hanging" in names else 11.0 if "compiler" in names else 1.0
+        return seconds, "ok", 0.7 if against is not None and names < set(against.plan.names) else 1.5
+
+    found, trials = _outlined(200.0, [hanging, good, compiler], fate)
+    assert set(found.best.plan.steps) == {good, compiler}
+    assert [(entry.name, entry.rule) for entry in found.rejected] == [("hanging", "deadline")]
+    assert trials.now < 100.0

@@ -34,6 +34,8 @@ _CALLS = 40
 #: Bounds of how many times the announced seconds set-ups take: some are answered from a compiler's cache,
 #: which says nothing of the next; and one bad guess must not forbid all that follow.
 _PACE = (0.5, 3.0)
+#: Seconds of announced set-up below which what is imported and prepared once may be most of what it took.
+_TELLING = 3.0
 
 
 @dataclass
@@ -155,7 +157,7 @@ class Ledger:
     def _learn_pace(self, outcome: Outcome) -> None:
         """Other set-ups will take as many times what they announced as this one did."""
         seconds = announced(outcome.plan)
-        if seconds < 0.5:
+        if seconds < _TELLING:
             return
         if outcome.rule == "deadline":  # it would have taken longer still
             self.pace = max(self.pace, min(outcome.seconds / seconds, _PACE[1]))

@@ -112,6 +112,9 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
             return best
         if outcome.rule in ("budget", "deadline") and ledger.budget.left() < _LATE * ledger.budget.seconds:
             return best
+        hung = outcome.rule == "deadline" and not ledger.slow(plan) and not ledger.fixed
+        if hung and best is None and len(added) > 1:
+            return _one_by_one(ledger, added)
         if outcome.culprit is not None and outcome.culprit in known:
             apart[outcome.culprit] = outcome
         elif not _blame(ledger, plan, added, outcome):
@@ -147,7 +150,7 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
         return True
     if outcome.rule == "deadline":
         if not ledger.slow(Plan.of(added)):
-            return _blame_hanging(ledger, added)
+            return False  # nobody announced to be slow
         slowest = max(added, key=_own_setup)
         ledger.reject_by(slowest, outcome)
         if not _own_setup(slowest)[0]:
@@ -198,15 +201,20 @@ def _without_company(ledger: Ledger, added: list[Candidate], best: Outcome | Non
     return outcome
 
 
-def _blame_hanging(ledger: Ledger, added: list[Candidate]) -> bool:
-    """Reject the first step that does not come back alone either; nobody announced to be slow."""
-    for number, step in enumerate(added):
-        alone = ledger.run(Plan.of([step]), timed=False, among=2 * (len(added) - number))
-        alone.close()
-        if alone.rule == "deadline":
-            ledger.reject_by(step, alone)
-            return True
-    return False
+def _one_by_one(ledger: Ledger, steps: list[Candidate]) -> Outcome | None:
+    """The fastest of ``steps`` alone, or None; those that do not come back, or are wrong, are rejected."""
+    best: Outcome | None = None
+    for step in steps:
+        outcome = ledger.run(Plan.of([step]), among=4 * len(steps))
+        if outcome.accepted and (best is None or ratio(outcome) > ratio(best)):
+            if best is not None:
+                best.close()
+            best = outcome
+            continue
+        outcome.close()
+        if not outcome.right:
+            ledger.reject_by(step, outcome)
+    return best
 
 
 def _setup(candidate: Candidate) -> float:

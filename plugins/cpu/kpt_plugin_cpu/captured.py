@@ -25,7 +25,7 @@ _PER_MODULE = 40e-6
 #: Share of the time of a compiler that capturing takes: from 2 s of 54 to 8 s of 26 were measured.
 _SHARE = 0.15
 #: The share of a call that has to be left out for a trial, and the largest that is predicted.
-_LEAST, _MOST = 0.05, 0.3
+_LEAST, _MOST = 0.05, 0.2
 
 
 class Captured:
