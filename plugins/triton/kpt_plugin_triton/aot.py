@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +50,48 @@ _TYPES = {
     torch.float8_e4m3fnuz: "fp8e4b8",
     torch.float8_e5m2fnuz: "fp8e5b16",
 }
+#: Triton's operations that multiply tiles, in the last form before LLVM's, with the types of their operands.
+_PRODUCT = re.compile(
+    r"\b(?P<op>tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\s.*?"
+    r"(?:tensor|memdesc)<(?P<rows>\d+)x(?P<depth>\d+)x(?P<dtype>\w+),.*?"
+    r"(?:tensor|memdesc)<\d+x(?P<columns>\d+)x\w+,.*?"
+    r"(?:-> tensor<[\dx]+\w+, #(?P<layout>\w+)>|$)"
+)
+#: Where tiles of such a layout are multiplied.
+_UNITS = {"nvidia_mma": "mma", "amd_mfma": "mfma"}
 #: Instructions of matrix units by what the disassembly calls them.
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+|v_smfmac_\w+)")
 
 
 @dataclass(frozen=True)
+class Product:
+    """One product of tiles in a kernel's code, [rows, depth] times [depth, columns] of ``dtype``.
+
+    ``unit`` is what multiplies them: ``wgmma``, ``tcgen05``, ``mma`` (a warp's), ``mfma``, or ``none`` where
+    that is left to ordinary arithmetic.
+    """
+
+    unit: str
+    rows: int
+    columns: int
+    depth: int
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """The width of one element."""
+        digits = re.search(r"\d+", self.dtype)
+        return max(int(digits[0]) // 8, 1) if digits else 1
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.depth} times {self.depth}x{self.columns} of {self.dtype} on {self.unit}"
+
+
+@dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs: bytes of shared memory, registers and spills, matrix instructions."""
+    """What one compiled kernel needs: bytes of shared memory, registers and spills, matrix instructions by
+    kind, and the products that they are for.
+    """
 
     name: str
     target: str
@@ -64,6 +99,7 @@ class Resources:
     registers: int
     spilled: int
     matrix: dict[str, int]
+    products: tuple[Product, ...] = ()
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
@@ -139,7 +175,22 @@ def _resources(compiled: Any, target: str) -> Resources:
         kind = "_".join(match.split("_")[:2]) if match.startswith("v_") else match
         found[kind] = found.get(kind, 0) + 1
     registers, spilled = _cuda_usage(compiled) if cuda else _hip_usage(text)
-    return Resources(compiled.metadata.name, target, compiled.metadata.shared, registers, spilled, found)
+    products = tuple(_products(compiled.asm["ttgir"]))
+    metadata = compiled.metadata
+    return Resources(metadata.name, target, metadata.shared, registers, spilled, found, products)
+
+
+def _products(text: str) -> Iterator[Product]:
+    """The products of a kernel, one for each place in its code."""
+    layouts = dict(re.findall(r"^#(\w+) = #\w+\.(\w+)<", text, re.MULTILINE))
+    for line in text.splitlines():
+        found = _PRODUCT.search(line)
+        if found is None:
+            continue
+        unit = {"ttng.warp_group_dot": "wgmma", "ttng.tc_gen5_mma": "tcgen05"}.get(found["op"])
+        rows, columns, depth = (int(found[name]) for name in ("rows", "columns", "depth"))
+        unit = unit or _UNITS.get(layouts.get(found["layout"], ""), "none")
+        yield Product(unit, rows, columns, depth, found["dtype"])
 
 
 def _cuda_usage(compiled: Any) -> tuple[int, int]:

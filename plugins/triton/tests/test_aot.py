@@ -1,7 +1,9 @@
 """Every kernel compiles for every architecture, without spills, within its memory, on its matrix units.
 
-tests/aot_cases/<family>.py has ``calls()``: (name, a function that runs an op on meta tensors). A family
-whose kernels multiply matrices lists their names in ``DOTS``.
+tests/aot_cases/<family>.py has ``calls()``: (name, a function that runs an op on meta tensors), and
+``more()`` of the same form, of which a sample is compiled (aot_sample.py). A family whose kernels multiply
+matrices lists their names in ``DOTS``, and has ``small(kernel, constants)``: why tiles of few rows are right
+(matrix_units.py). ``SPILLS`` has the bytes that calls whose names begin so are known to spill.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import addresses
+import aot_sample
+import matrix_units
 import pytest
 import torch
 
@@ -28,30 +33,52 @@ from kpt_plugin_triton.launch import Launch, recording
 HERE = Path(__file__).parent
 FAMILIES = sorted(path.stem for path in (HERE / "aot_cases").glob("*.py"))
 sys.path.insert(0, str(HERE))
+#: Bytes that what is only sampled may spill: forms and dtypes with the block sizes of more common ones.
+SAMPLED_SPILLS = 256
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_fit_the_architecture(family: str, target: str) -> None:
     cases = importlib.import_module(f"aot_cases.{family}")
-    dots = getattr(cases, "DOTS", ())
-    limit = aot.TARGETS[target][1]
+    chosen = aot_sample.sample(cases.more(), f"{family} {target}")
     distinct: dict[Any, tuple[str, Launch]] = {}
-    faults: list[str] = []
-    for name, run in cases.calls():
+    for name, run in (*cases.calls(), *chosen):
         with recording(target) as record:
             run()
         assert record.launches, f"{name} launched nothing"
         for launch in record.launches:
             distinct.setdefault(aot.describe(launch), (name, launch))
+    faults: list[str] = []
+    known: Mapping[str, int] = getattr(cases, "SPILLS", {})
+    sampled = {name for name, _ in chosen}
     for name, launch, used in _compiled(distinct, target):
-        if used.spilled:
-            faults.append(f"{name}: {used.name} spills {used.spilled} ({launch.num_warps} warps)")
-        if used.shared > limit:
-            faults.append(f"{name}: {used.name} needs {used.shared} bytes of {limit}")
-        if used.name in dots and not used.matrix:
-            faults.append(f"{name}: {used.name} uses no matrix instruction")
-    assert not faults, "\n".join(faults)
+        spills = max([bound for part, bound in known.items() if name.startswith(part)], default=0)
+        if name in sampled:
+            spills = max(spills, SAMPLED_SPILLS)
+        faults += [f"{name}: {used.name} {fault}" for fault in _faults(launch, used, target, spills)]
+        if used.name in getattr(cases, "DOTS", ()):
+            reason = cases.small(used.name, _constants(launch))
+            wrong = matrix_units.faults(used, launch.num_warps, reason)
+            faults += [f"{name}: {used.name}: {fault}" for fault in wrong]
+    assert not faults, "\n".join([*faults, f"KPT_AOT_SEED={aot_sample.seed()} repeats this sample"])
+
+
+def _faults(launch: Launch, used: aot.Resources, target: str, spills: int = 0) -> list[str]:
+    """What is wrong with what a kernel needs; ``spills`` are the bytes that it may spill."""
+    found = []
+    limit = aot.TARGETS[target][1]
+    if used.spilled > spills:
+        found.append(f"spills {used.spilled} ({launch.num_warps} warps)")
+    if used.shared > limit:
+        found.append(f"needs {used.shared} bytes of {limit}")
+    return found
+
+
+def _constants(launch: Launch) -> dict[str, Any]:
+    """A launch's compile-time constants by name."""
+    names = [parameter.name for parameter in launch.function.params[len(launch.arguments) :]]
+    return dict(zip(names, launch.constants, strict=True))
 
 
 def _compiled(
@@ -63,27 +90,102 @@ def _compiled(
         yield from ((*item, used) for item, used in zip(distinct.values(), found))
 
 
-@pytest.mark.parametrize("target", [path.stem for path in sorted(tuning.PACKAGED.glob("*.json"))])
+def _tables() -> list[str]:
+    """The architectures that any installed distribution brings a table for; not the user's own tables."""
+    folders = [tuning.PACKAGED, *tuning._contributed()]
+    return sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+
+
+@pytest.mark.parametrize("target", _tables())
 def test_tuned_options_fit_the_architecture(target: str) -> None:
-    """Everything that the packaged tables choose, at the sizes that it was chosen for."""
+    """What the tables choose, at the sizes that it was chosen for: a measured table as a whole, of a computed
+    one a sample.
+    """
+    rows = list(_rows(target))
+    assert rows, f"the table of {target} names no kernel"
+    measured = (tuning.PACKAGED / f"{target}.json").exists()
+    chosen = rows if measured else aot_sample.sample(rows, f"table {target}")
+    distinct: dict[Any, tuple[str, Launch]] = {}
+    for name, run in chosen:
+        with recording(target) as record:
+            run()
+        for launch in record.launches:
+            distinct.setdefault(aot.describe(launch), (name, launch))
+    faults = [
+        f"{name}: {used.name} {fault}"
+        for name, launch, used in _compiled(distinct, target)
+        for fault in _faults(launch, used, target)
+    ]
+    assert not faults, "\n".join([*faults, f"KPT_AOT_SEED={aot_sample.seed()} repeats this sample"])
+
+
+def _rows(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A call for each row of a table."""
     from kpt_plugin_triton import tuner
 
-    limit = aot.TARGETS[target][1]
     by_width = {dtype.itemsize: dtype for dtype in (torch.int8, torch.bfloat16, torch.float32)}
-    distinct: dict[Any, tuple[str, Launch]] = {}
-    for work in tuner.workloads():
+    for number, work in enumerate(tuner.workloads()):
         for entry in work.kernel.entries(target):
-            with recording(target) as record:
-                work.prepare(by_width[entry["itemsize"]], *entry["sizes"])(entry["options"])()
-            for launch in record.launches:
-                distinct.setdefault(aot.describe(launch), (f"{work.kernel.name} {entry}", launch))
-    assert distinct, f"the table of {target} names no kernel"
-    faults = [
-        f"{name}: {used}"
-        for name, _, used in _compiled(distinct, target)
-        if used.spilled or used.shared > limit
-    ]
-    assert not faults, "\n".join(faults)
+            dtype = by_width[entry["itemsize"]]
+            yield (
+                f"{work.kernel.name} {entry} as workload {number}",
+                lambda work=work, entry=entry, dtype=dtype: work.prepare(dtype, *entry["sizes"])(
+                    entry["options"]
+                )(),
+            )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_addresses_are_computed_in_64_bits(family: str, target: str) -> None:
+    """Beyond 2**31 elements a product of a row and a stride needs them."""
+    cases = importlib.import_module(f"aot_cases.{family}")
+    distinct: dict[Any, tuple[str, Launch]] = {}
+    for name, run in cases.calls():
+        with recording(target) as record:
+            run()
+        for launch in record.launches:
+            distinct.setdefault(aot.describe(launch), (name, launch))
+    for name, launch in distinct.values():
+        compiled = aot.compile_for(launch, aot.target_of(target))
+        wrong = addresses.narrow(compiled.asm["ttir"])
+        assert not wrong, f"{name}: {compiled.metadata.name} multiplies {', '.join(wrong)} in 32 bits"
+
+
+def test_a_product_in_32_bits_is_seen() -> None:
+    """The check of addresses itself, on a row's start in 32 bits and in 64."""
+    text = """
+    %row = tt.get_program_id x : i32
+    %{place} = arith.muli {row}, %stride : {width}
+    %start = tt.addptr %x, %{place} : !tt.ptr<bf16>, {width}
+    """
+    assert addresses.narrow(text.format(place="place_0", row="%row", width="i32")) == ["place"]
+    assert addresses.narrow(text.format(place="place_0", row="%wide", width="i64")) == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "rows", "instructions", "said"),
+    [
+        ("wgmma", 128, {"wgmma.mma_async": 4}, []),
+        ("wgmma", 128, {"wgmma.mma_async": 3}, ["3 wgmma.mma_async instructions, its products need 4"]),
+        ("mma", 128, {"mma.sync": 900}, ["128x64 times 64x64 of bf16 on mma is not on wgmma"]),
+        (
+            "mma",
+            16,
+            {"mma.sync": 900},
+            ["16x64 times 64x64 of bf16 on mma: fewer than 64 rows, and no reason why"],
+        ),
+        ("none", 128, {}, ["128x64 times 64x64 of bf16 on none is not on wgmma"]),
+        ("wgmma", 128, {}, ["0 wgmma.mma_async instructions, its products need 4"]),
+    ],
+)
+def test_products_off_the_fast_units_are_seen(unit, rows, instructions, said) -> None:
+    """The check of matrix units itself, for eight warps on sm_90."""
+    product = aot.Product(unit, rows, 64, 64, "bf16")
+    used = aot.Resources("k", "sm_90", 0, 0, 0, instructions, (product,))
+    assert matrix_units.faults(used, 8, None) == said
+    if rows == 16:
+        assert matrix_units.faults(used, 8, "a reason") == []
 
 
 def test_a_kernel_that_spills_is_seen() -> None:

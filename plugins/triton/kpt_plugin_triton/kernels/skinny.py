@@ -126,10 +126,11 @@ def skinny_dot(
     row = tl.where(feature < features, feature, features - 1).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
     present = (number < rows)[:, None]
+    x_rows = x + number.to(tl.int64)[:, None] * x_stride  # the last of many tokens: rows far apart
     total = tl.zeros([16, BLOCK_N], tl.float32)
     for start in range(tl.program_id(1) * BLOCK_K, depth, SPLITS * BLOCK_K):
         place = start + column
-        x_place = x + number[:, None] * x_stride + place[None, :]
+        x_place = x_rows + place[None, :]
         weight_place = weight + row[None, :] * weight_stride + place[:, None]
         if EVEN:
             value = tl.load(x_place, mask=present, other=0.0)
