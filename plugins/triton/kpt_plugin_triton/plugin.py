@@ -157,13 +157,13 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         backward=True,
         compile_safe=True,
         supports=f"{_HOME}.sdpa:supports",
-        # On an H200 1.65 to 1.8 times its flash attention, and 1.27 to 1.45 times attention/triton, which is
-        # predicted to gain less and so tried after it.
+        # The fastest at every causal size in benchmarks/results/gpu_kernels-*.json. attention/triton is
+        # predicted to gain less, and so tried after it.
         predicted_gain=1.1,
     )
     half: dict[str, object] = {"dtypes": ("bfloat16", "float16"), "backward": False}
-    # cuBLAS was as fast with one row and faster with 4 and 16, of the one weight that was measured: what
-    # `supports` leaves is tried last.
+    # cuBLAS was faster with 1, 4 and 16 rows of every weight that was measured: what `supports` leaves is
+    # tried last.
     of_rows: dict[str, object] = {"supports": f"{_HOME}.skinny_sites:supports", "predicted_gain": 1.02}
     yield _kernel("linear", "skinny:linear", **half | of_rows)
     for width in ("int8", "fp8"):
