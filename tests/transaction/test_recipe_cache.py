@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ import fingerprints
 import hostile_passes
 import kpt
 from fingerprints import fast_calls, optimized
-from kpt.transaction import events
+from kpt import interruption
+from kpt.judge.clock import Timing
+from kpt.transaction import commit, events, trial
 from slow_models import DerivedScale, DirectScale, Net, net, plugin
 
 PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
@@ -236,6 +238,52 @@ def test_finding_nothing_is_remembered_too():
         assert receipt.searched is searched and not receipt.optimized and receipt.reason
         assert [entry.rule for entry in receipt.rejected] == ["value"]
     assert fingerprints.ours(model) == []
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def slow_clock(committed: object, model: torch.nn.Module, trials: object) -> Timing:
+    with torch.no_grad():
+        model(EXAMPLE)
+    return Timing(1.0, 0.9, 1.1, 1e-3, 1e-3, 8)
+
+
+def stopped(*args: object, **options: object) -> object:
+    raise interruption.DeadlinePassed
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "replacement", "rule"),
+    [
+        (commit.Committed, "time", slow_clock, "slower"),
+        (commit.Committed, "time", stopped, "deadline"),
+        (trial.Trials, "_run", stopped, "deadline"),
+    ],
+    ids=["timed", "stopped at the end", "stopped in the trial"],
+)
+def test_a_veto_of_the_clock_is_kept_in_deterministic_mode(
+    target, name, replacement, rule, deterministic, monkeypatch
+):
+    """Else the third process would have other bits than the second."""
+    plugins = [plugin(DirectScale)]
+    first, _ = run(plugins=plugins)
+    assert first.searched
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, replacement)
+        model = kpt.optimize(net(), EXAMPLE, plugins=plugins, budget=6.0)
+    second = kpt.report(model)
+    assert second.recipe == "hit" and not second.searched and not second.optimized
+    assert [entry.rule for entry in second.rejected] == [rule]
+    third = kpt.report(kpt.optimize(net(), EXAMPLE, plugins=plugins, budget=6.0))
+    assert third.recipe == "hit" and not third.searched and not third.optimized
+    assert third.reason == second.reason != ""
+    assert [entry.rule for entry in third.rejected] == [rule]
 
 
 @pytest.mark.parametrize(("budget", "searched"), [(20.0, True), (5.0, False)])

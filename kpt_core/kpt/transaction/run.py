@@ -312,9 +312,17 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
         run.receipt.recipe_data = data
         return True
     emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    fixed = trials.observation.deterministic
     outcome = trials.run(plan, keep=True, timed=False)
     if not outcome.right or outcome.applied is None:
         outcome.close()
+        if fixed and outcome.rule in ("budget", "deadline"):  # a search would find another plan, by the clock
+            reason = run.receipt.reason = f"the recipe {plan.key} was stopped ({outcome.reason})"
+            run.receipt.rejected = [
+                Entry(step.name, step.phase, step.plugin, outcome.rule, reason) for step in plan.steps
+            ]
+            _store_veto(run)
+            return True
         run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
         if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
             recipe.forget(run.key)
@@ -323,7 +331,16 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
     found = Found(best=outcome, gains=dict(figures.get("gains", {})))
     found.rejected = [Entry(**entry) for entry in figures.get("rejected", [])]
     _commit(run, trials, found, timed=timed)
-    return run.committed is not None or trials.observation.deterministic
+    if fixed and run.committed is None:
+        _store_veto(run)
+    return run.committed is not None or fixed
+
+
+def _store_veto(run: Run) -> None:
+    """In torch's deterministic mode, keep that a plan of the cache was refused: the clock of the next process
+    might let it pass, and the bits of the two would differ."""
+    if run.receipt.recipe == "hit":
+        _store(run, fixed=True)
 
 
 def _search(run: Run, trials: Trials) -> None:
@@ -342,7 +359,7 @@ def _search(run: Run, trials: Trials) -> None:
         receipt.reason = _why_nothing(receipt, proposals)
     else:
         _commit(run, trials, found)
-    _store(run, found)
+    _store(run, fixed=trials.observation.deterministic)
 
 
 def _why_nothing(receipt: Receipt, proposals: Proposals) -> str:
@@ -426,8 +443,11 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
     )
 
 
-def _store(run: Run, found: Found) -> None:
-    """Keep what was found, nothing included: a second process need not search in vain."""
+def _store(run: Run, *, fixed: bool) -> None:
+    """Keep what was found, nothing included: a second process need not search in vain.
+
+    Where the plan is ``fixed`` a lack of time is kept as well: it must not decide differently next time.
+    """
     receipt = run.receipt
     if receipt.recipe_data is None:
         from kpt.transaction.plan import Plan
@@ -440,7 +460,8 @@ def _store(run: Run, found: Found) -> None:
         )
     if not run.request.cache or run.request.plan is not None:
         return
-    if any(entry.rule in ("budget", "deadline") for entry in receipt.rejected) and not receipt.optimized:
+    late = any(entry.rule in ("budget", "deadline") for entry in receipt.rejected)
+    if late and not receipt.optimized and not fixed:
         return  # a longer budget may still find something
     problem = recipe.write(run.key, receipt.recipe_data)
     if problem is not None:

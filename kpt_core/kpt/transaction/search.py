@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpt.transaction import gate, stacks
+from kpt.transaction import fixed_order, gate, stacks
 from kpt.transaction.ledger import Found, Ledger, ratio
 from kpt.transaction.plan import Plan, excludes, worth
 from kpt.transaction.trial import Outcome, Trials
@@ -60,7 +60,7 @@ class Search:
         if ledger.fixed:
             self._only_reproducible()
         self._gate()
-        best = stacks.first(ledger)
+        best = fixed_order.only(ledger) if ledger.fixed else stacks.first(ledger)
         if not ledger.fixed:  # else clocks would choose the plan, and with it the bits
             if best is None:
                 best = self._singles()
@@ -88,6 +88,9 @@ class Search:
             if self.ledger.time_for(0.0):
                 verdict = gate.judge(candidate, self.trials)
                 if not verdict.passed:
+                    if self.ledger.fixed and verdict.rule == "deadline":
+                        fixed_order.refuse(self.ledger, "deadline", f"{candidate.name}: {verdict.detail}")
+                        return
                     self.ledger.reject(candidate, verdict.rule, verdict.detail, figures=verdict.figures)
 
     def _singles(self) -> Outcome | None:

@@ -33,7 +33,7 @@ def first(ledger: Ledger) -> Outcome | None:
     needs no set-up is bought first where that is cheap, then what is cautious, then all.
     """
     whole = ledger.assembled(ledger.open())
-    if ledger.fixed or not ledger.slow(whole):
+    if not ledger.slow(whole):
         return _holding(ledger, _any, None)
     best: Outcome | None = None
     if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
