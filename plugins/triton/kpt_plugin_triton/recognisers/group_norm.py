@@ -55,7 +55,7 @@ class GroupNorms:
 
     def function_hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
         call, tensors = captured.calls[0], captured.tensors()
-        affine = {name: name for name in ("weight", "bias") if name in tensors}
+        affine: dict[str, str] = {name: name for name in ("weight", "bias") if name in tensors}
         given = [name for name in tensors if name not in affine]
         groups = [name for name, value in call.items() if "group" in name and type(value) is int]
         if len(given) != 1 or len(groups) != 1 or type(call.get("eps")) is not float:
