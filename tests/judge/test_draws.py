@@ -248,6 +248,9 @@ def test_every_way_to_declare_a_dimension_is_understood() -> None:
     batch, sequence = spec.dimensions["batch"], spec.dimensions["s"]
     assert (batch.low, batch.high, sequence.low, sequence.high) == (2, 16, 4, 64)
     assert spec.leaves[1].dims == {0: "batch", 1: "s"}
+    unbounded = InputSpec.from_calls(calls, {"input_ids": {0: Dim("batch"), 1: Dim("s", min=2)}}, forward)
+    bounds = [(d.low, d.high, d.declared) for d in unbounded.dimensions.values()]
+    assert bounds == [(1, 8, False), (2, 16, False)]
     hinted = InputSpec.from_calls(calls, {"input_ids": {1: Dim.AUTO, 0: None}}, forward)
     assert list(hinted.dimensions) == ["input_ids.1"]
     assert not hinted.dimensions["input_ids.1"].declared
@@ -265,6 +268,7 @@ def test_every_way_to_declare_a_dimension_is_understood() -> None:
         ({"input_ids": {2: "b"}}, r"axis 2, but input_ids has 2 axes \(0 to 1\)"),
         ({"input_ids": {"0": "b"}}, "axis '0'"),
         ({"input_ids": {0: 3.5}}, "expected a name"),
+        ({"input_ids": {0: True}}, "is True; expected a name"),
         ({"input_ids": "batch"}, "expected a dict from axis"),
         ({"input_ids": {0: ("b", 5, 2)}}, "empty range"),
         ({"input_ids": {0: ("b", 5, 9)}}, "declared as 5..9, but the examples have 4"),

@@ -118,8 +118,8 @@ def _resolve(
 
 
 def _declaration(name: str, axis: int, entry: Any) -> Declaration | None:
-    if entry is None or isinstance(entry, int):  # torch.export: a number or None is a static size
-        return None
+    if entry is None or (isinstance(entry, int) and not isinstance(entry, bool)):
+        return None  # torch.export: a number or None is a static size
     if isinstance(entry, str):
         return Declaration(entry)
     if isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[0], str):
@@ -147,8 +147,8 @@ def _declaration(name: str, axis: int, entry: Any) -> Declaration | None:
 def _bound(value: Any) -> int | None:
     try:
         number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return None  # torch.export's infinity of sympy's makes no number, in one way or another
     return number if 0 < number < _UNBOUNDED else None
 
 

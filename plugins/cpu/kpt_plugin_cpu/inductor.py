@@ -108,6 +108,9 @@ class Inductor:
         shared: dict[str, Any] = {
             "dims": declared_dims(observation),
             "bounds": declared_bounds(observation),
+            # A model that samples when it is called gives what eager gives of the same seed. In training
+            # dropout is judged by its rate, and inductor's own numbers are the faster ones.
+            "eager_random": not observation.training,
         }
         live = estimate.gain(rest_ratio=estimates.FUSED)
         if observation.training:
@@ -153,7 +156,12 @@ class Inductor:
         if blocks and not observation.dynamic:
             yield Variant(
                 "blocks",
-                {"freeze": not observation.training, "onednn": True, "blocks": blocks},
+                {
+                    "freeze": not observation.training,
+                    "onednn": True,
+                    "blocks": blocks,
+                    "eager_random": not observation.training,
+                },
                 1 + 0.8 * (live - 1),
                 setup,
                 sites=tuple(blocks),
@@ -192,7 +200,10 @@ class Inductor:
 def settings(params: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a `CompiledForward` for a variant's parameters."""
     frozen = bool(params.get("freeze"))
-    inductor: dict[str, Any] = {"freezing": frozen}
+    inductor: dict[str, Any] = {
+        "freezing": frozen,
+        "fallback_random": bool(params.get("eager_random")),
+    }
     if params.get("cpp_wrapper"):
         inductor["cpp_wrapper"] = True
     if params.get("autotune"):

@@ -84,6 +84,31 @@ def test_frozen_inductor_computes_the_same_and_its_undo_restores(mlp):
     assert all(torch.equal(a, b) for a, b in zip(weights, mlp.parameters()))
 
 
+class Sampling(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.encode(x)
+        return mean + torch.randn_like(mean) * mean.exp()
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["live", "frozen"])
+def test_a_model_that_samples_gives_what_eager_gives_of_the_same_seed(name: str) -> None:
+    model, x = Sampling().eval(), torch.randn(4, 16)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(model, x))}
+    _, space, undo = applied(Inductor, model, offers[name])
+    space.forward(x)
+    torch.manual_seed(3)
+    true = model(x)
+    torch.manual_seed(3)
+    assert relative(space.forward(x), true) < 1e-6
+    undo()
+
+
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_templates_compete_with_the_library(mlp, capfd):
