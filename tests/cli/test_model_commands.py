@@ -99,12 +99,16 @@ def test_optimize_refuses_before_it_searches(kpt_cli, model_file, optimized, tmp
         ("--level", "fast"),
         ("--objective", "speed"),
         ("--budget", "-1"),
+        ("--budget", "0"),
+        ("--budget", "nan"),
         ("--dynamic", "x"),
         ("--plugins", "cpu", "--no-plugins"),
         ("--device", "nonsense"),
     ):
         answer = kpt_cli(*base, tmp_path / "b", *wrong)
         assert answer.code == 2, wrong
+    budget = kpt_cli(*base, tmp_path / "b", "--budget", "0", "--json").json
+    assert budget["message"].startswith("--budget 0 is not") and "--budget 60" in budget["hint"]
     assert not optimized and not (tmp_path / "b").exists()
 
 
@@ -173,7 +177,34 @@ def test_explain_prints_a_receipt_from_an_artifact_or_a_file(kpt_cli, tmp_path):
     assert kpt_cli("explain", tmp_path / "printed.json").code == 0
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 999}'])
+def test_explain_prints_figures_sites_and_what_was_left_alone(kpt_cli, tmp_path):
+    judged = Entry("bf16", "precision", "cpu", "kept", "right and faster", 1.4, {"error": 0.00123})
+    norm = {
+        "op": "rms_norm",
+        "path": "layers.0.norm",
+        "kind": "module",
+        "binding": {"arguments": {"eps": "self.variance_epsilon"}},
+    }
+    full = Receipt("Net", "inference", "exact", "latency", accepted=[judged], rejected=receipt().rejected)
+    full.sites, full.left_alone = [norm, {**norm, "path": "norm"}], [["head", "its output is random"]]
+    (tmp_path / "receipt.json").write_text(full.to_json())
+    shown = kpt_cli("explain", tmp_path).out
+    assert "error 0.00123" in shown and "none: it was not judged" in shown
+    assert "recognised: 2 × rms_norm" in shown
+    assert "layers.0.norm" in shown and "eps=self.variance_epsilon" in shown
+    assert "left alone: head: its output is random" in shown
+
+
+def test_explain_says_that_a_recipe_is_no_receipt(kpt_cli, tmp_path):
+    recipe = {"schema": 1, "key": "k", "steps": [], "figures": {}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    answer = kpt_cli("explain", tmp_path / "recipe.json", "--json")
+    assert answer.code == 1 and answer.json["code"] == "bad-receipt"
+    assert "it is a recipe, which holds a plan only" in answer.json["message"]
+    assert "receipt.json" in answer.json["hint"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 999}', '{"schema": 1, "model": "Net"}'])
 def test_explain_names_what_is_no_receipt(kpt_cli, tmp_path, content):
     (tmp_path / "receipt.json").write_text(content)
     answer = kpt_cli("explain", tmp_path / "receipt.json", "--json")
@@ -295,6 +326,18 @@ def test_bench_prints_every_contender_with_machine_and_versions(kpt_cli, model_f
     shown = kpt_cli(*options).out
     assert "vs eager" in shown and f"kpt prepared {headline}" in " ".join(shown.split())
     assert kpt_cli(*options, "--contenders", "nobody").code == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seconds", "-4"), ("--seconds", "0"), ("--seconds", "inf"), ("--budget", "0")]
+)
+def test_bench_refuses_times_that_are_none_before_anything_runs(wrong, kpt_cli, model_file, optimized):
+    path, arch = model_file
+    answer = kpt_cli("bench", "--model", path, "--arch", arch, "--inputs", INPUTS, "--json", *wrong)
+    assert answer.code == 2 and answer.json["code"] == "usage"
+    assert f"{wrong[0]} {wrong[1]} is not a number of seconds above 0" in answer.json["message"]
+    assert wrong[0] in answer.json["hint"] and not optimized
+    assert kpt_cli("bench", "--tune", *wrong).code == 2
 
 
 def test_contenders_of_plugins_take_part_or_say_what_they_lack():

@@ -61,6 +61,9 @@ def command(
     """
     output: Output = context.obj
     options.one_of("--level", level, LEVELS)
+    options.seconds("--budget", budget)
+    if seconds is not None:
+        options.seconds("--seconds", seconds)
     if tune:
         if model is not None:
             raise usage("--tune measures kernels, not a model.", "Leave --model out.")
@@ -83,7 +86,8 @@ def command(
     entrants = _chosen(
         source, contenders, level=level, dynamic_shapes=shapes, budget=budget, plugins=selected
     )
-    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds or 20.0, tell=note)
+    seconds = 20.0 if seconds is None else seconds
+    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds, tell=note)
     data = {
         "model": str(model),
         "machine": machine(source),

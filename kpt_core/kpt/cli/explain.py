@@ -38,7 +38,7 @@ def command(
         )
     if path != Path():
         receipt = read_receipt(path)
-        output.result(receipt.to_dict(), receipt)
+        output.result(receipt.to_dict(), None if output.json else _at_length(receipt))
         return
     from kpt.cli.sources import check_runs, open_source
 
@@ -66,7 +66,8 @@ def read_receipt(path: Path) -> Any:
             data = data["receipt"]  # what `kpt optimize --json` printed
         return Receipt.from_dict(data)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CommandError("bad-receipt", f"{file} is not a receipt: {error}.", "Write it again.") from error
+        hint = "Pass what kpt optimize wrote: the artifact's folder, or the receipt.json in it."
+        raise CommandError("bad-receipt", f"{file} is not a receipt: {error}.", hint) from error
 
 
 def sites_of(source: Any) -> dict[str, Any]:
@@ -86,22 +87,55 @@ def sites_of(source: Any) -> dict[str, Any]:
     }
 
 
-def _table(data: dict[str, Any]) -> Any:
+def _at_length(receipt: Any) -> Any:
+    """The receipt with all that `Receipt` itself leaves to its JSON: figures, sites, what was left alone."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
 
-    sites = data["sites"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("variant", "rule", "figures"):
+        table.add_column(column, overflow="fold")
+    for entry in (*receipt.accepted, *receipt.rejected):
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in sorted(entry.figures.items()))
+        table.add_row(entry.name, entry.rule, figures or "none: it was not judged")
+    parts: list[Any] = [receipt, table] if table.row_count else [receipt]
+    sites = [
+        {
+            "op": site["op"],
+            "path": site.get("path", ""),
+            "kind": site.get("kind", ""),
+            "arguments": site.get("binding", {}).get("arguments", {}),
+        }
+        for site in receipt.sites
+    ]
+    return Group(*parts, f"recognised: {_counted(sites)}", *_listed(sites, receipt.left_alone))
+
+
+def _counted(sites: list[dict[str, Any]]) -> str:
     counts: dict[str, int] = {}
     for site in sites:
         counts[site["op"]] = counts.get(site["op"], 0) + 1
-    found = ", ".join(f"{number} × {op}" for op, number in sorted(counts.items())) or "no known op"
+    return ", ".join(f"{number} × {op}" for op, number in sorted(counts.items())) or "no known op"
+
+
+def _table(data: dict[str, Any]) -> Any:
+    from rich.console import Group
+
+    head = f"{data['model']} ({data['parameters']:,} parameters): {_counted(data['sites'])}"
+    return Group(head, *_listed(data["sites"], data["left_alone"]))
+
+
+def _listed(sites: list[dict[str, Any]], left_alone: list[Any]) -> list[Any]:
+    """Every recognised site in a table, and a line for what was left alone and why."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("op", "at", "kind", "with"):
         table.add_column(column, overflow="fold")
     for site in sites:
         arguments = ", ".join(f"{name}={text}" for name, text in site["arguments"].items())
         table.add_row(site["op"], site["path"] or "(the model)", site["kind"], arguments)
-    alone = [f"left alone: {where}: {reason}" for where, reason in data["left_alone"]]
-    head = f"{data['model']} ({data['parameters']:,} parameters): {found}"
-    return Group(head, *([table] if sites else []), *alone)
+    alone = [f"left alone: {where}: {reason}" for where, reason in left_alone]
+    return [*([table] if sites else []), *alone]

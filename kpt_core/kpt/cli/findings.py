@@ -212,10 +212,22 @@ def path() -> Iterable[Finding]:
             yield Finding(
                 "fault",
                 f"{_short(first)} is not ours and hides our {name}",
-                "alias kpt=kernelpytorch"
+                _alias()
                 if name == "kpt"
                 else f"mv {shlex.quote(str(first))} {shlex.quote(str(first))}.other",
             )
+
+
+def _alias() -> str:
+    """What makes a shell find our program although another one hides it."""
+    found = shutil.which("kernelpytorch")
+    if found is not None and _is_ours(Path(found)):
+        return "alias kpt=kernelpytorch"
+    own = Path(sysconfig.get_path("scripts"), "kernelpytorch")
+    if own.is_file():
+        return f"alias kpt={shlex.quote(str(own))}"
+    command = shlex.join([sys.executable, "-c", "from kpt.cli.main import main; main()"])
+    return f"alias kpt={shlex.quote(command)}"
 
 
 def _is_ours(program: Path) -> bool:

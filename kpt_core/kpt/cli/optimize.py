@@ -46,8 +46,7 @@ def command(
     output: Output = context.obj
     options.one_of("--level", level, LEVELS)
     options.one_of("--objective", objective, OBJECTIVES)
-    if not 0 < budget < float("inf"):
-        raise usage(f"--budget {budget} is not a number of seconds above 0.")
+    options.seconds("--budget", budget)
     from kpt.cli.inputs import dynamic_shapes
     from kpt.cli.sources import blaming_the_inputs, open_source
 

@@ -54,6 +54,13 @@ def selection(plugins: str, no_plugins: bool) -> list[str] | None:
     return [name.strip() for name in plugins.split(",") if name.strip()] or None
 
 
+def seconds(option: str, value: float) -> float:
+    """``value`` if it is a length of time; raises a usage error that says what is expected."""
+    if not 0 < value < float("inf"):
+        raise usage(f"{option} {value:g} is not a number of seconds above 0.", f"Pass one: {option} 60.")
+    return value
+
+
 def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     """``value`` if it is one of ``known``; raises a usage error that lists them."""
     if value not in known:

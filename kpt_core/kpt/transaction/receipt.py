@@ -130,6 +130,10 @@ class Receipt:
             raise ValueError(
                 f"receipt schema {found!r} is not {SCHEMA}; write it again with this version of kpt"
             )
+        missing = [name for name in ("model", "mode", "level", "objective") if name not in data]
+        if missing:
+            what = "it is a recipe, which holds a plan only" if "steps" in data else "it is something else"
+            raise ValueError(f"{what}; a receipt names {', '.join(missing)} as well")
         known = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
         for key in ("accepted", "rejected"):
             known[key] = [Entry(**entry) for entry in known.get(key, [])]
