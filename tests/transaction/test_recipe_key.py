@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +11,13 @@ import torch
 
 import hostile_passes
 import kpt
+from kpt import profiles
+from kpt.judge.calls import as_calls
+from kpt.judge.draws import InputSpec
+from kpt.plugins import Registry, registry
 from kpt.transaction import recipe
+from kpt.transaction.budget import Budget
+from kpt.transaction.observe import observe
 from slow_models import DirectScale, Net, net, plugin
 
 EXAMPLE = torch.randn(32, 16)
@@ -135,3 +143,101 @@ def test_inputs_of_another_kind_have_a_key_of_their_own(example, options, keys):
     optimized(net(), example=torch.randn(30, 16), dynamic_shapes={"x": {0: "rows"}})
     optimized(net().to(example.dtype), example=example, **options)
     assert len(set(keys)) == 3
+
+
+def test_a_base_class_that_is_edited_gives_another_key(tmp_path, monkeypatch, keys):
+    """A model's forward is often that of a class it inherits from."""
+    module = tmp_path / "edited_base.py"
+    text = "from slow_models import Net\n\nclass Base(Net):\n    x = {}\n\nclass Own(Base):\n    pass\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module.write_text(text.format(1))
+    import edited_base
+
+    optimized(edited_base.Own().eval())
+    optimized(edited_base.Own().eval())
+    module.write_text(text.format(2))
+    optimized(edited_base.Own().eval())
+    assert keys[0] == keys[1] != keys[2]
+
+
+def of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)  # the fixture for all tests of this folder puts it back
+
+
+def of_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1000}, raising=False)
+
+
+def of_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+
+
+def of_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(True)
+
+
+def of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "99.0")
+
+
+def of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+
+
+def of_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Registry.fingerprint
+    monkeypatch.setattr(Registry, "fingerprint", lambda self: {**original(self), "added": "1.0"})
+
+
+SURROUNDINGS = [of_threads, of_affinity, of_world_size, of_determinism, of_torch, of_a_library, of_a_plugin]
+
+
+@pytest.mark.parametrize("change", SURROUNDINGS, ids=lambda change: change.__name__)
+def test_other_surroundings_give_another_key(change, monkeypatch):
+    model = net()
+    before, again = key_of(model), key_of(model)
+    try:
+        with monkeypatch.context() as patch:
+            change(patch)
+            changed = key_of(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)
+    assert before == again == key_of(model)
+    assert changed != before
+
+
+def test_each_adapter_and_which_is_active_give_another_key():
+    peft = pytest.importorskip("peft")
+
+    def config(rank: int) -> object:
+        return peft.LoraConfig(r=rank, target_modules=["first"])
+
+    plain = key_of(net())
+    model = peft.get_peft_model(net(), config(2)).eval()
+    found = [plain, key_of(model)]
+    model.add_adapter("second", config(2))
+    found.append(key_of(model))
+    model.set_adapter("second")
+    found.append(key_of(model))
+    with model.disable_adapter():
+        found.append(key_of(model))
+    assert len(set(found)) == len(found)
+    assert key_of(model) == found[3]
+
+
+def key_of(model: torch.nn.Module) -> str:
+    """The key of a run, without the run."""
+    calls = as_calls(EXAMPLE)
+    observation, _ = observe(
+        model,
+        calls,
+        InputSpec.from_calls(calls, None, model.forward),
+        level="production",
+        objective="latency",
+        hardware=profiles.hardware("cpu", measure=False),
+        registry=registry(PLUGINS),
+        deadline=Budget(60.0),
+    )
+    return recipe.key_of(observation, registry(PLUGINS), {})

@@ -114,10 +114,10 @@ def _dictionaries(space: Mapping[str, Any], names: Iterable[str], cls: type) -> 
     """Those of the user's own modules and objects (of settings) among the globals called ``names``."""
     for value in (space[name] for name in names if name in space):
         if isinstance(value, types.ModuleType):
-            own = _is_own(value.__name__, cls.__module__)
+            own = is_own(value.__name__, cls.__module__)
         else:
             own = not isinstance(value, _NO_SETTINGS) and (
-                type(value) is types.SimpleNamespace or _is_own(type(value).__module__, cls.__module__)
+                type(value) is types.SimpleNamespace or is_own(type(value).__module__, cls.__module__)
             )
         if own and isinstance(getattr(value, "__dict__", None), dict):
             yield value.__dict__
@@ -189,7 +189,7 @@ def _called(
         for name in names_in(function.__code__):
             pending += methods.get(name, ())
             for called in _functions(function.__globals__.get(name)):
-                if _is_own(called.__module__, cls.__module__):
+                if is_own(called.__module__, cls.__module__):
                     pending.append(called)
     return seen
 
@@ -199,7 +199,7 @@ def _is_torchs(module: str | None) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_own(module: str | None, of: str) -> bool:
+def is_own(module: str | None, of: str) -> bool:
     """Whether ``module`` belongs to the package of the module ``of``, or is no installed library's."""
     package = (module or "").partition(".")[0]
     if not package or package in ("torch", "kpt"):

@@ -18,6 +18,7 @@ import torch
 
 from kpt import user_cache
 from kpt.specs import LEVELS, PHASES, Variant
+from kpt.transaction.reading import is_own
 from kpt.transaction.receipt import Entry
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kpt.transaction.plan import Plan
 
 SCHEMA = 1
+_PLAIN = (bool, int, float, str, type(None))
 _FOLDER = "recipes"
 
 
@@ -111,20 +113,15 @@ def versions(registry: Any) -> dict[str, str]:
 
 
 def structure_hash(model: torch.nn.Module) -> str:
-    """A hash of the module tree: classes and their source, shapes, dtypes, attributes, trainability."""
+    """A hash of the module tree: sources of classes and bases, shapes, dtypes, attributes, trainability."""
     digest = hashlib.sha256()
     sources: dict[type, str] = {}
     for name, module in model.named_modules():
         cls = type(module)
         if cls not in sources:
-            try:
-                sources[cls] = hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()
-            except (OSError, TypeError):
-                sources[cls] = "no source"
+            sources[cls] = _source_of(cls)
         attributes = {
-            key: value
-            for key, value in vars(module).items()
-            if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+            key: value for key, value in vars(module).items() if _shown(cls, key) and _is_plain(value)
         }
         digest.update(
             f"{name}|{cls.__module__}.{cls.__qualname__}|{sources[cls]}|{sorted(attributes.items())}".encode()
@@ -138,6 +135,30 @@ def structure_hash(model: torch.nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         digest.update(config.to_json_string(use_diff=False).encode())
+    return digest.hexdigest()
+
+
+def _shown(cls: type, name: str) -> bool:
+    """Whether an attribute is public, or what a property of that name keeps: which adapter is active, say."""
+    return not name.startswith("_") or isinstance(getattr(cls, name[1:], None), property)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a constant, or a list of some."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, _PLAIN) for item in value)
+    return isinstance(value, _PLAIN)
+
+
+def _source_of(cls: type) -> str:
+    """A hash of the source of a class and of those of its bases that are no installed library's."""
+    digest = hashlib.sha256()
+    for base in (cls, *(base for base in cls.__mro__[1:] if is_own(base.__module__, ""))):
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            source = "no source"
+        digest.update(f"{base.__module__}.{base.__qualname__}|{source}|".encode())
     return digest.hexdigest()
 
 
