@@ -112,7 +112,7 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
             return best
         if outcome.rule in ("budget", "deadline") and ledger.budget.left() < _LATE * ledger.budget.seconds:
             return best
-        hung = outcome.rule == "deadline" and not ledger.slow(plan) and not ledger.fixed
+        hung = outcome.rule == "deadline" and not ledger.slow(plan)
         if hung and best is None and len(added) > 1:
             return _one_by_one(ledger, added)
         if outcome.culprit is not None and outcome.culprit in known:
