@@ -152,7 +152,7 @@ def _put_back(state: ModelState) -> None:
 
 def _take_back(run: Run) -> None:
     if run.committed is not None:
-        run.committed.take_back()
+        run.committed.take_back(in_run=True)
         run.committed = None
 
 
