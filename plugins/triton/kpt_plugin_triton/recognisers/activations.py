@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from kpt.ops import Hypothesis
+from kpt.ops.callees import codes_of
 from kpt.ops.captured import Seen
 from kpt.ops.hypotheses import attribute, is_region, names_read, only_tensor, own_parameters
 from kpt.ops.references.mlp import ACTIVATIONS
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _MARKS = ("gelu", "relu", "silu")
 #: What code mentions that writes an activation out. One that calls PyTorch's own is a single kernel already.
 _WRITTEN_OUT = frozenset({"erf", "exp", "pow", "sigmoid", "tanh"})
+#: Parts of the names of activations, and of what holds one.
+_WORDS = ("act", "erf", "glu", "relu", "sigmoid", "silu", "swish", "tanh", "gelu")
 #: Between an activation and the product of a gated one there may be these.
 _BETWEEN = frozenset({"dropout", "to", "float", "contiguous"})
 
@@ -78,7 +82,9 @@ class Glus:
         if not isinstance(captured.output, Seen) or _plain(module):
             return
         if not parameters:
-            yield from _gates(captured)
+            names = {*names_read(module), *(type(child).__name__ for child in module.modules())}
+            if is_region(module) or _may_act(names):
+                yield from _gates(captured)
         elif len(tensors) == 1:
             x, seen = next(iter(tensors.items()))
             product = linear_of(x, seen.shape, parameters)
@@ -91,8 +97,10 @@ class Glus:
                 yield from _each("glu", {"gate": gate, "up": up}, values)
 
     def function_hypotheses(self, module: torch.nn.Module, captured: Captured) -> Iterator[Hypothesis]:
-        if isinstance(captured.output, Seen):
-            yield from _gates(captured)
+        function = captured.function
+        if isinstance(captured.output, Seen) and isinstance(function, FunctionType):
+            if _may_act({name for code in codes_of(function) for name in code.co_names}):
+                yield from _gates(captured)
 
     def regions(self, graph: Graph) -> Iterator[Region]:
         for node in graph.nodes:
@@ -107,6 +115,11 @@ class Glus:
                     gate: Any = activation.args[0]
                     if isinstance(gate, Node) and gate is not up and len(acted.users) == 1:
                         yield Region((node,), (gate, up), ops=frozenset({"glu"}))
+
+
+def _may_act(names: Iterable[str]) -> bool:
+    """Whether code that mentions ``names`` may call an activation; any sum of two would need a proof else."""
+    return any(word in name.lower() for name in names for word in _WORDS)
 
 
 def _gates(captured: Captured) -> Iterator[Hypothesis]:
