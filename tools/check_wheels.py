@@ -88,9 +88,20 @@ def check(programs: Path, folder: Path) -> None:
 
 SMOKE = """
 import torch, kpt
-layer = torch.nn.Linear(8, 4)
-assert kpt.restore(kpt.optimize(layer)) is layer
-print("wheels: installed, imported, optimised and restored with torch", torch.__version__)
+torch.manual_seed(0)
+layers = [layer for _ in range(40) for layer in (torch.nn.Linear(16, 16), torch.nn.ReLU())]
+model, x = torch.nn.Sequential(*layers).eval(), torch.randn(4, 16)
+with torch.no_grad():
+    expected = model(x)
+    assert kpt.optimize(model, x, level="exact", plugins=["cpu"], budget=60.0, cache=False) is model
+    receipt = kpt.report(model)
+    assert receipt.searched and receipt.optimized and receipt.speedup_low > 1.0, receipt.to_json()
+    said = receipt.headline()
+    torch.testing.assert_close(model(x), expected)
+    assert kpt.report(model).calls["optimized"] == 1
+    assert kpt.restore(model) is model and "forward" not in vars(model)
+    assert torch.equal(model(x), expected)
+print("wheels: installed, imported;", said, "and restored, with torch", torch.__version__)
 """
 
 
