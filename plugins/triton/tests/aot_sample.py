@@ -1,12 +1,12 @@
 """Which of the launches that could be compiled ahead of time one run of the tests compiles.
 
 All of them take hours. What a family's ``calls()`` run is compiled each time; of what its ``more()`` run, and
-of the rows of tables, a few are: others for each commit, the same ones for the same commit. Three environment
-variables change that:
+of the rows of tables, a few are: the same ones until a kernel or a table changes, which draws others. Three
+environment variables change that:
 
 - ``KPT_AOT_SAMPLE``: how many calls of each family and of each table, for each architecture (2).
 - ``KPT_AOT_ALL=1``: all of them.
-- ``KPT_AOT_SEED``: the commit whose sample to repeat, as a failure names it.
+- ``KPT_AOT_SEED``: the sample to repeat, as a failure names it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+_PLUGINS = Path(__file__).parents[2]
 #: A call's name, and the function that runs it.
 Named = tuple[str, Callable[[], None]]
 
@@ -38,18 +38,14 @@ def _rank(text: str) -> bytes:
 
 @functools.cache
 def seed() -> str:
-    """The commit of this checkout; outside of one the same sample always."""
+    """A hash of all kernels and tables: a change of something else keeps the sample."""
     given = os.environ.get("KPT_AOT_SEED")
     if given:
         return given
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return found.stdout.strip()
+    digest = hashlib.blake2b(digest_size=6)
+    for package in ("triton/kpt_plugin_triton", "rocm/kpt_plugin_rocm"):
+        for path in sorted((_PLUGINS / package).rglob("*")):
+            if path.suffix in (".py", ".json"):
+                digest.update(path.relative_to(_PLUGINS).as_posix().encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
