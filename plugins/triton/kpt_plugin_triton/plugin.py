@@ -162,8 +162,7 @@ def kpt_kernels() -> Iterator[KernelSpec]:
         predicted_gain=1.1,
     )
     half: dict[str, object] = {"dtypes": ("bfloat16", "float16"), "backward": False}
-    # cuBLAS was faster with 1, 4 and 16 rows of every weight that was measured: what `supports` leaves is
-    # tried last.
+    # Ahead of cuBLAS by as little as that with 16 rows in benchmarks/results/gpu_kernels-*.json.
     of_rows: dict[str, object] = {"supports": f"{_HOME}.skinny_sites:supports", "predicted_gain": 1.02}
     yield _kernel("linear", "skinny:linear", **half | of_rows)
     for width in ("int8", "fp8"):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from kpt_plugin_triton.launch import architecture
 from kpt_plugin_triton.sites import on_gpu
 from kpt_plugin_triton.skinny import MOST_ROWS, linear_fp8, linear_int8, quantise_fp8, quantise_int8
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
 
-#: Weights [N, K] in bf16, by architecture, of which cuBLAS made the product with 1, 4 and 16 rows as fast or
-#: faster in benchmarks/results/gpu_kernels-*.json; they stand for sizes within a factor of two.
-CUBLAS_FIRST: dict[str, tuple[tuple[int, int], ...]] = {"sm_90": ((28672, 4096), (4096, 14336))}
-
 
 def supports(site: Site) -> str | None:
-    """The reason why a site gains nothing here: not on a GPU, never few rows, or cuBLAS is as fast."""
+    """The reason why a site gains nothing here: not on a GPU, or never few rows."""
     refusal = on_gpu(site) or _too_many_rows(site)
     if refusal is not None:
         return refusal
@@ -29,14 +24,7 @@ def supports(site: Site) -> str | None:
         return None
     if weight.dim() != 2 or weight.stride(1) != 1:
         return f"its weight is stored with strides {weight.stride()}; the kernel reads rows of [N, K]"
-    arch = architecture(weight.device.index)
-    if any(_near(weight.shape, size) for size in CUBLAS_FIRST.get(arch, ())):
-        return f"cuBLAS was measured as fast or faster on {arch} with a weight like its {tuple(weight.shape)}"
     return None
-
-
-def _near(shape: Sequence[int], measured: Sequence[int]) -> bool:
-    return all(one <= 2 * other and other <= 2 * one for one, other in zip(shape, measured))
 
 
 def _too_many_rows(site: Site) -> str | None:
