@@ -52,7 +52,9 @@ class Claims:
             (hypothesis, Binding(hypothesis, captured.signature, self.examples.constants(hypothesis)))
             for hypothesis in hypotheses
         ]
-        self.examples.limits = {n: limits for h in hypotheses for n, limits in h.integers.items()}
+        for hypothesis in hypotheses:
+            for name, (_, high) in hypothesis.integers.items():
+                self.examples.limits.setdefault(name, set()).add(high)
         self.reads: set[str] = set()
 
     @property

@@ -47,8 +47,8 @@ class Examples:
         #: Sizes that are lengths somewhere: as a last dimension (of a mask) they change along
         self.shared = {size for value in seen for size in value.shape[1:-1]}
         self.lengths = {} if straight else self._small_lengths(seen)
-        #: Ranges ``[low, high)`` of integer arguments that count what was shrunk (rows of a table).
-        self.limits: dict[str, tuple[int, int]] = {}
+        #: Ends of the ranges of integer arguments that may count what was shrunk (rows of a table).
+        self.limits: dict[str, set[int]] = {}
 
     def within(self, high: int) -> int:
         """A limit of integers, in the copy's own size."""
@@ -131,10 +131,18 @@ class Examples:
             return twin if isinstance(value, torch.nn.Module) else value
 
         drawn = {name: make(value) for name, value in self.captured.calls[index].items()}
-        for name, (low, high) in self.limits.items():
-            if self.within(high) != high and isinstance(drawn.get(name), torch.Tensor):
-                drawn[name] = _inside(drawn[name], low, high, self.within(high))
+        for name, limits in self.limits.items() if self.sizes else ():
+            value = drawn.get(name)
+            if isinstance(value, torch.Tensor) and value.numel():
+                drawn[name] = self._inside(value, limits)
         return drawn
+
+    def _inside(self, values: torch.Tensor, limits: set[int]) -> torch.Tensor:
+        """Numbers that count rows of any table that is large enough for them, as rows of its smaller copy."""
+        fitting = [high for high in limits if high > int(values.max())]
+        smallest = min((self.within(high) for high in fitting), default=0)
+        # What is negative marks something, and stays.
+        return torch.where(values >= 0, values % smallest, values) if smallest else values
 
     def _tensor(
         self,
@@ -301,12 +309,6 @@ class Examples:
                 bound = self.draw(0, twin)
                 bound[name] = {}
                 yield f"without **{name}", bound
-
-
-def _inside(values: torch.Tensor, low: int, high: int, smaller: int) -> torch.Tensor:
-    """Numbers of ``[low, high)`` as numbers of ``[low, smaller)``; markers outside stay as they are."""
-    counts = (values >= low) & (values < high)
-    return torch.where(counts, low + (values - low) % max(smaller - low, 1), values)
 
 
 def _lengths(seen: Seen) -> tuple[int, ...]:

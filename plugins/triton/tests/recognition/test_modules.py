@@ -227,6 +227,32 @@ def test_gates_are_found(model: nn.Module, gate: str, activation: str) -> None:
     assert (arguments["gate"], arguments["activation"]) == (gate, repr(activation))
 
 
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def joined(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return x * other
+
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 48), nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = swiglu(self.first(x))
+        return self.last(joined(y, y + 1.0))
+
+
+def test_a_function_that_gates_is_found_and_a_product_is_not_even_tried() -> None:
+    recognition = found(ByFunction(), ROWS)
+    (site,) = recognition.of("glu")
+    assert (site.kind, site.callee) == ("function", "swiglu")
+    assert not any("joined" in where for where, _ in recognition.left_alone)
+
+
 def test_a_gate_of_two_inputs_is_found() -> None:
     arguments = claimed(TwoInputs(), "glu", ROWS, ROWS + 1).binding.arguments
     assert (arguments["gate"], arguments["activation"]) == ("gate", "'gelu_tanh'")
@@ -329,9 +355,12 @@ class Embeddings(nn.Module):
         return self.norm(self.scale * self.words(ids) + places)
 
 
-@pytest.mark.parametrize("size", [(40, 16), (30000, 96)])
-def test_embeddings_are_found_also_where_the_proof_needs_smaller_tables(size: tuple[int, int]) -> None:
-    ids = torch.randint(0, size[0], (3, 9))
+@pytest.mark.parametrize("size", [(40, 16), (30000, 96), (30522, 768)])
+@pytest.mark.parametrize("length", [9, 16, 96])
+def test_embeddings_are_found_also_where_the_proof_needs_smaller_tables(
+    size: tuple[int, int], length: int
+) -> None:
+    ids = torch.randint(0, size[0], (3, length))
     arguments = claimed(Embeddings(1.0, *size), "embedding_sum_norm", ids).binding.arguments
     assert arguments["words"] == "self.words.weight"
     assert arguments["position_ids"] == "self.position_ids[:, :ids.shape[1]]"
