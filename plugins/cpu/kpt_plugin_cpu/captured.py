@@ -1,7 +1,7 @@
 """The graph that dynamo captures, run as it is: without what Python does between the operations of a call.
 
 It is ready in a fraction of the time of a compiler, and serves where that is not ready in time, as for models
-that loop over the steps of a sequence: small models of that kind ran 1.3 to 2.1 times as fast.
+that loop over the steps of a sequence.
 """
 
 from __future__ import annotations
