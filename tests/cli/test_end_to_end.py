@@ -45,6 +45,7 @@ def test_from_a_model_file_to_an_artifact_that_loads(kpt_cli, slow_file, tmp_pat
     assert names
     shown = kpt_cli("explain", folder)
     assert shown.code == 0 and names[0] in shown.out and "recognised: 40 × linear" in shown.out
+    assert f"kpt.load({str(folder)!r}, arch={arch!r})" in answer.err, "the line to load it by"
     loaded = kpt.load(folder, arch=arch, plugins=["cpu"])
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x))

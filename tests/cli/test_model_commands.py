@@ -39,7 +39,7 @@ def optimized(monkeypatch):
     def save(model, folder, build=None):
         asked["build"] = build
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.json").write_text("{}")
+        (folder / "recipe.json").write_text(json.dumps({"build": {"kind": "named", **(build or {})}}))
         (folder / "receipt.json").write_text(receipt().to_json())
 
     for name, value in (("optimize", optimize), ("report", lambda model: receipt()), ("save", save)):

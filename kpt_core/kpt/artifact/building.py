@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import sys
 import types
 import warnings
@@ -68,6 +69,20 @@ def how_to_build(
             stacklevel=3,
         )
     return {"kind": "pickle", "class": reference}
+
+
+def loading_call(folder: Path) -> str:
+    """The call of `kpt.load` that builds the model of the artifact just written to ``folder``.
+
+    What the artifact names is imported, and a pickle is read, only where the call says so.
+    """
+    how = json.loads((folder / layout.RECIPE).read_text(encoding="utf-8"))["build"]
+    arguments = [repr(str(folder))]
+    if how.get("arch"):
+        arguments.append(f"arch={how['arch']!r}")
+    elif how.get("kind") != "adapter":
+        arguments.append("trust=True")
+    return f"kpt.load({', '.join(arguments)})"
 
 
 def build_model(

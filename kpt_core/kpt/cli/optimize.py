@@ -72,7 +72,9 @@ def command(
         )
     receipt = kpt.report(optimized)
     save(optimized, folder, source.loaded.build)
-    note(f"Artifact: {folder}   (kpt.load({str(folder)!r}); kpt explain {folder})")
+    from kpt.artifact.building import loading_call
+
+    note(f"Artifact: {folder}   ({loading_call(folder)}; kpt explain {folder})")
     output.result(
         {"artifact": str(folder), "speedup": receipt.speedup, "receipt": receipt.to_dict()}, receipt
     )
