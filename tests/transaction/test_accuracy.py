@@ -130,6 +130,22 @@ def test_a_metric_that_returns_no_number():
     assert fingerprints.ours(model) == []
 
 
+def test_a_metric_that_is_nan_for_the_untouched_model_is_an_error_and_not_a_drop_of_every_plan():
+    model = net()
+    before = fingerprints.of_model(model)
+    with pytest.raises(ValueError, match="NaN for the untouched model"):
+        kpt.optimize(
+            model,
+            torch.randn(32, 16),
+            plugins=PLUGINS,
+            budget=20.0,
+            cache=False,
+            accuracy=kpt.Accuracy(lambda candidate: float("nan")),
+        )
+    assert fingerprints.differences(before, fingerprints.of_model(model)) == []
+    assert fingerprints.ours(model) == []
+
+
 class CompiledDirect(DirectScale):
     """The whole model compiled without a compiler, as a plan for training."""
 

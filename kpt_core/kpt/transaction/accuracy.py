@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -47,6 +48,15 @@ class Accuracy:
             raise TypeError(
                 f"the accuracy metric returned {type(value).__name__}; it has to return one number"
             ) from error
+
+    def before(self, value: float) -> float:
+        """``value``, which the untouched model got. NaN is a ValueError: it would refuse every plan."""
+        if math.isnan(value):
+            raise ValueError(
+                "the accuracy metric returned NaN for the untouched model, with which no plan can be "
+                "compared; call metric(model) yourself and mend it (too few samples, or a division of zero by zero?)"
+            )
+        return value
 
     def drop(self, before: float, after: float) -> float:
         """How much worse ``after`` is; infinite where the two cannot be compared, one being no number."""

@@ -294,7 +294,7 @@ class Trials:
         try:
             if self.accuracy_before is None:
                 untouched_copy = workspace.copy_of(self.baseline.plain)
-                self.accuracy_before = self._measure(self.accuracy, untouched_copy)
+                self.accuracy_before = self.accuracy.before(self._measure(self.accuracy, untouched_copy))
             with self._as_served(applied) as served:
                 after = self._measure(self.accuracy, served)
         except (KeyboardInterrupt, compiling.DeadlinePassed):
