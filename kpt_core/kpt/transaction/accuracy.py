@@ -54,7 +54,7 @@ class Accuracy:
         if math.isnan(value):
             raise ValueError(
                 "the accuracy metric returned NaN for the untouched model, with which no plan can be "
-                "compared; call metric(model) yourself and mend it (too few samples, or a division of zero by zero?)"
+                "compared; call metric(model) yourself and mend it (no samples, or zero divided by zero?)"
             )
         return value
 
