@@ -12,6 +12,7 @@ import torch
 
 import kpt
 from fingerprints import fast_calls, optimized
+from kpt.compiling import CompiledForward
 from kpt.ops.clone import clone as clone_for_proof
 from kpt.transaction import workspace
 from slow_models import DirectScale, Net, SlowScale, plugin
@@ -261,3 +262,15 @@ def test_a_class_that_answers_calls_without_its_forward_is_named() -> None:
     with torch.no_grad():
         other(x)
     assert fast_calls(other) == 1
+
+
+def test_a_copy_of_a_compiled_model_runs_the_copys_modules_when_it_is_traced():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)).eval()
+    example = torch.randn(2, 4)
+    copied = workspace.clone(workspace.clone(torch.compile(model, backend="eager")))
+    copied.get_submodule("_orig_mod.0").weight = torch.nn.Parameter(torch.zeros(4, 4))
+    with torch.no_grad():
+        assert not copied.forward(example).any()
+        # What the compiler would compile: the copy, and not the model that it was made of.
+        assert not CompiledForward(copied.forward, backend="eager")(example).any()
+        assert model(example).any()

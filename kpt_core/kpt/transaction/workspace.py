@@ -28,6 +28,8 @@ _HOOK_DICTS = tuple(
 )
 #: The tables of hooks that a call goes through; others, of flags, have the same numbers as keys.
 CALLED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What a function may close over or carry that leads to a module of the model.
+_LEADS_TO_MODULES = (torch.nn.Module, types.MethodType, types.FunctionType, functools.partial)
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
 _ATOMIC = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, type, torch.Tensor)
 
@@ -144,9 +146,7 @@ class _Copier:
             except ValueError:
                 cells.append(cell)
                 continue
-            if isinstance(
-                content, (torch.nn.Module, types.MethodType, types.FunctionType, functools.partial)
-            ):
+            if isinstance(content, _LEADS_TO_MODULES):
                 new = self(content)
                 if new is not content:
                     cells.append(types.CellType(new))
@@ -159,8 +159,10 @@ class _Copier:
             function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
         )
         new_function.__kwdefaults__ = copy.copy(function.__kwdefaults__)
-        new_function.__dict__.update(function.__dict__)
         self._remember(function, new_function)
+        # Tracing follows an attribute of what `torch.compile` returns, and not the closure.
+        for name, value in function.__dict__.items():
+            new_function.__dict__[name] = self(value) if isinstance(value, _LEADS_TO_MODULES) else value
         return new_function
 
 
