@@ -200,8 +200,9 @@ def _rates() -> dict[str, float]:
     work = 2.0 * rows * width * width
     rates: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(rows, width, generator=generator)
-    square = torch.randn(width, width, generator=generator)
+    # A model of the user's may have another default dtype.
+    wide = torch.randn(rows, width, generator=generator, dtype=torch.float32)
+    square = torch.randn(width, width, generator=generator, dtype=torch.float32)
     rates["float32"] = _best(lambda: torch.mm(wide, square), work)
     if torch.backends.mkldnn.is_available():
         from kpt_plugin_cpu.onednn import pack

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from kpt.specs import HardwareProfile
 from kpt_plugin_cpu import probe
 
@@ -49,3 +51,17 @@ def test_rates_are_measured(monkeypatch):
     assert measured.bandwidth > 1e8
     assert measured.matmul_rates["float32"] > 1e8
     assert measured.predicted_seconds(0.0, 1e9, "float32") > 0
+
+
+def test_rates_are_those_of_fp32_whatever_the_default_dtype(monkeypatch):
+    monkeypatch.setattr(probe, "_SPAN", 0.01)
+    multiplied, product = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.append(a.dtype) or product(a, b))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        measured = probe.CpuProbe().measure(probe.CpuProbe().detect())
+    finally:
+        torch.set_default_dtype(before)
+    assert measured.matmul_rates["float32"] > 1e8
+    assert set(multiplied) == {torch.float32, torch.bfloat16}
