@@ -30,6 +30,8 @@ def supports(site: Site) -> str | None:
     weight = site.weights().get("weight")
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         return "the weight is no module's own matrix"
+    if weight.dtype is not torch.float32:
+        return f"the weight is {weight.dtype}; float32 is packed"
     return None
 
 

@@ -391,6 +391,16 @@ def test_onednn_is_predicted_from_the_measured_rates(mlp):
     assert 1.0 < onednn.predict(observation, unknown, ()) < 1.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+def test_onednn_refuses_weights_that_it_cannot_pack_before_a_trial(dtype):
+    def site(weight):
+        return SimpleNamespace(devices=("cpu",), weights=lambda: {"weight": weight})
+
+    assert str(dtype) in (onednn.supports(site(torch.zeros(4, 4, dtype=dtype))) or "")
+    assert onednn.supports(site(torch.zeros(4, 4))) is None
+
+
 # ---- layout ----------------------------------------------------------------------------------
 
 
