@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kpt import ops
+from kpt.ops.comparison import gradients_of
 
 
 @dataclass(frozen=True)
@@ -561,3 +563,23 @@ def scale_by_pi(x: torch.Tensor) -> torch.Tensor:
 class ScaleRecogniser:
     def hypotheses(self, module: nn.Module, captured: Any) -> list[ops.Hypothesis]:
         return [ops.Hypothesis("scale_by_pi", {"x": captured.names[0]})]
+
+
+def test_a_failed_backward_of_a_proof_is_not_reported_in_the_users_anomaly_mode():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no backward")
+
+    x = torch.ones(3, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        out = Fails.apply(x)
+        with pytest.raises(RuntimeError, match="no backward"):
+            gradients_of(out, [x])
+        assert torch.is_anomaly_enabled()
+    assert [str(warning.message) for warning in seen] == []

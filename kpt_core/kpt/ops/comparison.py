@@ -37,7 +37,9 @@ def gradients_of(out: Any, leaves: list[torch.Tensor]) -> list[torch.Tensor | No
             total = term if total is None else total + term
     if total is None:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(total, leaves, allow_unused=True))
+    # A backward pass may fail in here, which the user's anomaly mode would report as an error of the model's.
+    with torch.autograd.set_detect_anomaly(False):
+        return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
 
 def difference(one: Any, other: Any) -> float:
