@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fingerprints
 import kpt
 from fingerprints import fast_calls, optimized
 from kpt.compiling import CompiledForward
@@ -274,3 +275,20 @@ def test_a_copy_of_a_compiled_model_runs_the_copys_modules_when_it_is_traced():
         # What the compiler would compile: the copy, and not the model that it was made of.
         assert not CompiledForward(copied.forward, backend="eager")(example).any()
         assert model(example).any()
+
+
+def test_a_model_that_is_called_without_a_forward_comes_back_with_the_reason():
+    class OnlyCall(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow = SlowScale(16)
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return self.slow(x)
+
+    for examples in ((torch.randn(3, 16),), ()):
+        model = OnlyCall().eval()
+        kpt.optimize(model, *examples, plugins=[plugin(DirectScale)], cache=False)
+        assert model(torch.randn(3, 16)).shape == (3, 16)
+        assert "OnlyCall has no forward" in kpt.report(model).reason
+        assert fingerprints.ours(model) == []

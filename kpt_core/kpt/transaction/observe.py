@@ -107,6 +107,8 @@ def unreachable(model: torch.nn.Module) -> str | None:
             "model.compile() was called, so that calls run what torch.compile made of the model and no other "
             "forward; set model._compiled_call_impl = None first to have it optimised instead"
         )
+    if getattr(model.forward, "__func__", None) is torch.nn.Module.forward:
+        return f"{type(model).__name__} has no forward for kpt to replace; rename its __call__ to forward"
     return None
 
 
