@@ -26,6 +26,13 @@ class Recogniser:
             yield Hypothesis("scaled_tanh", {"x": names[0], "weight": f"self.{weight}"})
 
 
+class BrokenRecogniser:
+    """Imports what is not there when it is asked."""
+
+    def hypotheses(self, module, captured):
+        raise ImportError("no such name")
+
+
 def _first(node):
     """What went into the conversions before a node."""
     while base_name(node) in ("double", "float"):

@@ -164,14 +164,22 @@ def wanted(registered: Any, registry: Any) -> bool:
     return spec.op in marks(registry) and spec.compile_safe and spec.setup is None
 
 
-def _without_site(op: str, registry: Any) -> str:
-    """Why a kernel of ``op`` has no site: nothing was recognised, nothing could be, or no such op exists."""
+def _without_site(op: str, registry: Any, left_alone: Iterable[tuple[str, str]]) -> str:
+    """Why a kernel of ``op`` has no site: nothing was recognised, nothing could be, or no such op exists.
+
+    ``left_alone`` are places of the model with the reasons why nothing was recognised there.
+    """
     known = catalogue(registry)
     if op not in known:
         return f"there is no op {op!r}; {nearest(op, known)}"
-    if known[op].recogniser is None:
+    recogniser = known[op].recogniser
+    if recogniser is None:
         return "kpt does not recognise sites of this op in models; call it directly"
-    return f"nothing in the model was recognised as {op}"
+    raised = f"the recogniser {recogniser.rpartition(':')[2]} raised "
+    return next(
+        (why for _, why in left_alone if why.startswith(raised)),
+        f"nothing in the model was recognised as {op}",
+    )
 
 
 def propose(
@@ -192,7 +200,7 @@ def propose(
     for registered in siteless:
         spec: KernelSpec = registered.spec
         sites: list[Site] = []
-        reason = _without_site(spec.op, registry)
+        reason = _without_site(spec.op, registry, observation.left_alone)
         if found is not None and wanted(registered, registry):
             sites, refusal = kernels.supported(spec, found.sites, observation.mode)
             reason = refusal or found.reason or reason

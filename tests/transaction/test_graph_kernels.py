@@ -187,6 +187,15 @@ def test_a_kernel_of_an_op_that_nobody_recognises_says_so_and_not_that_the_model
     assert skipped(model)["scaled_tanh/toy"] == reason
 
 
+def test_a_recogniser_that_raises_is_the_reason_why_its_kernel_is_skipped() -> None:
+    op = OpSpec("scaled_tanh", "(x, weight) -> y", "own_op:scaled_tanh", "own_op:BrokenRecogniser")
+    spec = KernelSpec("scaled_tanh", "toy", "own_op:scaled_tanh")
+    model, example = built("softmax")
+    kpt.optimize(model, example, plugins=[plugin(kernels=[spec], ops=[op])], cache=False)
+    reason = "the recogniser BrokenRecogniser raised ImportError: no such name"
+    assert skipped(model)["scaled_tanh/toy"] == reason
+
+
 def test_a_strangers_recogniser_finds_its_op_in_a_graph() -> None:
     op = OpSpec("scaled_tanh", "(x, weight) -> y", "own_op:scaled_tanh", "own_op:RegionRecogniser")
     spec = KernelSpec("scaled_tanh", "toy", "own_op:scaled_tanh", compile_safe=True)
