@@ -138,7 +138,7 @@ def run_backward(
     delta = torch.empty(stats.shape[1:], dtype=torch.float32, device=q.device)
     delta_rows = max(1, 2048 // block_v)
     _delta(
-        (ceil_div(form.q_len, delta_rows), all_heads, 1),
+        (ceil_div(form.q_len, delta_rows) * all_heads, 1, 1),
         (
             *(out, dout, delta, form.heads, form.q_len, form.starts_q, *strides_of(out), *strides_of(dout)),
             *stats_strides(stats)[:2],

@@ -50,7 +50,7 @@ def _listed(
     counts = torch.empty((lists, rows, 2), dtype=torch.int32, device=mask.device)
     if lists and rows:
         _list(
-            (rows, lists, 1),
+            (rows * lists, 1, 1),
             (
                 *(mask.view(torch.uint8), kept, counts, rows, columns, heads),
                 *(

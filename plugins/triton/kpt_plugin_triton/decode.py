@@ -127,10 +127,10 @@ def run_decode(
     mask = form.mask
     by_row = mask is not None and (mask.stride(2) != 0 or mask.stride(1) != 0)
     _split(
-        (splits, pairs, 1),
+        (splits * pairs, 1, 1),
         (
-            *(q, k, v, mask, lengths, part, peaks, totals, form.key_heads, form.q_len, form.k_len, each),
-            *(*strides_of(q), *strides_of(k), *strides_of(v), *mask_strides(mask)),
+            *(q, k, v, mask, lengths, part, peaks, totals, form.key_heads, form.q_len, form.k_len),
+            *(each, splits, *strides_of(q), *strides_of(k), *strides_of(v), *mask_strides(mask)),
             *(how.scale * LOG2E, how.softcap or 0.0),
         ),
         (form.head, form.head_v, block_d, block_v, group, how.softcap is not None, by_row, rows, block),

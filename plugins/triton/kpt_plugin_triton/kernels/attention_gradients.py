@@ -36,7 +36,10 @@ def attention_delta(
     ROWS: tl.constexpr,
 ):
     """delta = sum(out * dout) over features, laid out as the statistics are."""
-    both = tl.program_id(1)
+    # one dimension: the others of a grid end at 65535
+    blocks = tl.cdiv(q_len, ROWS)
+    block = tl.program_id(0) % blocks
+    both = tl.program_id(0) // blocks
     batch = tl.cast(both // heads, tl.int64)
     head = tl.cast(both % heads, tl.int64)
     at = batch * out_b
@@ -48,7 +51,7 @@ def attention_delta(
         at = first * out_r
         dat = first * dout_r
         place = first
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     wide = tl.cast(row, tl.int64)[:, None]
     column = tl.arange(0, BLOCK_V)[None, :]
     inside = (row < q_len)[:, None] & (column < HEAD_V)

@@ -71,8 +71,9 @@ def list_blocks(
     ``kept`` [lists, rows, columns]; ``counts`` [lists, rows, 2] receives how many are seen in full, and how
     many in all. What is behind those in ``kept`` stays unwritten.
     """
-    row = tl.program_id(0)
-    one = tl.program_id(1)
+    # one dimension: the others of a grid end at 65535
+    row = tl.program_id(0) % rows
+    one = tl.program_id(0) // rows
     mask += (one // heads).to(tl.int64) * mask_b + (one % heads).to(tl.int64) * mask_h
     place = one.to(tl.int64) * rows + row
     within = tl.arange(0, BLOCK)

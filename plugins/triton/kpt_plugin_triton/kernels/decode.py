@@ -12,7 +12,7 @@ import triton.language as tl
 from kpt_plugin_triton.kernels.attention import LOG2E, bounded, in_base_2, load_mask, load_tile
 
 
-@triton.jit(do_not_specialize=["key_heads", "q_len", "k_len"])
+@triton.jit(do_not_specialize=["key_heads", "q_len", "k_len", "splits"])
 def decode_split(
     q,
     k,
@@ -26,6 +26,7 @@ def decode_split(
     q_len,
     k_len,
     each,
+    splits,
     q_b,
     q_h,
     q_r,
@@ -51,14 +52,16 @@ def decode_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (split, batch x key head): keys ``split * each`` and on.
+    """Program split + splits * (batch x key head): keys ``split * each`` and on.
 
     Writes ``part`` [splits, batch, heads, q_len, HEAD_V] with its row maxima and sums, in base 2. With
     ``lengths`` [batch], query i sees the keys before ``lengths - q_len + 1 + i``.
     """
-    split = tl.program_id(0)
-    batch = tl.cast(tl.program_id(1) // key_heads, tl.int64)
-    key_head = tl.cast(tl.program_id(1) % key_heads, tl.int64)
+    # one dimension: the others of a grid end at 65535
+    split = tl.program_id(0) % splits
+    pair = tl.program_id(0) // splits
+    batch = tl.cast(pair // key_heads, tl.int64)
+    key_head = tl.cast(pair % key_heads, tl.int64)
     k_r = tl.cast(k_r, tl.int64)
     v_r = tl.cast(v_r, tl.int64)
     item = tl.arange(0, BLOCK_M)
@@ -111,7 +114,7 @@ def decode_split(
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         peak = higher
-    all_rows = tl.num_programs(1) * GROUP * q_len
+    all_rows = tl.num_programs(0) // splits * GROUP * q_len
     place = split.to(tl.int64) * all_rows + (batch * key_heads * GROUP + head) * q_len + row
     tl.store(part_peak + place, peak, mask=real)
     tl.store(part_total + place, total, mask=real)
