@@ -120,11 +120,11 @@ class Gradients:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 
     def results(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        _, weight = self.inputs
+        """Of hidden, weight and bias; the last still in fp32 (fp64), so that scaling it rounds once."""
         return (
             self.hidden,
             None if self.sum is None else self.sum.result(),
-            None if self.bias is None else self.bias.to(weight.dtype),
+            self.bias,
         )
 
 
@@ -183,7 +183,7 @@ def run_forward(
     for part, logits in _chunks(hidden, weight, bias, chunk):
         sums = None
         if not each:
-            programs = programs_for(logits, len(logits))
+            programs = programs_for(logits, len(logits), gradients is not None)
             if partials is None:
                 most = programs * ceil_div(rows, chunk)
                 partials = torch.empty(most, dtype=wide, device=hidden.device)

@@ -81,7 +81,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for values in found:
                 if values is not None:
                     scaled_in_place(values, upstream)
-        return found[0], found[1], None, found[2], None, None, None
+        dbias = None if found[2] is None else found[2].to(hidden.dtype)
+        return found[0], found[1], None, dbias, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,15 +135,19 @@ def _fake_forward(
 ) -> Any:
     wide = wide_dtype(hidden.dtype)
     each = reduction == "none"
-    shapes = [
-        value.shape if value is not None and wanted and not each else (0,)
-        for value, wanted in zip((hidden, weight, bias), wants)
+    found = [
+        hidden.new_empty(value.shape, dtype=dtype) if given and not each else hidden.new_empty(0)
+        for value, dtype, given in (
+            (hidden, hidden.dtype, wants[0]),
+            (weight, hidden.dtype, wants[1]),
+            (bias, wide, bias is not None and wants[2]),
+        )
     ]
     return (
         hidden.new_empty(hidden.shape[:1] if each else ()),
         hidden.new_empty(hidden.shape[:1] if each and any(wants) else (0,), dtype=wide),
         hidden.new_empty((), dtype=wide),
-        *(hidden.new_empty(shape) for shape in shapes),
+        *found,
     )
 
 
@@ -164,7 +169,9 @@ def _op_backward(
     found = run_backward(
         upstream, hidden.contiguous(), weight, target.contiguous(), bias, lses, terms, _three(wants), at_once
     )
-    return tuple(hidden.new_empty(0) if value is None else value for value in found.results())
+    return tuple(
+        hidden.new_empty(0) if value is None else value.to(hidden.dtype) for value in found.results()
+    )
 
 
 def _fake_backward(
@@ -179,7 +186,7 @@ def _fake_backward(
 def _remember(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, weight, target, bias, *ctx.options, ctx.wants = inputs
     _, lses, *rest = output
-    ctx.each = ctx.options[2] == "none"
+    ctx.each, ctx.dtype = ctx.options[2] == "none", hidden.dtype
     ctx.set_materialize_grads(False)
     if ctx.each:
         ctx.save_for_backward(hidden, weight, target, bias, lses)
@@ -200,7 +207,7 @@ def _differentiate(ctx: Any, upstream: Any, *_: Any) -> Any:
         remaining, *found = ctx.saved_tensors
         # one rounding, after a product in the wide dtype; the compiler fuses the three
         factor = upstream.to(remaining.dtype) * remaining
-        found = [(value.to(remaining.dtype) * factor).to(value.dtype) for value in found]
+        found = [(value.to(remaining.dtype) * factor).to(ctx.dtype) for value in found]
     hidden, weight, bias = (value if wanted else None for value, wanted in zip(found, ctx.wants))
     return hidden, weight, None, bias, *nothing
 
@@ -272,7 +279,9 @@ def linear_cross_entropy(
     """The cross entropy of ``hidden`` [..., H] @ ``weight`` [V, H].T + ``bias`` [V] with ``target`` [...].
 
     All floating-point arguments have one dtype: bf16, fp16, fp32 or fp64; so has the result, a scalar or
-    [...] with ``reduction="none"``. Logits are rounded to it, sums are kept in fp32 (fp64 for fp64).
+    [...] with ``reduction="none"``, as ``F.cross_entropy`` of ``F.linear`` has. (Code that casts logits to
+    fp32, and Liger-Kernel's function of this kind, give fp32 losses; gradients do not depend on it.) Logits
+    are rounded to that dtype, sums are kept in fp32 (fp64 for fp64) and rounded once.
     ``softcap`` replaces logits by ``softcap * tanh(logits / softcap)``; the other options are those of
     `kpt_plugin_triton.losses.cross_entropy`. ``rows_at_once`` is how many rows of logits exist at a time
     (by default what half precision can do with little error): fewer take less memory, and round the

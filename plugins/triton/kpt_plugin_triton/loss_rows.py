@@ -60,7 +60,34 @@ def _candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
                         yield {"ROWS": 0, "BLOCK": each, "PROGRAMS": programs, "num_warps": warps}
 
 
+def _loss_rule(itemsize: int, columns: int) -> dict[str, int]:
+    """Long rows that are read once need no cache: four programs, of which one reads while another reduces."""
+    options = _rule(itemsize, columns)
+    if options["ROWS"] == 0:
+        options |= {"BLOCK": min(8192 // itemsize, options["BLOCK"]), "PROGRAMS": 4, "num_warps": 8}
+    return options
+
+
+def _loss_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
+    yield from _candidates(itemsize, columns)
+    for each in (1024, 2048, 4096, 8192):
+        for warps in (2, 4, 8):
+            if columns > 8192 and 8 <= each // (32 * warps) <= 64:
+                for programs in (4, 5, 6, 8, 12):
+                    if warps * programs <= 64 and (warps, programs) != (8, 4):
+                        yield {"ROWS": 0, "BLOCK": each, "PROGRAMS": programs, "num_warps": warps}
+
+
+#: Of launches that write gradients, and of those that write none: the latter see each logit once.
 options_of = Tuned("cross_entropy", ("columns",), _rule, _candidates)
+loss_options = Tuned("cross_entropy_loss", ("columns",), _loss_rule, _loss_candidates)
+
+
+def _options_for(logits: torch.Tensor, gradient: bool, options: Options | None) -> Options:
+    if options is not None:
+        return options
+    table = options_of if gradient else loss_options
+    return table(logits.device.index, logits.element_size(), logits.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -119,10 +146,12 @@ def accumulator(wide: torch.dtype) -> Any:
     return tl.float64 if wide is torch.float64 else tl.float32
 
 
-def programs_for(logits: torch.Tensor, rows: int, options: Options | None = None) -> int:
-    """How many programs `rows_forward` starts, which is the number of partial sums that it writes."""
-    columns = logits.shape[-1]
-    chosen = options or options_of(logits.device.index, logits.element_size(), columns)
+def programs_for(logits: torch.Tensor, rows: int, gradient: bool, options: Options | None = None) -> int:
+    """How many programs `rows_forward` starts, which is the number of partial sums that it writes.
+
+    ``gradient``: whether it is asked for one.
+    """
+    chosen = _options_for(logits, gradient, options)
     tiles = ceil_div(rows, max(1, chosen["ROWS"]))
     return min(tiles, chosen["PROGRAMS"] * processors(logits.device.index))
 
@@ -146,8 +175,8 @@ def rows_forward(
     """
     columns, itemsize = logits.shape[-1], logits.element_size()
     flat, rows, stride = rows_of(logits)
-    chosen = options or options_of(logits.device.index, itemsize, columns)
-    programs = programs_for(logits, rows, chosen)
+    chosen = _options_for(logits, gradient is not None, options)
+    programs = programs_for(logits, rows, gradient is not None, chosen)
     arguments = (
         *(flat, target, common.weight, common.weight_total, common.denominators),
         *(lses, losses, partials, gradient, rows, columns, stride, common.parts),

@@ -28,6 +28,7 @@ from kpt_plugin_triton.loss_rows import (
     Terms,
     empty_loss,
     finished,
+    loss_options,
     options_of,
     programs_for,
     rows_forward,
@@ -65,7 +66,7 @@ def _run_forward(
     if reduction == "none":
         losses = torch.empty(rows, dtype=logits.dtype, device=logits.device)
     else:
-        programs = programs_for(logits, rows, options)
+        programs = programs_for(logits, rows, want_gradient, options)
         partials = torch.empty(programs, dtype=wide, device=logits.device)
     rows_forward(
         logits,
@@ -275,21 +276,20 @@ def cross_entropy(
 # What tuning measures
 
 
-def _work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+def _work(dtype: torch.dtype, columns: int, gradient: bool = True) -> Callable[[Options], Callable[[], Any]]:
     rows = max(1024, min(65536, 2**30 // (columns * dtype.itemsize)))
     logits = torch.randn(rows, columns, dtype=dtype, device=work_device())
     target = torch.randint(0, columns, (rows,), device=work_device())
 
     def with_options(options: Options) -> Callable[[], Any]:
-        return lambda: _run_forward(logits, target, None, Terms(), "mean", True, True, options)
+        return lambda: _run_forward(logits, target, None, Terms(), "mean", gradient, True, options)
 
     return with_options
 
 
-WORKLOADS = [
-    Workload(
-        options_of,
-        tuple((width,) for width in (1024, 4096, 8192, 16384, 32000, 50304, 65536, 128256, 256000)),
-        _work,
-    )
-]
+def _loss_work(dtype: torch.dtype, columns: int) -> Callable[[Options], Callable[[], Any]]:
+    return _work(dtype, columns, False)
+
+
+_SIZES = tuple((width,) for width in (1024, 4096, 8192, 16384, 32000, 50304, 65536, 128256, 256000))
+WORKLOADS = [Workload(options_of, _SIZES, _work), Workload(loss_options, _SIZES, _loss_work)]

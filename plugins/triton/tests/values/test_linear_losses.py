@@ -32,8 +32,9 @@ class TestLinearCrossEntropy(TritonSuite):
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=self.device)
 
-        target = torch.randint(0, 23, (26,), generator=generator, device=self.device)
-        return {"hidden": randn(26, 16), "weight": randn(23, 16), "target": target, "bias": randn(23)}
+        # classes enough for errors of the bias's gradient not to be a matter of luck
+        target = torch.randint(0, 203, (26,), generator=generator, device=self.device)
+        return {"hidden": randn(26, 16), "weight": randn(203, 16), "target": target, "bias": randn(203)}
 
     def reference(self) -> Any:
         return reference
@@ -70,6 +71,19 @@ def _compare(arguments: dict[str, Any], upstream: Any = None, tolerance: Any = N
     torch.testing.assert_close(loss.double(), expected, **tolerance)
     for mine, true in zip(grads, right):
         torch.testing.assert_close(mine.double(), true, **tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_has_the_dtype_of_a_linear_layer_and_its_loss_and_is_rounded_once(reduction: str) -> None:
+    """Of rounded logits, beside which the error of the loss is that of its own dtype."""
+    torch.manual_seed(0)
+    given = _draw(24, 16, 40, torch.float16)
+    logits = torch.nn.functional.linear(given["hidden"], given["weight"], given["bias"])
+    eager = torch.nn.functional.cross_entropy(logits, given["target"], reduction=reduction)
+    mine = linear_cross_entropy(**given, reduction=reduction)
+    assert mine.dtype is eager.dtype is torch.float16
+    right = torch.nn.functional.cross_entropy(logits.double(), given["target"], reduction=reduction)
+    torch.testing.assert_close(mine.double(), right, rtol=2**-11 + 1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

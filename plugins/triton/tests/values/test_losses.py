@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from triton_suite import TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
-from kpt_plugin_triton import loss_rows, losses
+from kpt_plugin_triton import loss_rows
 from kpt_plugin_triton.checks import KernelInputError
 from kpt_plugin_triton.launch import power_of_two
 from kpt_plugin_triton.losses import cross_entropy
@@ -36,7 +36,8 @@ class TestCrossEntropyOfLongRows(TestCrossEntropy):
 
 def _reading_twice(monkeypatch: pytest.MonkeyPatch, block: int = 8) -> Iterator[None]:
     options = {"ROWS": 0, "BLOCK": block, "PROGRAMS": 1, "num_warps": 1}
-    monkeypatch.setattr(losses, "options_of", lambda *_: options)
+    for table in ("options_of", "loss_options"):
+        monkeypatch.setattr(loss_rows, table, lambda *_: options)
     yield
 
 
