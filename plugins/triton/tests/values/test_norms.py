@@ -84,6 +84,18 @@ def test_widths_that_no_block_divides(op, columns) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_a_first_column_that_stands_out(op) -> None:
+    """Rows too long for registers: by 10000, where a sum of squares over that column loses three digits."""
+    given = arguments(op, 2, 20000)
+    given[0][:, 0] = 1e4
+    mine = outputs(getattr(norms, op)(*given))
+    for value, right in zip(mine, outputs(reference(op)(*(x.double() for x in given)))):
+        assert (value.double() - right).norm() / right.norm() < 2e-6
+        # the one column is most of the norm
+        assert (value.double() - right)[:, 1:].norm() / right[:, 1:].norm() < 2e-6
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_rows_that_are_read_twice(monkeypatch, op) -> None:
     """As tables ask for it by ROWS = 0; with a residual the row stays in registers."""
     options = {"ROWS": 0, "BLOCK": 16, "num_warps": 1}
