@@ -180,5 +180,5 @@ def kpt_kernels() -> Iterator[KernelSpec]:
             supports=f"{_HOME}.skinny_sites:supports_quantised",
             setup=f"{_HOME}.skinny_sites:prepare_{width}",
             tuner=_TUNER,
-            predicted_gain=1.2,
+            predict=f"{_HOME}.skinny_sites:predict_quantised",
         )
