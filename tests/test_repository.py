@@ -30,6 +30,8 @@ BESIDE = {
     "compiling": "specs",
     "modelfiles": "specs",
 }
+#: Parts of the core that plugins build on.
+OFFERED = frozenset({"specs", "judge", "ops", "compiling", "testing"})
 #: Libraries that only plugins may import, by the name that they are imported by.
 VENDORS = set(
     "accelerate azure bitsandbytes boto3 botocore coremltools cupy datasets deepspeed diffusers "
@@ -177,6 +179,18 @@ def test_every_way_of_importing_a_vendors_library_is_found(tmp_path: Path) -> No
     for line in ("import torch", "from . import transformers", "find_spec('safetensors')", "x = 'triton'"):
         (tmp_path / "module.py").write_text(line, encoding="utf-8")
         assert not vendors_in(tmp_path / "module.py"), line
+
+
+def test_plugins_import_what_the_core_offers_them() -> None:
+    """For annotations too: whoever reads a plugin learns from it what to import."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources(ROOT / "plugins")
+        if path.parts[-2].startswith("kpt_plugin_")
+        for name, line in every_import(path)
+        if name.startswith("kpt.") and name.split(".")[1] not in OFFERED
+    ]
+    assert wrong == []
 
 
 def test_the_core_imports_no_test_suite() -> None:

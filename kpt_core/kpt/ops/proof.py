@@ -9,6 +9,7 @@ takes is one that fp64 cannot prove.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from kpt.ops.scan import executed
 #: Gradients go through longer sums.
 _GRADIENT_TOLERANCE = 1e-7
 _SCALES = (1e3, 1e-3, 1e6)
+
+_log = logging.getLogger("kpt")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,6 @@ class _Proof:
 
     def __init__(self, claims: Claims) -> None:
         self.claims = claims
-        #: Variations that the site's own code does not run with, so that nothing is claimed for them
-        self.refused: list[str] = []
 
     def outcome(self) -> Outcome:
         claims = self.claims
@@ -139,8 +140,8 @@ class _Proof:
                     claims.call(twin, bound)
             except Refused:
                 raise
-            except Exception as error:  # noqa: BLE001 - a call that the code itself refuses
-                self.refused.append(f"{what}: {type(error).__name__}")
+            except Exception as error:  # noqa: BLE001 - the code itself refuses it: nothing is claimed for it
+                _log.debug("%s refuses a call %s: %s", claims.captured.path, what, short(error))
                 continue
             claims.filter(twin, bound, what)
 
@@ -159,7 +160,7 @@ class _Proof:
                 except Refused:
                     raise
                 except Exception as error:  # noqa: BLE001 - values that the code itself refuses
-                    self.refused.append(f"integers in {name}: {type(error).__name__}")
+                    _log.debug("%s refuses integers in %s: %s", claims.captured.path, name, short(error))
                     continue
                 claims.filter(twin, bound, f"with other integers in {name}")
 

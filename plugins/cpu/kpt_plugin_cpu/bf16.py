@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
 
 
 class Bf16:

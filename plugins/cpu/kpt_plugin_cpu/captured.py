@@ -17,8 +17,7 @@ from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.inductor import declared_dims, settings
 
 if TYPE_CHECKING:
-    from kpt.specs import HardwareProfile, Undo
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation, Undo
 
 #: Seconds that a module's call and the Python in its forward take, about.
 _PER_MODULE = 40e-6

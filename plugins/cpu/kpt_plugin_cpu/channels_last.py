@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.estimates import matmul_seconds
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
 
 
 class ChannelsLast:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kpt.specs import HardwareProfile
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation
 
 #: Share of the rest that is left when a compiler fuses it, which removes most passes over memory.
 FUSED = 0.5

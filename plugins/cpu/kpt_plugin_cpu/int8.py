@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
 from kpt_plugin_cpu.int8_linear import Int8Linear
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
 
 #: Smaller weights gain nothing: quantising the activations costs more than the product saves.
 _SMALLEST = 128 * 128

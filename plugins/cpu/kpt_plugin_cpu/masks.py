@@ -7,15 +7,12 @@ fast path. Whether it masks anything is looked at on each call; one that does ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.estimates import compile_seconds, matmul_seconds
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
 
 
 class DropMask:

@@ -15,8 +15,7 @@ from kpt_plugin_cpu import estimates
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
-    from kpt.specs import HardwareProfile
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation
 
 #: What is expected where this machine's rates are not measured, since it was busy: worth a trial.
 _UNMEASURED = 1.05

@@ -20,8 +20,7 @@ from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
 
 if TYPE_CHECKING:
-    from kpt.specs import HardwareProfile, Undo
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation, Undo
 
 #: Runs until TorchScript's executor has seen the inputs and optimised for them.
 _WARM_UP = 3

@@ -11,17 +11,14 @@ Outputs whose axes cannot be told, or that have no rows on their first axis, are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kpt.judge import tree
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
 
 #: A call below this many padded positions is not worth splitting.
 _WORTH = 0.15

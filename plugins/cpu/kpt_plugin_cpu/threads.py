@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kpt.specs import HardwareProfile, Skip, Undo, Variant
-
-if TYPE_CHECKING:
-    from kpt.transaction.observe import Observation
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 
 #: Above this latency (seconds) waking threads costs nothing that could be measured.
 _SMALL = 5e-3
