@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kpt.judge.calls import Call
-from kpt.judge.clock import cache_flusher, interval, measure, paired
+from kpt.judge.clock import Timing, cache_flusher, interval, measure, paired
 
 
 class Clock:
@@ -110,6 +110,43 @@ def test_equal_sides_are_rarely_called_faster() -> None:
         )
         wrong += timing.faster
         assert timing.low <= timing.ratio <= timing.high and timing.noise > 0.0
+    assert wrong <= 12
+
+
+def test_a_gain_that_the_time_leaves_open_is_looked_at_for_longer() -> None:
+    def timed(patience: float, gain: float = 1.15) -> Timing:
+        clock = Clock()
+        return paired(
+            clock.work("b", noisy(gain * 1e-3, 0.6, 1)),
+            clock.work("c", noisy(1e-3, 0.6, 2)),
+            next_call,
+            seconds=0.02,
+            patience=patience,
+            timer=clock,
+        )
+
+    short, longer = timed(0.0), timed(1.0)
+    assert short.ratio > 1.03 and not short.faster
+    assert longer.faster and longer.pairs > 2 * short.pairs
+    clock = Clock()
+    same = clock.work("b", 1e-3), clock.work("c", 1e-3)
+    assert paired(*same, next_call, seconds=0.02, patience=1.0, timer=clock).pairs <= 12
+
+
+def test_looking_longer_finds_no_winner_among_equals() -> None:
+    wrong = 0
+    for seed in range(200):
+        clock = Clock()
+        timing = paired(
+            clock.work("b", noisy(1e-3, 0.6, seed)),
+            clock.work("c", noisy(1e-3, 0.6, seed + 1000)),
+            next_call,
+            seconds=0.03,
+            patience=0.2,
+            timer=clock,
+            seed=seed,
+        )
+        wrong += timing.faster
     assert wrong <= 12
 
 

@@ -37,8 +37,8 @@ class Timing:
     """A candidate against a baseline.
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
-    ``low`` and ``high`` bound it with 95 % confidence. Seconds are medians per call. ``drift`` is the
-    baseline's median in the last third of the pairs over that in the first, ``noise`` the relative
+    ``low`` and ``high`` bound it with at least 95 % confidence. Seconds are medians per call. ``drift``
+    is the baseline's median in the last third of the pairs over that in the first, ``noise`` the relative
     median absolute deviation of the ratios, ``repeats`` the calls in one timed span.
     """
 
@@ -110,6 +110,7 @@ def paired(
     next_call: Callable[[], Call],
     *,
     seconds: float = 2.0,
+    patience: float = 0.0,
     min_pairs: int = 7,
     max_pairs: int = 400,
     warmup: int = 1,
@@ -128,6 +129,8 @@ def paired(
     pairs nothing is claimed: the interval is (0, infinity).
 
     Args:
+        patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
+            1.0; the interval is then one of 99 %, since it was looked at twice.
         synchronize: waits for the device; default: for the current accelerator, if there is one.
         flush: evicts caches before each timed span; each span is then a single call.
         load: how the calls of one span arrive. With more than one call at a time, seconds are those of the
@@ -162,18 +165,20 @@ def paired(
             again = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
             repeats = _repeats(min(again), 1)
         repeats = load.calls * math.ceil(repeats / load.calls)  # every caller has as many
-        check = min_pairs
+        check, end, confidence = min_pairs, start + seconds, 0.95
         while len(times[0]) < max_pairs and not (times[0] and _passed(deadline, timer)):
             pairs = len(times[0])
-            if pairs >= min_pairs and timer() - start >= seconds:
-                break
+            if pairs >= min_pairs and timer() >= end:
+                if confidence != 0.95 or patience <= 0.0 or not _undecided(times, seed):
+                    break
+                end, confidence = end + patience, 0.99
             if pairs >= check:
                 if _settled(times, pairs >= 2 * min_pairs, seed):
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
                 check = math.ceil(pairs * 1.5)
             _append(times, _pair(sides, next_call, repeats, order, wait, flush, timer, issue))
-    return _timing(times, repeats, seed)
+    return _timing(times, repeats, seed, confidence)
 
 
 def measure(
@@ -308,16 +313,25 @@ def _settled(times: tuple[list[float], list[float]], many: bool, seed: int) -> b
     return clear and (many or high - low <= 0.1 * statistics.median(ratios))
 
 
+def _undecided(times: tuple[list[float], list[float]], seed: int) -> bool:
+    """Whether one side looks faster and the interval does not say so."""
+    ratios = _ratios(times)
+    low, high = interval(ratios, 0.95, seed)
+    return low <= 1.0 <= high and abs(statistics.median(ratios) - 1.0) > MARGIN
+
+
 def _spread(values: Sequence[float], middle: float) -> float:
     if not middle:
         return 0.0
     return statistics.median(abs(value - middle) for value in values) / middle
 
 
-def _timing(times: tuple[list[float], list[float]], repeats: int, seed: int) -> Timing:
+def _timing(
+    times: tuple[list[float], list[float]], repeats: int, seed: int, confidence: float = 0.95
+) -> Timing:
     ratios = _ratios(times)
     ratio = statistics.median(ratios)
-    low, high = interval(ratios, 0.95, seed)
+    low, high = interval(ratios, confidence, seed)
     third = len(ratios) // 3
     drift = 1.0
     if third:

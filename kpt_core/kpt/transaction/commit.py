@@ -39,12 +39,14 @@ class Committed:
         runner, plain = trials.baseline.runner, trials.baseline.plain
         latency = max(trials.observation.baseline_seconds, 1e-5)
         seconds = min(max(1.5, 24 * latency), 0.08 * trials.budget.seconds)
+        left = trials.budget.left()
         with runner.buffers_kept():
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain.forward, args, kwargs),
                 lambda *args, **kwargs: runner.run(model.forward, args, kwargs),
                 trials.baseline.draw,
-                seconds=min(seconds, max(0.5, trials.budget.left())),
+                seconds=min(seconds, max(0.5, left)),
+                patience=min(2.0 * seconds, max(0.0, 0.5 * left - seconds)),
                 warmup=2,
                 load=trials.load,
             )

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
     from kpt.transaction.plan import Candidate, Plan
 
+#: Share of its set-up that a trial is timed for at most where less leaves open which side is faster,
+_LONGER_LOOK = 0.2
+#: and share of the time that it has left when its timing begins.
+_SHARE_TIMED = 0.8
 #: Rules that compare values within a tolerance; a user's metric outranks these and no others.
 _TOLERANCES = frozenset({"value", "size", "mask"})
 _RULES_THAT_JUDGE = frozenset(
@@ -124,6 +128,8 @@ class Trials:
         self.eager_changes = frozenset(state.differences())
         if self.eager_changes:
             state.restore()
+        #: When the running trial is stopped, as a reading of ``time.perf_counter``.
+        self._ends = 0.0
         self.log: list[Outcome] = []
         self.damage: list[str] = []
         self.code = CodeState(observation.model)
@@ -146,6 +152,8 @@ class Trials:
         what is left of the budget.
         """
         started = time.perf_counter()
+        left = self.budget.left()
+        self._ends = started + (left if seconds is None else min(seconds, left))
         outcome = Outcome(plan)
         applied: list[Applied] = []
         harmed, patched = len(self.damage), len(self.patched)
@@ -272,19 +280,27 @@ class Trials:
         call = baseline.draw(sizes={name: 1 if name in wanted else size for name, size in sizes.items()})
         return [call] if baseline.runs(call) else []
 
-    def time(self, applied: Applied, against: Applied | None = None, seconds: float | None = None) -> Timing:
-        """Pair ``applied`` with the untouched model, or with another applied plan."""
+    def time(self, applied: Applied, against: Applied | None = None) -> Timing:
+        """Pair ``applied`` with the untouched model, or with another applied plan.
+
+        What took long to set up is worth a longer look where the first leaves open which is faster.
+        """
         runner, baseline, observation = self.baseline.runner, self.baseline, self.observation
         plain = against.forward if against is not None else baseline.plain.forward
         latency = max(observation.baseline_seconds, 1e-5)
-        span = min(max(1.0, 16 * latency), 0.1 * self.budget.seconds) if seconds is None else seconds
+        span = min(max(1.0, 16 * latency), 0.1 * self.budget.seconds)
+        patience = min(max(span, _LONGER_LOOK * applied.setup_seconds), 0.1 * self.budget.seconds)
+        now = time.perf_counter()
         with runner.buffers_kept():
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain, args, kwargs),
                 lambda *args, **kwargs: runner.run(applied.forward, args, kwargs),
                 baseline.draw,
                 seconds=min(span, self.budget.left()),
+                patience=patience,
                 warmup=2,
+                # One that is stopped while it is timed has no result at all.
+                deadline=now + _SHARE_TIMED * max(self._ends - now, 0.0),
                 load=self.load,
             )
 
