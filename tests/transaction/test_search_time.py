@@ -269,7 +269,17 @@ def test_what_could_never_be_ready_in_time_is_not_begun() -> None:
     kernel, compiler = _candidate("kernel", "kernels", 0.0), _candidate("compiler", "compile", 500.0)
     found, trials = _outlined(40.0, [kernel, compiler], lambda names, against: (1.0, "ok", 1.5))
     assert [key for key, _ in trials.seen] == ["kernel"]
-    assert {entry.name: entry.rule for entry in found.rejected} == {"compiler": "budget"}
+    ((name, rule, reason),) = [(entry.name, entry.rule, entry.reason) for entry in found.rejected]
+    assert (name, rule) == ("compiler", "budget")
+    assert "expected to take 501 s; 39 s were left" in reason, reason
+
+
+def test_what_is_excluded_by_a_choice_is_told_by_whose() -> None:
+    chosen, other = _candidate("chosen", "compile", 10.0), _candidate("other", "compile", 12.0)
+    found, _ = _outlined(20.0, [chosen, other], lambda names, against: (12.0, "ok", 1.5))
+    (entry,) = found.rejected
+    assert (entry.name, entry.rule) == ("other", "budget")
+    assert "in place of chosen (a plan holds one compile variant)" in entry.reason
 
 
 def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need_a_compiler_each() -> None:

@@ -255,9 +255,6 @@ class Search:
         ledger = self.ledger
         chosen = set(best.plan.steps) if best is not None else set()
         full = ledger.fuel is not None and len(chosen) >= ledger.fuel
-        rule, reason = "budget", "not tried: no budget left, or excluded by what was chosen"
-        if full:
-            rule, reason = "fuel", f"not tried: fuel={ledger.fuel} allows no further variant"
         for candidate in ledger.open():
             if candidate in chosen:
                 continue
@@ -266,8 +263,24 @@ class Search:
                 ledger.reject_by(candidate, alone)
             elif alone is not None and best is not None:
                 ledger.reject(candidate, "slower", _alone(alone, best))
+            elif full:
+                ledger.reject(candidate, "fuel", f"not tried: fuel={ledger.fuel} allows no further variant")
             else:
-                ledger.reject(candidate, rule, reason)
+                ledger.reject(candidate, "budget", self._untried(candidate, best))
+
+    def _untried(self, candidate: Candidate, best: Outcome | None) -> str:
+        """Why there was no trial of ``candidate``, when the search has ended."""
+        ledger = self.ledger
+        plan = best.plan.with_(candidate) if best is not None else Plan.of([candidate])
+        seconds, left = ledger.cost(plan, best), ledger.budget.left()
+        excluded = [(step, excludes(step, candidate)) for step in best.plan.steps] if best is not None else []
+        against = next((f" in place of {step.name} ({why})" for step, why in excluded if why), "")
+        if ledger.time_for(seconds):
+            return f"not tried{against or ' beside what was chosen'}"
+        return (
+            f"not tried{against}: its trial was expected to take {seconds:.0f} s; {left:.0f} s were left, "
+            "the commit's own among them"
+        )
 
 
 def _alone(worse: Outcome, better: Outcome) -> str:
