@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpt
 import slow_models
+from kpt.transaction import watch
 
 _KPT = os.path.dirname(kpt.__file__)
 
@@ -54,6 +55,7 @@ def _values(container: Any) -> Iterator[Any]:
 
 def of_process() -> dict[str, Any]:
     """Random states, flags, thread counts, environment and the like."""
+    _end_dead_plans()
     return {
         "python random": random.getstate(),
         "numpy random": [
@@ -95,6 +97,19 @@ def of_process() -> dict[str, Any]:
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
     }
+
+
+class _Watched:
+    """Stands for a plan that hears of registrations."""
+
+
+def _end_dead_plans() -> None:
+    """A plan that dies with its model, in another test, leaves torch's registration hooks to the next one:
+    they would be part of a fingerprint, and be gone from the one after it."""
+    gc.collect()
+    watched: Any = _Watched()
+    watch._registrations.add(watched)
+    watch._registrations.discard(watched)
 
 
 def _global_hooks() -> Iterator[dict[Any, Any]]:

@@ -223,7 +223,11 @@ _apply.__qualname__ = "_apply"
 
 
 class _Registrations:
-    """torch's global registration hooks, present only while something is watched."""
+    """torch's global registration hooks, present while something is watched.
+
+    Watches that die with their models leave them, without effect, to the next `add` or `discard`: a
+    collector may run while torch goes through these very hooks.
+    """
 
     def __init__(self) -> None:
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
