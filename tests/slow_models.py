@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import kpt
+from kpt.compiling import CompiledForward
 from kpt.specs import KernelSpec, OpSpec, PassSpec, PolicySpec, Variant
 
 
@@ -108,6 +109,27 @@ class DerivedScale(DirectScale):
 
     def replacement(self) -> Callable[..., torch.Tensor]:
         return lambda self, x: x * self.packed_weight + self.packed_bias
+
+
+class WholeByInductor(DirectScale):
+    """Compiles the whole forward by inductor."""
+
+    variant = Variant("whole", predicted_gain=2.0, sites=("",), setup_seconds=10.0)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Callable[[], None]:
+        self.compiled = model.forward = CompiledForward(model.forward, backend="inductor")
+        return lambda: model.__dict__.pop("forward", None)
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return self.compiled.executions > 0
+
+
+def deep(layers: int, width: int = 16) -> torch.nn.Module:
+    """A model that a compiler needs long for: many layers, each with arithmetic of its own."""
+    torch.manual_seed(0)
+    kinds = (torch.nn.GELU, torch.nn.SiLU, torch.nn.Tanh, torch.nn.Softplus, torch.nn.Mish)
+    parts = [part for n in range(layers) for part in (torch.nn.Linear(width, width), kinds[n % len(kinds)]())]
+    return torch.nn.Sequential(*parts).eval()
 
 
 def plugin(
