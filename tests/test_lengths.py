@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import kpt
+from kpt.specs import PassSpec
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("kpt_plugin_cpu")
 
 
-def small_encoder() -> torch.nn.Module:
+def small_encoder(width: int = 64) -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2, vocab_size=500
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=500,
     )
     return transformers.BertModel(config, add_pooling_layer=False).eval()
 
@@ -36,6 +42,8 @@ def call(batch: int, length: int, *, ragged: bool, seed: int) -> dict[str, torch
 def test_two_hundred_lengths_run_what_was_compiled_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    import few_variants
+
     monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
     model, untouched = small_encoder(), small_encoder()
     names = {0: "batch", 1: "sequence"}
@@ -44,6 +52,7 @@ def test_two_hundred_lengths_run_what_was_compiled_once(
         call(3, 24, ragged=True, seed=1),
         level="exact",
         dynamic_shapes={"input_ids": names, "attention_mask": names},
+        plugins=[few_variants.CompilerAndMasks()],
         budget=150.0,
     )
     receipt = kpt.report(model)
@@ -69,3 +78,57 @@ def test_two_hundred_lengths_run_what_was_compiled_once(
     assert sum(item.graphs for item in compiled) == graphs, "something was compiled after warm-up"
     assert counts["optimized"] + counts["fallback"] == 200
     assert counts["optimized"] >= 190, counts
+
+
+class PackingAlone:
+    """The cpu plugin's pass for padded batches, and nothing beside it."""
+
+    @kpt.hookimpl
+    def kpt_passes(self) -> Iterator[PassSpec]:
+        yield PassSpec("pack-padding", "shapes", "kpt_plugin_cpu.packing:PackPadding")
+
+
+def mostly_padding(batch: int, length: int, longest: int, seed: int) -> dict[str, torch.Tensor]:
+    """One row as long as the longest, all others short; all may be padded further, up to ``length``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, mask = torch.randint(0, 500, (batch, length), generator=generator), torch.zeros(batch, length)
+    mask[0, :longest] = 1
+    for row in range(1, batch):
+        mask[row, : int(torch.randint(1, longest // 4, (1,), generator=generator))] = 1
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def test_outputs_of_rows_at_their_own_lengths_have_the_declared_sizes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each group of rows gives outputs of another length: they come back as long as the inputs were."""
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    model, untouched = small_encoder(256), small_encoder(256)
+    names = {0: "batch", 1: "sequence"}
+    kpt.optimize(
+        model,
+        mostly_padding(12, 160, 160, seed=1),
+        dynamic_shapes={"input_ids": names, "attention_mask": names},
+        plugins=[PackingAlone()],
+        budget=60.0,
+    )
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["pack-padding:by length"], receipt
+    from kpt.transaction.dispatch import plan_of
+
+    ((_, packing),) = plan_of(model).committed.applied.behaviours
+    packing.split = packing.whole = 0
+    draw = random.Random(0)
+    with torch.no_grad():
+        for number in range(30):
+            longest = draw.randint(8, 160)
+            given = mostly_padding(draw.randint(2, 12), longest + draw.randint(0, 9), longest, seed=number)
+            mine, true = model(**given)[0], untouched(**given)[0]
+            kept = given["attention_mask"].bool()
+            assert mine.shape == true.shape == (*kept.shape, 256)
+            torch.testing.assert_close(mine[kept], true[kept], rtol=1e-3, atol=1e-4)
+            row = int(kept.sum(1).argmin())  # the shortest says the same as it does alone
+            alone = untouched(input_ids=given["input_ids"][row : row + 1, kept[row]])[0]
+            torch.testing.assert_close(mine[row : row + 1, kept[row]], alone, rtol=1e-3, atol=1e-4)
+    assert packing.split >= 28 and packing.split + packing.whole == 30
+    assert kpt.report(model).calls["optimized"] == 30
