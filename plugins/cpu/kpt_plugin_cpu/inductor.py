@@ -16,8 +16,7 @@ from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.attention import ShortAttention
 
 if TYPE_CHECKING:
-    from kpt.specs import HardwareProfile, Undo
-    from kpt.transaction.observe import Observation
+    from kpt.specs import HardwareProfile, Observation, Undo
 
 
 def compiler() -> str | None:
@@ -212,6 +211,10 @@ def settings(params: Mapping[str, Any]) -> dict[str, Any]:
             "max_autotune_gemm_backends": "CPP,ATEN",
             "autotune_num_choices_displayed": 0,
         }
+        import torch._inductor.config as known
+
+        if hasattr(known, "max_autotune_report_choices_stats"):  # JSON of each contest, on stderr
+            inductor["max_autotune_report_choices_stats"] = False
     bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):
