@@ -81,6 +81,18 @@ def test_threads_that_an_undo_ends_are_no_matter():
     assert kpt.report(model).notes == []
 
 
+def test_the_monitor_of_a_progress_bar_is_not_a_plans():
+    """It lives on for the next bar, whoever drew the first."""
+    tqdm = pytest.importorskip("tqdm")
+    started = threads.StartedThreads()
+    monitor = tqdm.TMonitor(tqdm.tqdm, 10.0)
+    try:
+        started.look()
+        assert monitor.is_alive() and started.left() == []
+    finally:
+        monitor.exit()
+
+
 def test_ctrl_c_right_after_the_main_thread_began_to_listen_leaves_no_handler(monkeypatch):
     set_handler = signal.signal
 

@@ -8,8 +8,9 @@ import threading
 import weakref
 from typing import Any
 
-#: Whose threads belong to the process and not to a plan: compilers keep theirs for the next compilation.
-_LIBRARIES = frozenset({"torch", "triton", "kpt"})
+#: Whose threads belong to the process and not to a plan: compilers keep theirs for the next compilation, and
+#: a library of progress bars its one monitor for the next bar.
+_LIBRARIES = frozenset({"torch", "triton", "kpt", "tqdm"})
 #: Seconds that a thread which was told to end is waited for.
 _PATIENCE = 0.05
 
