@@ -14,6 +14,7 @@ import fingerprints
 import kpt
 from fingerprints import fallbacks, fast_calls, optimized
 from slow_models import DerivedScale, DirectScale, Net, net, plugin
+from subtle_passes import Captured
 
 PLANS = {"live": DirectScale, "derived": DerivedScale}
 plans = pytest.mark.parametrize("plan", PLANS)
@@ -296,6 +297,17 @@ def test_gradients_through_a_model_optimised_for_inference(plan):
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
 
 
+def test_compiled_code_serves_inputs_that_require_a_gradient():
+    model, example = net(), torch.randn(32, 16)
+    twin = copy.deepcopy(model.eval())
+    optimized(model, example, plugins=[plugin(Captured)])
+    mine, theirs = example.clone().requires_grad_(), example.clone().requires_grad_()
+    model(mine).square().sum().backward()
+    twin(theirs).square().sum().backward()
+    assert fast_calls(model) == 1 and not fallbacks(model)
+    torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 class PartlyDetached(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -327,6 +339,67 @@ def test_outputs_carry_gradients_where_eagers_do(cls, input_requires):
         mine["result"].sum().backward()
         theirs["result"].sum().backward()
         assert all(torch.allclose(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+class Samples(torch.nn.Module):
+    """Adds noise of the size that its net says, as a variational autoencoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.net(x)
+        return y + torch.randn_like(y) * y.tanh()
+
+
+class Accumulates(Samples):
+    """Scales by a running mean, which every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.net(x)
+        self.mean.mul_(0.9).add_(0.1 * y.mean(0).detach())
+        return y * (self.mean + 1.0)
+
+
+class WritesToItsInput(Samples):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.add_(1.0))
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [
+        (Samples, "draws random numbers"),
+        (Accumulates, "writes to the buffer mean"),
+        (WritesToItsInput, "writes to its inputs"),
+    ],
+)
+def test_a_call_that_cannot_be_repeated_is_eagers_where_gradients_are_on(cls, what):
+    torch.manual_seed(0)
+    model, x = cls().eval(), torch.randn(32, 16)
+    twin = copy.deepcopy(model)
+    optimized(model, x, plugins=[plugin(DirectScale)])
+    for each in (model, twin):
+        torch.manual_seed(3)
+        each(x.clone()).square().sum().backward()
+    after = torch.get_rng_state()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer)
+    assert fallbacks(model) == {f"gradients are on, and the forward {what}": 1}
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            results.append(each(x.clone()))
+    torch.testing.assert_close(*results)
+    assert torch.equal(torch.get_rng_state(), after) and fast_calls(model) == 1
 
 
 def test_frozen_parameters_get_no_gradient():

@@ -27,7 +27,8 @@ class Observation:
     ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time,
     ``writes_inputs`` says that the forward changes tensors that it is given. ``detached`` names the outputs
     that carry no gradient where gradients are recorded: in a call like the examples, and in one whose inputs
-    require gradients.
+    require gradients. ``unrepeatable`` says in what a second run of one call would differ from the first (in
+    random numbers, buffers or inputs that the forward writes to), or is empty.
     """
 
     model: torch.nn.Module
@@ -53,6 +54,7 @@ class Observation:
     unfinished_proofs: int = 0
     writes_inputs: bool = False
     detached: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    unrepeatable: str = ""
 
     @property
     def dynamic(self) -> bool:

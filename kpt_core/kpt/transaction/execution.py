@@ -109,7 +109,7 @@ class Runner:
             if not self.training:
                 with torch.no_grad():
                     output = forward(*call.args, **call.kwargs)
-                return Execution(detached(output), {}, self._moved(before), _with_history(output))
+                return Execution(detached(output), {}, self.moved(before), _with_history(output))
             with torch.enable_grad():
                 sources = {**self.parameters, **_sources(call)}
                 output = forward(*call.args, **call.kwargs)
@@ -120,7 +120,7 @@ class Runner:
                     gradients = {
                         name: None if g is None else g.detach().clone() for name, g in zip(sources, found)
                     }
-            return Execution(detached(output), gradients, self._moved(before), _with_history(output))
+            return Execution(detached(output), gradients, self.moved(before), _with_history(output))
 
     @contextmanager
     def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -134,7 +134,8 @@ class Runner:
                     if not same_bits(self.buffers[name], value):
                         self.buffers[name].copy_(value)
 
-    def _moved(self, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def moved(self, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The buffers that differ from ``before``, as they are now."""
         return {
             name: buffer.detach().clone()
             for name, buffer in self.buffers.items()

@@ -35,4 +35,5 @@ def plan_for(model: torch.nn.Module, applied: Applied, observation: Observation)
         misses=applied.misses,
         writes_inputs=observation.writes_inputs,
         detached=observation.detached,
+        unrepeatable=observation.unrepeatable,
     )

@@ -15,6 +15,7 @@ from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import attributes_of, shared_objects
+from kpt.judge.state import untouched
 from kpt.specs import Observation
 from kpt.transaction import workspace
 from kpt.transaction.ambient import ambient_state
@@ -187,6 +188,7 @@ def observe(
     detached = (frozenset[str](), frozenset[str]())
     if mode == "inference":
         detached = _detached(runner, plain, looked_at, False), _detached(runner, plain, looked_at, True)
+    unrepeatable = _unrepeatable(runner, plain, looked_at, writes) if mode == "inference" else ""
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
@@ -221,6 +223,7 @@ def observe(
             unfinished_proofs=recognition.unfinished,
             writes_inputs=writes,
             detached=detached,
+            unrepeatable=unrepeatable,
         ),
         plain,
     )
@@ -341,6 +344,19 @@ def _detached(
         for name, tensor in outputs.tensors(output).items():
             carries[name] = carries.get(name, False) or tensor.requires_grad
     return frozenset(name for name, does in carries.items() if not does)
+
+
+def _unrepeatable(runner: Runner, plain: torch.nn.Module, calls: list[Call], writes_inputs: bool) -> str:
+    """In what a second run of one call differs from the first: a backward that recomputes makes one."""
+    for call in calls:
+        with untouched() as changes, runner.buffers_kept() as before, torch.no_grad():
+            plain.forward(*call.clone().args, **call.clone().kwargs)
+            moved = sorted(runner.moved(before))
+        if moved:
+            return f"writes to the buffer {moved[0]}"
+        if any(name.startswith("random state") for name in changes.names):
+            return "draws random numbers"
+    return "writes to its inputs" if writes_inputs else ""
 
 
 def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:

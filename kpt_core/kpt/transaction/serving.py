@@ -15,7 +15,14 @@ import torch
 from torch.autograd import forward_ad
 
 from kpt.transaction.ambient import ambient_state, default_devices, transformed
-from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
+from kpt.transaction.arguments import (
+    MISSING,
+    key_of,
+    layout_key,
+    share_memory,
+    tensors_in,
+    without_gradients,
+)
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
@@ -82,6 +89,7 @@ class Plan:
         misses: Callable[[], dict[str, int]] | None = None,
         writes_inputs: bool = False,
         detached: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset()),
+        unrepeatable: str = "",
     ) -> None:
         self.run = run
         self.previous = own_forward(model)
@@ -91,6 +99,7 @@ class Plan:
         self._flag = model.training
         self._writes_inputs = writes_inputs
         self._detached = detached
+        self._unrepeatable = unrepeatable
         # In training mode a call with gradients is a training step, and one without is inference.
         self._strict = model.training and any(p.requires_grad for p in model.parameters())
         self.fallbacks = Counter()
@@ -178,6 +187,10 @@ class Plan:
                     reason = reason or self.watch.stale(grad)
                 if self._writes_inputs and reason is None and share_memory((*args, *kwargs.values())):
                     reason = "the forward writes to an input that shares memory with another"
+                if self._unrepeatable and grad and reason is None and not self.training:
+                    # A backward would run the original forward a second time.
+                    if self._sources(_tensors_of(args, kwargs)):
+                        reason = f"gradients are on, and the forward {self._unrepeatable}"
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
@@ -203,18 +216,24 @@ class Plan:
     ) -> Any:
         if self.training or not grad:
             return self.run(*args, **kwargs)
-        given = [tensor for v in (*args, *kwargs.values()) for tensor in tensors_in(v)]
-        sources = tuple(p for p in self._parameters if p.requires_grad)
-        sources += tuple({id(t): t for t in given if t.requires_grad}.values())
+        given = _tensors_of(args, kwargs)
+        sources = self._sources(given)
         if not sources:
             return self.run(*args, **kwargs)
+        # Code that was compiled for inputs without a gradient refuses those with one.
+        plain, named = without_gradients(args), without_gradients(kwargs)
         return with_backward(
-            lambda: self.run(*args, **kwargs),
+            lambda: self.run(*plain, **named),
             lambda: self._again(model, args, kwargs),
             sources,
             given,
             detached=self._detached[any(tensor.requires_grad for tensor in given)],
         )
+
+    def _sources(self, given: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The parameters, and the tensors of a call, that a gradient may be asked for."""
+        sources = tuple(p for p in self._parameters if p.requires_grad)
+        return sources + tuple({id(t): t for t in given if t.requires_grad}.values())
 
     def _again(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original forward as it was when the call was made, in the modes that were set then."""
@@ -316,6 +335,11 @@ class Plan:
         if now[4] != then[4]:
             return "the default device differs from when the model was optimised"
         return "torch's deterministic mode differs from when the model was optimised"
+
+
+def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a call is given."""
+    return [tensor for value in (*args, *kwargs.values()) for tensor in tensors_in(value)]
 
 
 def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
