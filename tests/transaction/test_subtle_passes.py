@@ -94,6 +94,60 @@ def test_both_bounds_of_every_dimension_are_judged():
     assert [entry.rule for entry in kpt.report(model).rejected] == ["size"]
 
 
+class Masked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.slow(x) * (mask[..., None] if mask.dim() else mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(4, 8, dtype=torch.int64), torch.ones(4, 8, dtype=torch.bool), torch.ones(4, 8)],
+    ids=["integers", "flags", "floats"],
+)
+def test_a_pass_that_leaves_out_a_mask_is_found_though_the_examples_mask_nothing(mask):
+    model = Masked().eval()
+    given = {"x": torch.randn(4, 8, 16), "mask": mask}
+    kpt.optimize(model, given, plugins=[plugin(subtle.LeavesOut)], cache=False, budget=20.0)
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["mask"]
+    optimized(model, given, plugins=[plugin(DirectScale)])
+
+
+class InFours(torch.nn.Module):
+    """Takes four rows of x for each of y, and no other number."""
+
+    def __init__(self, factors: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if len(x) != 4 * len(y) or len(y) not in self.factors:
+            raise ValueError("four rows of x for each of y are expected")
+        return self.slow(x).view(len(y), 4, 16) * y[:, None, None]
+
+
+def test_sizes_that_only_fit_together_are_judged_in_proportion():
+    shapes, calls = {"x": {0: "rows"}, "y": {0: "groups"}}, (torch.randn(16, 16), torch.randn(4))
+    model = kpt.optimize(
+        InFours().eval(),
+        calls,
+        plugins=[plugin(subtle.RightForSixteenRows)],
+        cache=False,
+        budget=20.0,
+        dynamic_shapes=shapes,
+    )
+    assert [entry.rule for entry in kpt.report(model).rejected] == ["size"]
+    optimized(model, calls, plugins=[plugin(DirectScale)], dynamic_shapes=shapes)
+    assert not kpt.report(model).notes
+    model = InFours((4,)).eval()
+    optimized(model, calls, plugins=[plugin(DirectScale)], dynamic_shapes=shapes)
+    assert "only the examples' sizes were judged" in " ".join(kpt.report(model).notes)
+
+
 def test_a_conjugate_is_not_taken_for_its_tensor():
     example = torch.randn(32, 16, dtype=torch.complex64)
     model = optimized(subtle.ComplexSlow().eval(), example, plugins=[plugin(DirectScale)])

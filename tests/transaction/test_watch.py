@@ -304,9 +304,6 @@ STATISTICS = {"calls": 0}
 
 
 def times_gain(x: torch.Tensor) -> torch.Tensor:
-    global CALLS
-    CALLS += 1
-    STATISTICS["calls"] += 1
     return (x * GAIN + SETTINGS["shift"]) ** OPTIONS.power
 
 
@@ -368,6 +365,56 @@ def test_a_constant_that_is_on_no_module_and_one_that_comes_later_are_noticed(ch
         changed = model(x)
         assert torch.equal(changed, ReadsInside.forward(model, x)) and not torch.equal(changed, before)
     assert kpt.report(model).calls["optimized"] == 1 and list(reasons(model).values()) == [1]
+
+
+class CountsInAnObject(torch.nn.Module):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = SlowScale(16)
+        self.statistics = types.SimpleNamespace(calls=0)
+
+    def forward(self, x):
+        self.count()
+        return self.slow(x) * GAIN
+
+    def count(self) -> None:
+        self.statistics.calls += 1
+
+    def counted(self) -> int:
+        return CALLS + STATISTICS["calls"] + type(self).calls + self.statistics.calls
+
+
+class CountsGlobally(CountsInAnObject):
+    def count(self) -> None:
+        global CALLS
+        CALLS += 1
+
+
+class CountsInADictionary(CountsInAnObject):
+    def count(self) -> None:
+        STATISTICS["calls"] += 1
+
+
+class CountsOnItsClass(CountsInAnObject):
+    def count(self) -> None:
+        type(self).calls += 1
+
+
+@pytest.mark.parametrize("made_by", [Captured, DirectScale])
+@pytest.mark.parametrize("cls", [CountsGlobally, CountsInADictionary, CountsOnItsClass, CountsInAnObject])
+def test_a_plan_counts_calls_as_the_model_does_or_is_rejected(cls, made_by):
+    model, x = cls().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(made_by)], budget=20, cache=False)
+    report = kpt.report(model)
+    before = model.counted()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert model.counted() == before + 3
+    if made_by is DirectScale:
+        assert report.optimized and kpt.report(model).calls["optimized"] == 3, report
 
 
 class MakesZeros(torch.nn.Module):

@@ -223,6 +223,15 @@ def drawn_sizes(dimensions: Iterable[Dimension], number: int, choose: random.Ran
     return found
 
 
+def proportional_sizes(dimensions: Iterable[Dimension]) -> list[dict[str, int]]:
+    """Assignments in which all sizes are to each other as in the largest example, within their ranges."""
+    known, found = list(dimensions), []
+    for times, parts in ((2, 1), (1, 2), (3, 2), (3, 1), (1, 4)):
+        if all(d.observed[-1] * times % parts == 0 and d.observed[-1] * times // parts in d for d in known):
+            found.append({d.name: d.observed[-1] * times // parts for d in known})
+    return found
+
+
 def _odd(dimension: Dimension, choose: random.Random) -> int:
     """A random odd size, not beyond what was observed: two dimensions at their bounds cost too much."""
     low, high = dimension.low, max(min(dimension.high, dimension.observed[-1] + 1), dimension.low)

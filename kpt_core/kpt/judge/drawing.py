@@ -77,7 +77,8 @@ class Drawing:
             kept = torch.tensor(leaf.form.kept, dtype=leaf.dtype)
             return torch.where(keep, kept, torch.tensor(leaf.form.dropped, dtype=leaf.dtype))
         if leaf.role == "bool":
-            return torch.rand(shape, generator=self.generator) < leaf.form.mean
+            mean = min(max(leaf.form.mean, 0.25), 0.75) if self.padding else leaf.form.mean
+            return torch.rand(shape, generator=self.generator) < mean
         if leaf.role == "integer":
             if self.keep_integers:
                 return forms.stretch(tensor, shape)

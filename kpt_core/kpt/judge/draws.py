@@ -12,7 +12,13 @@ import torch
 
 from kpt.judge import forms, tree
 from kpt.judge.calls import Call
-from kpt.judge.dimensions import Dimension, declared_axes, drawn_sizes, observe_dimensions
+from kpt.judge.dimensions import (
+    Dimension,
+    declared_axes,
+    drawn_sizes,
+    observe_dimensions,
+    proportional_sizes,
+)
 from kpt.judge.drawing import Drawing
 from kpt.judge.leafnames import leaf_name, named_leaves, positional_names
 from kpt.judge.leafspecs import LeafSpec, observe_leaves
@@ -101,7 +107,8 @@ class InputSpec:
         Args:
             generator: a CPU generator; the only source of randomness.
             sizes: sizes of dynamic dimensions by name; by default those of the example at hand.
-            padding: pad every sequence mask raggedly, even if no example was padded.
+            padding: pad every sequence mask raggedly, even if no example was padded, and mix flags that
+                are alike in the examples.
             keep_integers: leave integers as in the example, for models that accept few combinations.
 
         Raises:
@@ -122,10 +129,23 @@ class InputSpec:
         seed = int(torch.randint(1 << 30, (1,), generator=generator))
         return drawn_sizes(self.dimensions.values(), number, random.Random(seed))
 
+    def sizes_in_proportion(self) -> list[dict[str, int]]:
+        """Assignments for `draw` for models that take no others, as where one size is twice another."""
+        return proportional_sizes(self.dimensions.values())
+
     @property
     def has_masks(self) -> bool:
         """Whether any input is a mask over [batch, sequence]."""
         return any(leaf.role == "mask" and len(leaf.shape) == 2 for leaf in self.leaves)
+
+    @property
+    def has_constant_flags(self) -> bool:
+        """Whether a mask or another boolean input is the same everywhere, so that no draw like it varies."""
+        return any(
+            leaf.form.kind == "ones" if leaf.role == "mask" else leaf.form.mean in (0.0, 1.0)
+            for leaf in self.leaves
+            if leaf.role in ("mask", "bool")
+        )
 
     def padding_masks(self, call: Call) -> dict[str, torch.Tensor]:
         """The [batch, sequence] masks of ``call`` by name, as flags of the positions that count."""

@@ -1,7 +1,8 @@
 """What the referee looks at when it judges an applied plan, and in which order.
 
 Fresh inputs for every judgement: like the examples, then odd and boundary sizes of the declared
-dimensions, then padded ones for a plan that touches a mask.
+dimensions, then padded ones for a plan that touches a mask, and where a mask or a flag of the examples is
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from kpt.judge.calls import copied_leaf
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
 from kpt.judge.verdict import Verdict, passed, rejected
+from kpt.transaction.counts import Counts
 from kpt.transaction.execution import seeded
 
 if TYPE_CHECKING:
@@ -48,10 +50,15 @@ class Judgement:
         self.baseline = baseline
         self.budget = budget
         self._seed = 1000
+        self._counts: Counts | None = None
+        self._counting = False
         self.dropped = 0
+        #: Whether eager refuses every other size of the declared dimensions that was tried.
+        self.only_examples = False
 
     def draws(self, *, touches_mask: bool, thorough: bool) -> list[Draw]:
-        """Fresh calls with their expected results; draws that eager itself cannot run are dropped."""
+        """Fresh calls with their expected results. What eager cannot run is dropped; of a padded call the
+        unpadded form takes the place."""
         observation = self.observation
         kinds: list[tuple[str, str, dict[str, int] | None, bool]] = [
             ("value", "like the example", None, False)
@@ -66,13 +73,27 @@ class Judgement:
             if observation.dynamic:
                 other = observation.spec.sizes(self.baseline.generator, 1)
                 kinds.append(("mask", "padded, other sizes", other[0] if other else None, True))
-        found = []
-        for rule, label, sizes, padding in kinds:
-            self._seed += 1
-            expected = self._expected(sizes, padding, required=label == "like the example")
-            if expected is not None:
-                found.append(Draw(expected, rule, label, self._seed))
+        elif observation.spec.has_constant_flags:
+            # The guard lets other values pass. In a first look they take the place of the second draw.
+            kinds[2 if thorough else 1 : 2] = [("mask", "padded", None, True)]
+        found = [draw for kind in kinds if (draw := self._draw(*kind)) is not None]
+        if observation.dynamic and not any(draw.rule == "size" for draw in found):
+            # Eager refuses sizes that do not fit together.
+            for fitting in observation.spec.sizes_in_proportion():
+                label = ", ".join(f"{k}={v}" for k, v in fitting.items())
+                draw = self._draw("size", label, fitting, False)
+                found += [draw] if draw is not None else []
+                if draw is not None and not thorough:
+                    break
+            self.only_examples = not any(draw.rule == "size" for draw in found)
         return found
+
+    def _draw(self, rule: str, label: str, sizes: dict[str, int] | None, padding: bool) -> Draw | None:
+        self._seed += 1
+        expected = self._expected(sizes, padding, required=label == "like the example")
+        if expected is None and padding and sizes is None:
+            return self._draw("value", "like the example", None, False)
+        return None if expected is None else Draw(expected, rule, label, self._seed)
 
     def _expected(self, sizes: dict[str, int] | None, padding: bool, *, required: bool) -> Expected | None:
         """A fresh call that eager can run. Where resampled integers are refused (placeholders that must
@@ -114,6 +135,9 @@ class Judgement:
             held = handover.judge_held(output, draw.expected.eager.output)
             if not held.passed:
                 return Verdict(False, held.rule, f"{draw.label}: {held.detail}", figures)
+        counted = self._counts_otherwise(applied, draws[0]) if draws else None
+        if counted is not None:
+            return Verdict(False, "global-state", counted, figures)
         if len(draws) > 1:
             verdict = self._refilled(applied, draws[0], draws[1])
             if not verdict.passed:
@@ -137,6 +161,30 @@ class Judgement:
             for old, other in pairs:
                 old.copy_(other)
         return self._one(applied, second, given)[0]
+
+    def _counts_otherwise(self, applied: Applied, draw: Draw) -> str | None:
+        """A sentence naming a number outside of tensors that each call of the untouched model moves alike,
+        and one of the plan otherwise."""
+        counts = self._counts if self._counts is not None else Counts(self.baseline.plain)
+
+        def moved(forward: Any) -> dict[str, float]:
+            with seeded(draw.seed), untouched():
+                given = draw.expected.call.clone()
+                return counts.moved(lambda: self.baseline.runner.collect(forward, given, seed=draw.seed))
+
+        if self._counts is None:
+            self._counts = counts
+            self._counting = bool(counts.read()) and bool(moved(self.baseline.judged.forward))
+        if not self._counting:
+            return None
+        eager = [moved(self.baseline.judged.forward) for _ in range(2)]
+        mine = [moved(applied.forward) for _ in range(2)]
+        for name in sorted({*eager[0], *eager[1], *mine[0], *mine[1]}):
+            steps, own = [m.get(name, 0.0) for m in eager], [m.get(name, 0.0) for m in mine]
+            if steps[0] == steps[1] and own != steps:
+                what = name.rpartition("#")[0]
+                return f"a call changes {what} by {own[-1]:g}, the untouched model's by {steps[0]:g}"
+        return None
 
     def _leaves_unwritten(self, applied: Applied, draw: Draw) -> bool:
         """Whether NaN in newly allocated memory comes out, and zeros there do not come out as NaN.

@@ -36,7 +36,8 @@ class Reading:
 
     ``names`` are those that its methods and properties and the functions that its forward calls mention,
     ``in_calls`` those of them that the forward and what it calls do; ``assigned`` are attributes that a call
-    may assign. ``on_classes`` and ``in_globals`` are the names of constants that a call reads there.
+    may assign, ``assigned_globals`` globals that it may. ``on_classes`` and ``in_globals`` are the names of
+    constants that a call reads there.
     """
 
     names: frozenset[str]
@@ -44,6 +45,7 @@ class Reading:
     assigned: frozenset[str]
     on_classes: tuple[tuple[weakref.ref[type], frozenset[str]], ...]
     in_globals: tuple[tuple[dict[str, Any], frozenset[str]], ...]
+    assigned_globals: tuple[tuple[dict[str, Any], frozenset[str]], ...] = ()
 
     def constants(self) -> Iterator[tuple[int, Mapping[str, Any], frozenset[str]]]:
         """Dictionaries by the id of their owner, each with the names that a call reads in it."""
@@ -75,8 +77,17 @@ def constants_read(classes: Iterable[type]) -> list[tuple[int, Mapping[str, Any]
     return [(owner, space, sorted(names)) for owner, (space, names) in found.items() if names]
 
 
+def assigned_globals(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], frozenset[str]]]:
+    """Dictionaries of globals, each with the names that a call of modules of ``classes`` may assign there."""
+    found: dict[int, tuple[Mapping[str, Any], frozenset[str]]] = {}
+    for cls in dict.fromkeys(classes):
+        for space, names in reading_of(cls).assigned_globals:
+            found[id(space)] = (space, found.get(id(space), (space, frozenset[str]()))[1] | names)
+    return list(found.values())
+
+
 def _read(cls: type) -> Reading:
-    bases = list(_own_bases(cls))
+    bases = list(own_bases(cls))
     methods: dict[str, list[types.FunctionType]] = {}
     for base in bases:
         for name, value in vars(base).items():
@@ -107,6 +118,11 @@ def _read(cls: type) -> Reading:
         assigned,
         tuple(entry for entry in on_classes if entry[1]),
         tuple((space, frozenset(names)) for space, names in spaces.values() if names),
+        tuple(
+            (function.__globals__, names)
+            for function in called
+            if not _is_torchs(function.__module__) and (names := _stored(function.__code__, "STORE_GLOBAL"))
+        ),
     )
 
 
@@ -159,7 +175,8 @@ def _constants(space: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]
     return frozenset(n for n in names if n in space and is_plain(space[n]) and not n.startswith("__"))
 
 
-def _own_bases(cls: type) -> Iterator[type]:
+def own_bases(cls: type) -> Iterator[type]:
+    """``cls`` and its bases up to `torch.nn.Module`."""
     for base in cls.__mro__:
         if base is torch.nn.Module or base is object:
             return

@@ -188,6 +188,11 @@ def _transact(
     finally:
         baseline.close()
         receipt.notes.extend(trials.undo_errors)
+        if trials.judgement.only_examples:
+            receipt.notes.append(
+                "only the examples' sizes were judged: the model refuses all others that were tried of its "
+                "declared dimensions"
+            )
         changed = sorted({*trials.damage, *trials.patched})
         if changed:
             receipt.notes.append("put back after a trial had changed it: " + ", ".join(changed[:8]))
