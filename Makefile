@@ -45,16 +45,20 @@ demo: setup  ## a trained sentence encoder, before and after, with its receipt
 demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and after
 	$(OFFLINE) $(BIN)/python examples/demo_smollm2.py
 
-# The kernels' values, interpreted, take as long as all other tests: they run beside them, at the lowest priority.
+# The kernels' values, interpreted, and what is compiled ahead of time take as long as all other tests: they run
+# beside them, at the lowest priority.
+AOT := plugins/triton/tests/test_aot.py
 test: setup  ## every test that needs no accelerator
-	@log=$$(mktemp); \
-	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 nice -n 19 \
-	  $(BIN)/python -m pytest -q plugins/triton/tests/values >$$log 2>&1 & values=$$!; \
-	trap 'kill $$values 2>/dev/null; rm -f $$log' EXIT; \
-	$(OFFLINE) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS); others=$$?; \
-	wait $$values; interpreted=$$?; \
-	trap - EXIT; echo "Kernels by the interpreter:"; cat $$log; rm -f $$log; \
-	exit $$((others | interpreted))
+	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
+	( kernels=0; \
+	  $(OFFLINE) TRITON_INTERPRET=1 nice -n 19 $(BIN)/python -m pytest -q plugins/triton/tests/values || kernels=1; \
+	  $(OFFLINE) nice -n 19 $(BIN)/python -m pytest -q -m "not gpu" $(AOT) || kernels=1; \
+	  exit $$kernels ) >$$log 2>&1 & kernels=$$!; \
+	trap 'pkill -P $$kernels 2>/dev/null; kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
+	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" --ignore=$(AOT) $(PYTEST_ARGS); others=$$?; \
+	wait $$kernels; alone=$$?; \
+	trap - EXIT; echo "Kernels by the interpreter and ahead of time:"; cat $$log; rm -f $$log; \
+	exit $$((others | alone))
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
 sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (minutes)
