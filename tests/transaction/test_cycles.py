@@ -79,13 +79,13 @@ def test_memory_stays_flat_over_fifty_cycles():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_over_cycles_with_inductor():
-    in_a_process("CompiledByInductor, 10, 50")
+    in_a_process("CompiledByInductor, 10, 30")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_over_cycles_that_search():
-    in_a_process("Compiled, 8, 20, cache=False")
+    in_a_process("Compiled, 6, 15, cache=False")
 
 
 def test_a_few_cycles_leave_nothing_behind():
