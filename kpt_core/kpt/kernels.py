@@ -24,6 +24,7 @@ from kpt.specs import LEVELS, KernelSpec, Undo, Variant
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
+    from kpt.specs import HardwareProfile
 
 _ALIGNMENT = 64
 _CONSTANTS = (bool, int, float, str, torch.dtype, torch.device)
@@ -292,11 +293,21 @@ def variants_of(
 def _unfit(spec: KernelSpec, observation: Any) -> str | None:
     if LEVELS.index(spec.level) > LEVELS.index(observation.level):
         return f"needs level={spec.level!r}"
-    if spec.hardware and not {observation.hardware.name, observation.device_type} & set(spec.hardware):
+    if not _is_for(spec, observation.hardware, observation.device_type):
         return f"needs {' or '.join(spec.hardware)}; this is {observation.hardware.name}"
     if observation.training and not spec.backward:
         return "has no backward"
     return None
+
+
+def _is_for(spec: KernelSpec, hardware: HardwareProfile, device_type: str) -> bool:
+    return not spec.hardware or bool({hardware.name, device_type} & set(spec.hardware))
+
+
+def ops_with_kernels(registry: Any, hardware: HardwareProfile, device_type: str) -> frozenset[str]:
+    """The ops that some plugin offers a kernel of for this hardware: their sites are worth a proof first."""
+    specs = (registered.spec for registered in registry.specs("kpt_kernels"))
+    return frozenset(spec.op for spec in specs if _is_for(spec, hardware, device_type))
 
 
 def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[list[Site], str | None]:

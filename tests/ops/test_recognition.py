@@ -463,6 +463,32 @@ def test_the_deadline_stops_proofs_and_says_so() -> None:
     assert not found.sites and "time" in found.left_alone[0][1]
 
 
+def test_ops_that_are_asked_for_are_proved_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kpt.ops import recognition
+    from kpt.ops.claims import OutOfTime
+
+    model = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), RMSNorm()).eval()
+    ops.forget_proofs()
+    everything = recognised(model, X)
+    assert {site.op for site in everything.sites} == {"linear", "layer_norm", "rms_norm"}
+    ops.forget_proofs()
+    again = recognised(model, X, first=("rms_norm",))
+    assert [(site.path, site.op) for site in again.sites] == [(s.path, s.op) for s in everything.sites]
+
+    ops.forget_proofs()
+    original, begun = recognition.prove, []
+
+    def only_one(captured: Any, *given: Any, **options: Any) -> Any:
+        begun.append(captured.path)
+        if len(begun) > 1:
+            raise OutOfTime("the time for recognition was over")
+        return original(captured, *given, **options)
+
+    monkeypatch.setattr(recognition, "prove", only_one)
+    found = recognised(model, X, first=("rms_norm",))
+    assert [site.op for site in found.sites] == ["rms_norm"] and found.unfinished == len(begun) - 1 > 0
+
+
 def test_large_weights_are_shrunk_for_the_proof() -> None:
     class Big(nn.Module):
         def __init__(self) -> None:

@@ -9,7 +9,10 @@ import torch
 
 import kpt
 import mixed_models
+import slow_models
 from fingerprints import fallbacks, fast_calls, optimized
+from kpt import ops
+from kpt.specs import KernelSpec
 from mixed_models import Mixed
 
 
@@ -163,3 +166,19 @@ def test_adapters_loaded_and_selected(tmp_path):
         agrees(model, plain, example)
         assert moved(second, output(model, example))
     agrees(model, plain, example)
+
+
+def test_recognition_begins_with_the_ops_that_have_a_kernel_here(monkeypatch):
+    """Where time is short, sites that nothing would serve are not what it is spent on."""
+    asked = []
+    original = ops.recognise
+
+    def noted(*given, **options):
+        asked.append(options["first"])
+        return original(*given, **options)
+
+    monkeypatch.setattr(ops, "recognise", noted)
+    elsewhere = KernelSpec(op="softmax", name="elsewhere", entry="slow_kernels:right", hardware=("cuda",))
+    plugins = [*mixed_models.plugins(), slow_models.plugin(kernels=[elsewhere])]
+    kpt.optimize(mixed_models.mixed(), torch.randn(64, 64), plugins=plugins, budget=5.0, cache=False)
+    assert asked == [{"rms_norm"}]

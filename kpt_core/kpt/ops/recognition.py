@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from kpt.ops import index, keys
 from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import observe, untouched_randomness
-from kpt.ops.captured import Captured, Seen
+from kpt.ops.captured import Captured, Observation, Seen
 from kpt.ops.claims import OutOfTime
 from kpt.ops.clone import hooked
 from kpt.ops.proof import Outcome, prove
@@ -53,14 +54,20 @@ def forget_proofs() -> None:
 
 
 def recognise(
-    model: torch.nn.Module, calls: Iterable[Call], *, registry: Any = None, deadline: float | None = None
+    model: torch.nn.Module,
+    calls: Iterable[Call],
+    *,
+    registry: Any = None,
+    deadline: float | None = None,
+    first: Collection[str] = (),
 ) -> Recognition:
     """Which ops ``model`` computes, and where.
 
     ``calls`` are example calls (``args`` and ``kwargs``); ``registry`` adds the ops of plugins;
-    ``deadline`` is a value of ``time.monotonic()`` after which nothing more is proved. The model is
-    run and tested on copies: its buffers, gradients, hooks and all random states stay untouched. A
-    site that holds only in a mode other than the model's present one is left alone.
+    ``deadline`` is a value of ``time.monotonic()`` after which nothing more is proved; the sites of ops in
+    ``first`` are proved before all others. The model is run and tested on copies: its buffers, gradients,
+    hooks and all random states stay untouched. A site that holds only in a mode other than the model's
+    present one is left alone.
     """
     started = time.monotonic()
     observation = observe(model, calls)
@@ -68,13 +75,7 @@ def recognise(
     if observation.failure:
         work.left_alone.append(("", observation.failure))
     with untouched_randomness(), torch.inference_mode(False):
-        for captured in observation.modules.values():
-            work.consider(captured, "module")
-        whole = {site.path for site in work.sites}
-        for captured in observation.functions.values():
-            if captured.path in whole:
-                continue  # the module as a whole is a site
-            work.consider(captured, "function" if captured.callee.isidentifier() else "call")
+        work.consider_all(observation, frozenset(first))
     return Recognition(
         tuple(work.sites),
         tuple(work.left_alone),
@@ -100,12 +101,45 @@ class _Work:
     def reference(self, op: str) -> Callable[..., Any]:
         return index.reference(op, self.registry)
 
-    def consider(self, captured: Captured, kind: str) -> None:
-        if not captured.calls:
-            return
-        hypotheses = self._hypotheses(captured, kind)
-        if not hypotheses:
-            return
+    def consider_all(self, observation: Observation, first: frozenset[str]) -> None:
+        """Prove what may be an op in ``first`` before all else, and one site of each kind before a second.
+
+        Most sites of one kind are layers of one model and share their proof, so that one of each is what a
+        short time is best spent on.
+        """
+        proposed: list[tuple[Captured, str, list[Hypothesis]]] = []
+        for captured in (*observation.modules.values(), *observation.functions.values()):
+            kind = "module"
+            if captured.function is not None:
+                kind = "function" if captured.callee.isidentifier() else "call"
+            if captured.calls and (hypotheses := self._hypotheses(captured, kind)):
+                proposed.append((captured, kind, hypotheses))
+        urgent = {c.path for c, _, hypotheses in proposed if any(h.op in first for h in hypotheses)}
+        turns = []
+        known: Counter[frozenset[str]] = Counter()
+        of_module: dict[str, tuple[bool, int]] = {}
+        for captured, kind, hypotheses in proposed:
+            alike = frozenset(hypothesis.op for hypothesis in hypotheses)
+            turn = (captured.path not in urgent, known[alike])
+            known[alike] += 1
+            if kind == "module":
+                of_module[captured.path] = turn
+            turns.append(max(turn, of_module.get(captured.path, turn)))  # a module before what it calls
+        whole: set[str] = set()
+        found: dict[int, Site] = {}
+        for rank in sorted(range(len(proposed)), key=turns.__getitem__):
+            captured, kind, hypotheses = proposed[rank]
+            if kind != "module" and captured.path in whole:
+                continue  # the module as a whole is a site
+            site = self.consider(captured, kind, hypotheses)
+            if site is not None:
+                found[rank] = site
+                if kind == "module":
+                    whole.add(captured.path)
+        self.sites = [found[rank] for rank in sorted(found)]  # as the model ran them, whatever came first
+
+    def consider(self, captured: Captured, kind: str, hypotheses: list[Hypothesis]) -> Site | None:
+        """The site of the one of ``hypotheses`` that is proved; else it is left alone, with the reason."""
         name = captured.path + (f":{captured.callee}" if captured.callee else "")
         reason = _unfit(captured, kind)
         if reason is None:
@@ -118,10 +152,10 @@ class _Work:
             if outcome.hypothesis is not None:
                 if self.mode in outcome.modes:
                     site = self._site(captured, kind, outcome)
-                    self.sites.append(replace(site, others=tuple(self._others(captured, site))))
-                    return
+                    return replace(site, others=tuple(self._others(captured, site)))
                 reason = f"it is {outcome.hypothesis.op} in evaluation mode only"
         self.left_alone.append((name, reason))
+        return None
 
     def _others(self, captured: Captured, site: Site) -> Iterator[Site]:
         """``site`` for calls that no example shows, where a recogniser knows of some and they are proved."""

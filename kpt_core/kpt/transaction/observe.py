@@ -16,6 +16,7 @@ from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.judge.state import untouched
+from kpt.kernels import ops_with_kernels
 from kpt.specs import Observation
 from kpt.transaction import workspace
 from kpt.transaction.ambient import ambient_state
@@ -195,7 +196,11 @@ def observe(
 
     import_dynamo()
     recognition = ops.recognise(
-        plain, calls, registry=registry, deadline=time.monotonic() + proof_seconds(deadline.left())
+        plain,
+        calls,
+        registry=registry,
+        deadline=time.monotonic() + proof_seconds(deadline.left()),
+        first=ops_with_kernels(registry, hardware, device_of(model).type),
     )
     parameters = list(model.parameters())
     return (
