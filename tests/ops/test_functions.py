@@ -344,3 +344,38 @@ class Plain(Attention):
 def test_attention_without_mask_and_causality_is_found() -> None:
     (site,) = ops.recognise(Plain(), [Call((X,))]).of("attention")
     assert site.binding.arguments["is_causal"] == "is_causal"
+
+
+class Attends(nn.Module):
+    """Attention over a sequence that may be as long as the longest one that the config names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.config = types.SimpleNamespace(longest=96, heads=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.project(x).view(1, x.shape[1], 2, 4).transpose(1, 2)
+        return F.scaled_dot_product_attention(split, split, split)
+
+
+class Cuts(Attends):
+    """The same, and its code knows how long the longest is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.project(x[:, : self.config.longest]).view(1, x.shape[1], 2, 4).transpose(1, 2)
+        return F.scaled_dot_product_attention(split, split, split)
+
+
+@pytest.mark.parametrize(("module", "kept"), [(Attends, False), (Cuts, True)])
+def test_a_length_is_kept_where_code_reads_such_a_number(module: type, kept: bool) -> None:
+    """Proofs at full length take seconds: the square of it is computed again and again."""
+    from kpt.ops.capture import observe
+    from kpt.ops.examples import Examples
+
+    given = torch.randn(1, 96, 8)
+    (attention,) = observe(module(), [Call((given,))]).functions.values()
+    protected = Examples(attention).protected
+    assert (96 in protected) is kept and 2 in protected
+    found = ops.recognise(module().eval(), [Call((given,))])
+    assert [site.op for site in found.sites if site.kind != "module"] == ["attention"], found.left_alone

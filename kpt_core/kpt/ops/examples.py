@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from kpt.ops.binding import Anything, Binding, Hypothesis
+from kpt.ops.callees import codes_of
 from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import clone
+from kpt.ops.hypotheses import class_functions
 
 _PRIMITIVES = (bool, int, float, str, type(None), torch.dtype)
 #: Elements of parameters above which dimensions are shrunk.
@@ -37,7 +40,7 @@ class Examples:
         self.device = torch.device("cpu") if indices or device.type in ("mps", "meta") else device
         self.generator = torch.Generator(device="cpu").manual_seed(0x5EED)
         self.function_of_module = captured.function is not None
-        self.protected = _own_sizes(module)
+        self.protected = _own_sizes(captured)
         parameters = list(module.parameters())
         self.of_parameters = {size for p in parameters for size in p.shape}
         elements = sum(p.numel() for p in parameters)
@@ -345,16 +348,61 @@ def _keywords(calls: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _own_sizes(module: torch.nn.Module) -> set[int]:
-    """Sizes that belong to the module: of its parameters, and integers that it or its config holds."""
+def _own_sizes(captured: Captured) -> set[int]:
+    """Sizes that belong to the module: of its parameters, and integers that it or its config holds.
+
+    A config holds much that this module never looks at. A sequence as long as the longest that the model
+    takes is like any other to code that does not know of that limit, and costs its square to prove.
+    """
+    module = captured.module
     found = {size for p in (*module.parameters(), *module.buffers()) for size in p.shape}
+    configs: list[dict[str, Any]] = []
     for inner in module.modules():
         for value in vars(inner).values():
             if type(value) is int:
                 found.add(value)
             elif hasattr(value, "__dict__") and not callable(value):
-                found.update(v for v in vars(value).values() if type(v) is int)
+                configs.append(vars(value))
+    methods = [function for cls in {type(m) for m in module.modules()} for function in class_functions(cls)]
+    read = _names_read([*methods, captured.function])
+    sequences = _sequences(captured) if captured.function is not None else set()
+    for config in configs:
+        numbers = {name: value for name, value in config.items() if type(value) is int}
+        found.update(value for name, value in numbers.items() if name in read or value not in sequences)
     return found
+
+
+def _sequences(captured: Captured) -> set[int]:
+    """Lengths of the sequences in (batch, heads, length, features) where nothing else is of that size."""
+    shapes = [seen.shape for call in captured.calls for seen in _seen(call) if seen.dtype.is_floating_point]
+    four = [shape for shape in shapes if len(shape) == 4]
+    others = {size for shape in four for size in (*shape[:2], shape[-1])}
+    return {shape[2] for shape in four} - others
+
+
+def _names_read(functions: Sequence[Any]) -> set[str]:
+    """Names that the code of ``functions`` mentions, and that of the functions which it calls by name."""
+    names: set[str] = set()
+    seen: set[types.FunctionType] = set()
+    pending = list(functions)
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        if (function.__module__ or "").partition(".")[0] == "torch":
+            continue  # which knows nobody's config
+        codes = list(codes_of(function))
+        while codes:
+            code = codes.pop()
+            names.update(code.co_names)
+            pending.extend(function.__globals__.get(name) for name in code.co_names)
+            for constant in code.co_consts:
+                if isinstance(constant, types.CodeType):
+                    codes.append(constant)
+                elif isinstance(constant, str):  # getattr(config, "name", ...)
+                    names.add(constant)
+    return names
 
 
 def shrunk(sizes: set[int]) -> dict[int, int]:
