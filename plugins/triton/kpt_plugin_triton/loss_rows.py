@@ -61,10 +61,11 @@ def _candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
 
 
 def _loss_rule(itemsize: int, columns: int) -> dict[str, int]:
-    """Long rows that are read once need no cache: four programs, of which one reads while another reduces."""
+    """Long rows that are read once need no cache: many programs, of which one reads while another reduces."""
     options = _rule(itemsize, columns)
     if options["ROWS"] == 0:
-        options |= {"BLOCK": min(8192 // itemsize, options["BLOCK"]), "PROGRAMS": 4, "num_warps": 8}
+        block, programs, warps = (4096, 4, 8) if itemsize == 2 else (1024, 8, 4)
+        options |= {"BLOCK": min(block, options["BLOCK"]), "PROGRAMS": programs, "num_warps": warps}
     return options
 
 
