@@ -382,6 +382,22 @@ class Remembers(RootWrapper):
         return self.known[key][1].clone()
 
 
+class RemembersMemory(RootWrapper):
+    """Looks a result up by what another tensor in the same memory has, too.
+
+    It holds what it was given, so that no draw gets that memory by accident.
+    """
+
+    def __init__(self):
+        self.known = {}
+
+    def around(self, inner, x):
+        key = (x.data_ptr(), x._version, x.shape)
+        if key not in self.known:
+            self.known[key] = (x, inner(x))
+        return self.known[key][1].clone()
+
+
 class RingOfBuffers(RootWrapper):
     """Right until the eighth call after it, which overwrites the result."""
 

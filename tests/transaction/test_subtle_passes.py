@@ -389,9 +389,10 @@ def test_an_honest_plan_without_copies_watches_no_weights(offered):
     assert kpt.report(model).watched_tensors == 0
 
 
-def test_results_that_are_remembered_by_tensor_are_a_replay():
+@pytest.mark.parametrize("offered", [subtle.Remembers, subtle.RemembersMemory])
+def test_results_that_are_remembered_by_tensor_or_memory_are_a_replay(offered):
     model = net()
-    assert rule_of(model, subtle.Remembers, torch.randn(32, 16)) == "replay"
+    assert rule_of(model, offered, torch.randn(32, 16)) == "replay"
     assert "same tensors with new values" in kpt.report(model).rejected[0].reason
 
 

@@ -141,22 +141,28 @@ class Judgement:
         if len(draws) > 1:
             verdict = self._refilled(applied, draws[0], draws[1])
             if not verdict.passed:
-                detail = f"the same tensors with new values: {verdict.detail}"
+                detail = f"the same memory or the same tensors with new values: {verdict.detail}"
                 return Verdict(False, "replay", detail, figures)
         return Verdict(True, "ok", "", figures)
 
     def _refilled(self, applied: Applied, first: Draw, second: Draw) -> Verdict:
-        """Call with ``first``, then with its very tensors, which meanwhile hold what ``second`` is.
+        """Call with ``first``, with others in the memory of its tensors, and with these, written to.
 
-        Whoever remembers results by the identity of tensors, or by their memory, answers with the old ones.
+        Whoever remembers results by the memory of tensors, or by their identity, answers with the old ones.
+        A tensor that got the memory of one that is gone has the same address and the same version.
         """
-        given = first.expected.call.clone()
+        given = _in_its_memory(first.expected.call.clone())  # of the version that a new tensor has
         mine, new = given.leaves(), second.expected.call.leaves()
         both = [(old, other) for (_, old), (_, other) in zip(mine, new)]
         pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]
         if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_alike, both)):
             return passed()
         self._one(applied, first, given)
+        for old, other in pairs:
+            old.data.copy_(other.detach())  # which counts no version
+        verdict = self._one(applied, second, _in_its_memory(given))[0]
+        if not verdict.passed:
+            return verdict
         with torch.no_grad():
             for old, other in pairs:
                 old.copy_(other)
@@ -279,6 +285,20 @@ class Judgement:
                     False, "gradient" if rule == "gradient" else "value", detail, verdict.figures
                 ), None
         return verdict, mine.output
+
+
+def _in_its_memory(call: Call) -> Call:
+    """A call with other tensors in the memory of those of ``call``, as a later one may be."""
+    others: dict[int, torch.Tensor] = {}
+
+    def other(path: tree.Path, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in others:  # what is one tensor stays one
+            others[id(leaf)] = leaf.data.requires_grad_(leaf.requires_grad)
+        return others[id(leaf)]
+
+    return call.map(other)
 
 
 def _alike(pair: tuple[Any, Any]) -> bool:
