@@ -50,7 +50,7 @@ def _candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]:
     for warps in (2, 4, 8, 16, 32):
         for rows in (1, 2, 4, 8, 16, 32):
             if block <= _LONGEST and 8 <= rows * block // (32 * warps) <= 64:
-                for programs in (1, 2, 4, 8):
+                for programs in (1, 2, 4, 8, 16, 32):  # of few warps, many
                     if warps * programs <= 64:
                         yield {"ROWS": rows, "BLOCK": block, "PROGRAMS": programs, "num_warps": warps}
         for each in (4096, 8192, 16384, 32768):

@@ -11,7 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from kpt_plugin_triton import tuner, tuning
+from kpt_plugin_triton import loss_rows, tuner, tuning
+from kpt_plugin_triton.launch import recording
+from kpt_plugin_triton.losses import cross_entropy
 
 
 @pytest.fixture
@@ -73,3 +75,19 @@ def test_a_run_that_is_cut_off_keeps_what_it_measured(
         tuner.tune((), 0.1, str(tmp_path), lambda line: None)
     table = json.loads((tmp_path / "sm_90.json").read_text(encoding="utf-8"))
     assert [entry["sizes"] for entry in table["kernels"]["made_up"]] == [[8]]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_loss_with_a_gradient_and_one_without_have_options_of_their_own(
+    gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read where launches are made: tests of rows that are read twice replace them there."""
+    for name, block in (("options_of", 32), ("loss_options", 16)):
+        options = {"ROWS": 0, "BLOCK": block, "PROGRAMS": 1, "num_warps": 1}
+        monkeypatch.setattr(loss_rows, name, lambda *sizes, options=options: options)
+    logits = torch.empty(5, 64, dtype=torch.bfloat16, device="meta", requires_grad=gradient)
+    with recording("sm_90") as record:
+        cross_entropy(logits, torch.empty(5, dtype=torch.int64, device="meta"))
+    (launch,) = [found for found in record.launches if "cross_entropy" in found.function.fn.__name__]
+    assert launch.function.fn.__name__ == "cross_entropy_long"
+    assert launch.constants[0] == (32 if gradient else 16)
