@@ -12,6 +12,7 @@ import kpt_plugin_triton.plugin as plugin
 from kpt_plugin_triton import group_norm as module
 from kpt_plugin_triton.checks import KernelInputError
 from kpt_plugin_triton.group_norm import group_norm
+from kpt_plugin_triton.launch import INTERPRETED
 from kpt_plugin_triton.references.group_norm import group_norm as plain
 
 KERNELS = {spec.op: spec for spec in plugin.kpt_kernels()}
@@ -25,6 +26,7 @@ def _randn(*shape, dtype=torch.float32, seed=0):
 
 class TestGroupNorm(TritonSuite):
     kernel = KERNELS["group_norm"]
+    most_rows = 9 if INTERPRETED else 70
 
     def arguments(self):
         return {
@@ -45,6 +47,13 @@ class TestGroupNormSilu(TestGroupNorm):
 
 class TestLargeGroups(TestGroupNormSilu):
     """Groups that many programs share, made small enough for the interpreter."""
+
+    rows = (1, 3)
+
+    def arguments(self):
+        """Four blocks of 32 elements in each group, for two programs."""
+        weight, bias = _randn(6, seed=1), _randn(6, seed=2)
+        return {"x": _randn(2, 6, 7, 5), "groups": 2, "weight": weight, "bias": bias, "activation": "silu"}
 
     @pytest.fixture(autouse=True)
     def small_registers(self, monkeypatch):
