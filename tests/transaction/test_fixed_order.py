@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import mixed_models
 import stopping_passes
 from kpt.judge.clock import Timing
 from kpt.judge.verdict import Verdict
+from kpt.specs import Variant
 from kpt.transaction import gate, trial
 from slow_models import DirectScale, net, plugin
 
@@ -73,3 +74,39 @@ def test_a_step_that_raises_is_left_out_by_itself():
     _, receipt = optimized(hostile_passes.ApplyRaises, DirectScale)
     assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"], receipt.rejected
     assert [entry.name for entry in receipt.rejected] == ["ApplyRaises:direct"]
+
+
+class Doubles(DirectScale):
+    """Right alone: it adds nothing, unless another step left its mark."""
+
+    variant = Variant("direct", predicted_gain=1.2, reproducible=True)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Callable[[], None]:
+        undo = super().apply(model, variant)
+        marked = getattr(model, "marks", 0)
+        model.marks = marked + 1
+        if marked:
+            fast = model.slow.forward
+            model.slow.forward = lambda x: fast(x) * 2
+
+        def both() -> None:
+            undo()
+            vars(model).pop("marks", None)
+
+        return both
+
+
+class DoublesToo(Doubles):
+    variant = Variant("direct", predicted_gain=1.1, reproducible=True)
+
+
+class DoublesAsWell(Doubles):
+    variant = Variant("direct", predicted_gain=1.3, reproducible=True)
+
+
+@pytest.mark.parametrize("passes", [(Doubles, DoublesToo), (DoublesAsWell, Doubles)])
+def test_what_fails_in_company_is_left_out_in_an_order_that_no_clock_measured(passes):
+    _, receipt = optimized(*passes)
+    (rejected,) = receipt.rejected
+    assert rejected.rule == "value" and "in company of" in rejected.reason
+    assert rejected.name == max(f"{each.__name__}:direct" for each in passes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kpt.specs import PHASES
 from kpt.transaction.plan import Plan
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def _left_out(ledger: Ledger, plan: Plan, outcome: Outcome) -> bool:
         if not alone.right:
             ledger.reject_by(step, alone)
             return True
-    # Each is right alone, so it is their company that fails: leave the least promising one out.
-    weakest = min(plan.steps, key=lambda step: step.gain)
-    reason = f"in company of {plan.without(weakest).key}: {outcome.reason}"
-    ledger.reject(weakest, outcome.rule, reason)
+    # Each is right alone, so it is their company that fails: leave out the one that was put in last. What it
+    # is predicted to gain rests on measured rates, which differ from process to process.
+    last = max(plan.steps, key=lambda step: (PHASES.index(step.phase), -step.priority, step.name))
+    ledger.reject(last, outcome.rule, f"in company of {plan.without(last).key}: {outcome.reason}")
     return True
 
 
