@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 
 from kpt.ops.binding import Anything, Binding, Hypothesis
-from kpt.ops.callees import codes_of
 from kpt.ops.captured import Captured, Seen
 from kpt.ops.clone import clone
 from kpt.ops.hypotheses import class_functions
@@ -23,6 +24,7 @@ _LEAST = 32  # a table of positions keeps more rows than a small sequence has
 _ENOUGH = 1 << 12  # rows of a table are no better proof than that
 _MOST = 1 << 16  # elements of an input with another length
 _LARGE_SIZE = 16  # sizes of the call (batch, length) above this are made small
+_CONSTRUCTORS = frozenset({"__init__", "__post_init__"})  # what has made an object at hand is over
 
 
 class Examples:
@@ -364,7 +366,10 @@ def _own_sizes(captured: Captured) -> set[int]:
             elif hasattr(value, "__dict__") and not callable(value):
                 configs.append(vars(value))
     methods = [function for cls in {type(m) for m in module.modules()} for function in class_functions(cls)]
-    read = _names_read([*methods, captured.function])
+    held = [
+        value for inner in module.modules() for value in vars(inner).values() if hasattr(value, "__dict__")
+    ]
+    read = _names_read([*methods, *held, captured.function], held)
     sequences = _sequences(captured) if captured.function is not None else set()
     for config in configs:
         numbers = {name: value for name, value in config.items() if type(value) is int}
@@ -380,29 +385,104 @@ def _sequences(captured: Captured) -> set[int]:
     return {shape[2] for shape in four} - others
 
 
-def _names_read(functions: Sequence[Any]) -> set[str]:
-    """Names that the code of ``functions`` mentions, and that of the functions which it calls by name."""
+def _names_read(functions: Iterable[Any], held: Iterable[Any]) -> set[str]:
+    """Names that the code of ``functions`` mentions, and that of what it may call.
+
+    That is what it reaches by names: functions among its globals, in modules or tables there, or imported by
+    itself, methods of classes and objects there, of its own class, and of the objects that the modules have
+    in ``held``. Constructors count by their own code alone: a class is named to be called, but also to be
+    compared with.
+    """
     names: set[str] = set()
-    seen: set[types.FunctionType] = set()
-    pending = list(functions)
+    constructed: set[str] = set()
+    seen: set[tuple[types.FunctionType, type | None]] = set()
+    holding = {type(value) for value in held}
+    pending: list[tuple[Any, type | None]] = [(value, None) for value in (*functions, *held)]
     while pending:
-        function = pending.pop()
-        if not isinstance(function, types.FunctionType) or function in seen:
+        value, owner = pending.pop()
+        function = _python_function(value)
+        if function is None or (function, owner) in seen or _indifferent(function.__module__):
             continue
-        seen.add(function)
-        if (function.__module__ or "").partition(".")[0] == "torch":
-            continue  # which knows nobody's config
-        codes = list(codes_of(function))
-        while codes:
-            code = codes.pop()
-            names.update(code.co_names)
-            pending.extend(function.__globals__.get(name) for name in code.co_names)
-            for constant in code.co_consts:
-                if isinstance(constant, types.CodeType):
-                    codes.append(constant)
-                elif isinstance(constant, str):  # getattr(config, "name", ...)
-                    names.add(constant)
-    return names
+        seen.add((function, owner))
+        called, mentioned = _mentions(function.__code__)
+        new = mentioned - names
+        names |= mentioned
+        pending += [(cell.cell_contents, owner) for cell in function.__closure__ or () if not _is_empty(cell)]
+        for other in _reached(function.__globals__, called):
+            own = other if isinstance(other, type) else type(other)
+            pending += [(other, None), *_methods_of(own, called - _CONSTRUCTORS | {"__call__"})]
+            if own is other:
+                for constructor, _ in _methods_of(own, _CONSTRUCTORS):
+                    constructed |= _mentions(constructor.__code__)[1]
+        if owner is not None:
+            pending += _methods_of(owner, called - _CONSTRUCTORS)
+        for own in holding if new else ():
+            pending += _methods_of(own, new - _CONSTRUCTORS | {"__call__"})
+    return names | constructed
+
+
+def _mentions(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names in ``code`` and in the code inside it, and these with all strings."""
+    names, strings = set(code.co_names), set()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner, more = _mentions(constant)
+            names |= inner
+            strings |= more
+        elif isinstance(constant, str):  # getattr(config, "name", ...)
+            strings.add(constant)
+    return names, names | strings
+
+
+def _reached(scope: Mapping[str, Any], names: set[str]) -> list[Any]:
+    """What ``names`` lead to from the globals ``scope``, through modules, and functions in tables there."""
+    found: list[Any] = []
+    packages: set[int] = set()
+    level = [scope[name] if name in scope else sys.modules.get(name) for name in names]
+    while level:
+        value = level.pop()
+        if not isinstance(value, types.ModuleType):
+            found.append(value)
+            if isinstance(value, dict):  # a lazy one may import much when it is asked
+                found += [entry for entry in dict.values(value) if _python_function(entry) is not None]
+        elif id(value) not in packages and not _indifferent(value.__name__):
+            packages.add(id(value))
+            level += [vars(value)[name] for name in names if name in vars(value)]
+    return found
+
+
+def _methods_of(owner: type, names: Set[str]) -> Iterator[tuple[types.FunctionType, type]]:
+    """The methods and properties of a class and its bases that are among ``names``, with the class."""
+    if issubclass(owner, torch.autograd.Function):
+        names = names | {"forward"}  # which `apply` calls
+    for base in owner.__mro__:
+        for name in () if _indifferent(base.__module__) else names & vars(base).keys():
+            member = vars(base)[name]
+            function = member.fget if isinstance(member, property) else member
+            function = _python_function(getattr(function, "__func__", function))
+            if function is not None:
+                yield function, owner
+
+
+def _python_function(value: Any) -> types.FunctionType | None:
+    """The function behind a bound method, a partial function, or itself; None for anything else."""
+    while isinstance(value, (types.MethodType, functools.partial)):
+        value = value.__func__ if isinstance(value, types.MethodType) else value.func
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _indifferent(module: str | None) -> bool:
+    """Whether code of ``module`` knows nobody's config: that of torch and of Python's own library."""
+    package = (module or "").partition(".")[0]
+    return package in ("torch", "numpy") or package in sys.stdlib_module_names
 
 
 def shrunk(sizes: set[int]) -> dict[int, int]:
