@@ -83,6 +83,53 @@ def test_padding_is_drawn_although_no_example_has_any() -> None:
     assert bool((single.draw(generator(), padding=True).kwargs["attention_mask"] == 0).any())
 
 
+_NAMES = ("mask", "src_mask", "head_mask", "attention_mask")
+_SHAPES = ((), (1,), (4,), (4, 1), (1, 8), (4, 8), (6, 6), (2, 1, 6, 6))
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [(torch.bool, (*_NAMES, "flag")), (torch.int64, _NAMES), (torch.float32, _NAMES)],
+    ids=["flags", "integers", "floats"],
+)
+def test_no_padded_draw_has_a_mask_or_flag_like_the_examples(
+    dtype: torch.dtype, names: tuple[str, ...], shape: tuple[int, ...], value: int
+) -> None:
+    given = torch.full(shape, value).to(dtype)
+    for name in names:
+        spec = InputSpec.from_calls([Call((torch.randn(3),), {name: given})])
+        assert spec.has_constant_flags
+        for seed in range(20):
+            assert torch.equal(spec.draw(generator(seed)).kwargs[name], given)
+            drawn = spec.draw(generator(seed), padding=True).kwargs[name]
+            assert drawn.shape == given.shape and drawn.dtype == dtype
+            other = drawn != given
+            assert bool(other.any())
+            if given.numel() > 1:
+                assert not bool(other.all(-1).all() if shape[-1] == 1 else other.all(-1).any())
+            if shape[-2:] == (6, 6) and name == "src_mask":  # a query sees itself
+                assert not bool(other.diagonal(dim1=-2, dim2=-1).any())
+
+
+@pytest.mark.parametrize("name", ["mask", "src_mask", "flag"])
+def test_expanded_masks_are_drawn_otherwise_where_their_memory_can_hold_it(name: str) -> None:
+    for few, shape in (((1, 8), (4, 8)), ((4, 1), (4, 8)), ((1,), (3, 4, 4))):
+        flags = torch.ones(few, dtype=torch.bool).expand(shape)
+        spec = InputSpec.from_calls([Call((torch.randn(3),), {name: flags})])
+        for seed in range(20):
+            drawn = spec.draw(generator(seed), padding=True).kwargs[name]
+            assert drawn.stride() == flags.stride() and not torch.equal(drawn, flags)
+
+
+def test_masks_of_rows_are_drawn_as_they_are() -> None:
+    for given in (torch.tensor([1, 1, 0, 0]), torch.tensor([[1], [1], [0], [0]]), torch.tensor(False)):
+        spec = InputSpec.from_calls([Call((), {"x": torch.randn(3), "mask": given})])
+        for seed in range(5):
+            assert torch.equal(spec.draw(generator(seed)).kwargs["mask"], given)
+
+
 def test_causal_and_additive_masks_keep_their_form_at_other_sizes() -> None:
     lowest = torch.finfo(torch.float32).min
     additive = torch.full((6, 6), lowest).triu(1)[None, None].expand(2, 1, 6, 6)
@@ -295,6 +342,14 @@ def test_sizes_are_odd_first_and_reach_the_bounds() -> None:
         assert low in values and high in values
         assert all(low <= value <= high for value in values)
     assert InputSpec.from_calls([Call((torch.ones(4),))]).sizes(generator(), 3) == []
+
+
+def test_sizes_in_proportion_are_those_of_one_example() -> None:
+    shapes = {"x": {0: ("rows", 1, 64)}, "y": {0: ("groups", 1, 64)}}
+    calls = [Call((), {"x": torch.ones(rows), "y": torch.ones(groups)}) for rows, groups in ((16, 4), (8, 6))]
+    found = InputSpec.from_calls(calls, shapes).sizes_in_proportion()
+    assert found[0] == {"rows": 32, "groups": 8}
+    assert all(sizes["rows"] == 4 * sizes["groups"] for sizes in found)
 
 
 def test_signatures_ignore_dynamic_sizes_and_nothing_else() -> None:

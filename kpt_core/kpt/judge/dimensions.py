@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,12 +224,20 @@ def drawn_sizes(dimensions: Iterable[Dimension], number: int, choose: random.Ran
     return found
 
 
-def proportional_sizes(dimensions: Iterable[Dimension]) -> list[dict[str, int]]:
-    """Assignments in which all sizes are to each other as in the largest example, within their ranges."""
+def proportional_sizes(
+    dimensions: Iterable[Dimension], examples: Iterable[Mapping[str, int]]
+) -> list[dict[str, int]]:
+    """Assignments in which all sizes are to each other as in the largest example, within their ranges.
+
+    ``examples`` gives each example's sizes by dimension; what the largest lacks is its largest elsewhere.
+    """
     known, found = list(dimensions), []
+    sizes = {d.name: d.observed[-1] for d in known}
+    largest = max(examples, key=lambda example: math.prod(example.values()), default=None)
+    sizes.update(largest or {})
     for times, parts in ((2, 1), (1, 2), (3, 2), (3, 1), (1, 4)):
-        if all(d.observed[-1] * times % parts == 0 and d.observed[-1] * times // parts in d for d in known):
-            found.append({d.name: d.observed[-1] * times // parts for d in known})
+        if all(sizes[d.name] * times % parts == 0 and sizes[d.name] * times // parts in d for d in known):
+            found.append({d.name: sizes[d.name] * times // parts for d in known})
     return found
 
 

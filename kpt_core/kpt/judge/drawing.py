@@ -77,6 +77,9 @@ class Drawing:
             kept = torch.tensor(leaf.form.kept, dtype=leaf.dtype)
             return torch.where(keep, kept, torch.tensor(leaf.form.dropped, dtype=leaf.dtype))
         if leaf.role == "bool":
+            if self.padding and leaf.form.mean in (0.0, 1.0):
+                flags = forms.mixed_flags(_distinct(tensor, shape), self.generator)
+                return flags.expand(shape) == bool(leaf.form.mean)
             mean = min(max(leaf.form.mean, 0.25), 0.75) if self.padding else leaf.form.mean
             return torch.rand(shape, generator=self.generator) < mean
         if leaf.role == "integer":
@@ -97,16 +100,23 @@ class Drawing:
 
     def _keep(self, leaf: LeafSpec, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         padded = leaf.form.kind == "padded" or (leaf.form.kind == "causal" and bool(leaf.form.sides))
+        full, own = shape, _distinct(tensor, tuple(tensor.shape))
+        sequences = _is_sequence_mask(leaf.name) and len(own) >= 2 and own[-1] > 1
+        if self.padding and leaf.form.kind == "ones":
+            shape = _distinct(tensor, shape)
+            if not sequences:
+                return forms.mixed_flags(shape, self.generator).expand(full)
         lengths = None
-        if len(shape) >= 2 and (padded or (self.padding and _is_sequence_mask(leaf.name))):
+        if len(shape) >= 2 and (padded or (self.padding and sequences)):
             key = (shape[0], shape[-1])
             if key not in self.lengths and (len(shape) == 2 or padded or self.padding):
                 share = leaf.form.share if padded and leaf.form.share < 1.0 else 0.4
                 self.lengths[key] = forms.ragged_lengths(*key, share, self.generator)
             lengths = self.lengths.get(key)
-        return forms.draw_mask(
+        drawn = forms.draw_mask(
             leaf.form, shape, self.generator, example=tensor, lengths=lengths, side=self.side
         )
+        return drawn.expand(full)
 
     def _bound(self, leaf: LeafSpec, tensor: torch.Tensor) -> int | None:
         """The new size of the axis that the longest of the example's lengths fills."""
@@ -124,6 +134,15 @@ class Drawing:
         else:
             values = values.to(leaf.device)
         return values.requires_grad_() if leaf.requires_grad else values
+
+
+def _distinct(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` with one element where those of ``tensor`` are one in memory (``expand``)."""
+    if tensor.layout is not torch.strided:
+        return shape
+    return tuple(
+        min(size, 1) if stride == 0 else size for size, stride in zip(shape, tensor.stride(), strict=True)
+    )
 
 
 def _is_sequence_mask(name: str) -> bool:

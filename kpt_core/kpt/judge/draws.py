@@ -107,8 +107,8 @@ class InputSpec:
         Args:
             generator: a CPU generator; the only source of randomness.
             sizes: sizes of dynamic dimensions by name; by default those of the example at hand.
-            padding: pad every sequence mask raggedly, even if no example was padded, and mix flags that
-                are alike in the examples.
+            padding: pad every sequence mask raggedly, even if no example was padded, and mix other masks
+                and flags that are alike in the examples.
             keep_integers: leave integers as in the example, for models that accept few combinations.
 
         Raises:
@@ -131,7 +131,17 @@ class InputSpec:
 
     def sizes_in_proportion(self) -> list[dict[str, int]]:
         """Assignments for `draw` for models that take no others, as where one size is twice another."""
-        return proportional_sizes(self.dimensions.values())
+        return proportional_sizes(self.dimensions.values(), map(self._sizes_of, self._examples))
+
+    def _sizes_of(self, call: Call) -> dict[str, int]:
+        """The sizes of the dynamic dimensions in ``call``."""
+        dims = {leaf.name: leaf.dims for leaf in self.leaves}
+        return {
+            name: leaf.shape[axis]
+            for path, leaf in named_leaves(call)
+            if isinstance(leaf, torch.Tensor)
+            for axis, name in dims.get(self.name_of(path), {}).items()
+        }
 
     @property
     def has_masks(self) -> bool:

@@ -175,6 +175,8 @@ def _polarity(name: str, tensors: Sequence[torch.Tensor], values: set[float]) ->
         return (0.0, lowest) if max(values) == 0.0 and lowest <= -1e3 else None
     if not values <= {0.0, 1.0}:
         return None
+    if values == {0.0}:  # whatever these flag, no position of the examples has it
+        return (0.0, 1.0)
     first = tensors[0]
     square = first.dim() >= 2 and first.shape[-1] == first.shape[-2] and first.shape[-1] > 1
     if dtype == torch.bool and square and len(values) == 2:
@@ -191,7 +193,9 @@ def _mask_kind(keep: torch.Tensor) -> tuple[str, set[str], float]:
     """Kind of one mask, the sides on which it pads, and the smallest share of a row that it keeps."""
     if bool(keep.all()):
         return "ones", set(), 1.0
-    if keep.dim() >= 2 and keep.shape[-1] == keep.shape[-2] and keep.shape[-1] > 1:
+    if keep.dim() < 2 or keep.shape[-1] == 1:  # flags of rows: there is no sequence to pad
+        return "keep", set(), float(keep.to(torch.float32).mean())
+    if keep.shape[-1] == keep.shape[-2]:
         lower = torch.ones(keep.shape[-2:], dtype=torch.bool, device=keep.device).tril()
         if bool((keep <= lower).all()) and bool(keep.diagonal(dim1=-2, dim2=-1).any()):
             padded = not bool((keep == lower).all())
@@ -325,6 +329,25 @@ def draw_mask(
         if square and len(size) > 2:  # a padded query that sees nothing is NaN in eager mode too
             keep = keep | torch.eye(size[-1], dtype=torch.bool)
     return keep
+
+
+def mixed_flags(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Flags [*shape], a quarter of them unset: one at least, never all of several, nor all of a last axis."""
+    size = tuple(shape)
+    flags = torch.rand(size, generator=generator) < 0.75
+    fixed = torch.zeros(size, dtype=torch.bool)
+    if size and size[-1] > 1:
+        if len(size) >= 2 and size[-1] == size[-2]:  # a query sees itself, also in models that look back only
+            fixed = torch.eye(size[-1], dtype=torch.bool).expand(size).clone()
+        else:
+            fixed.scatter_(-1, torch.randint(size[-1], (*size[:-1], 1), generator=generator), True)
+    elif fixed.numel() > 1:
+        fixed.view(-1)[int(torch.randint(fixed.numel(), (1,), generator=generator))] = True
+    flags |= fixed
+    if flags.numel() and bool(flags.all()):
+        free = (~fixed).view(-1).nonzero().view(-1)
+        flags.view(-1)[free[int(torch.randint(len(free), (1,), generator=generator))]] = False
+    return flags
 
 
 def ragged_lengths(batch: int, sequence: int, share: float, generator: torch.Generator) -> torch.Tensor:
