@@ -100,13 +100,21 @@ class Masked(torch.nn.Module):
         self.slow = SlowScale(16)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.slow(x) * (mask[..., None] if mask.dim() else mask)
+        return self.slow(x) * mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
 
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.ones(4, 8, dtype=torch.int64), torch.ones(4, 8, dtype=torch.bool), torch.ones(4, 8)],
-    ids=["integers", "flags", "floats"],
+    [
+        torch.ones(4, 8, dtype=torch.int64),
+        torch.ones(4, 8, dtype=torch.bool),
+        torch.ones(4, 8),
+        torch.ones(4),
+        torch.ones(4, dtype=torch.bool),
+        torch.ones((), dtype=torch.bool),
+        torch.ones(4, 1),
+    ],
+    ids=["integers", "flags", "floats", "a row", "flags of rows", "one flag", "a column"],
 )
 def test_a_pass_that_leaves_out_a_mask_is_found_though_the_examples_mask_nothing(mask):
     model = Masked().eval()
@@ -394,6 +402,29 @@ def test_results_that_are_remembered_by_tensor_or_memory_are_a_replay(offered):
     model = net()
     assert rule_of(model, offered, torch.randn(32, 16)) == "replay"
     assert "same tensors with new values" in kpt.report(model).rejected[0].reason
+
+
+class WritesItsList(torch.nn.Module):
+    """Appends to a list that it is given, or puts another tensor there."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.slow, self.way = SlowScale(16), way
+
+    def forward(self, x: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        if self.way == "append":
+            states.append(states[0] + 1.0)
+        else:
+            states[0] = states[0] + 1.0
+        return self.slow(x) + states[-1]
+
+
+@pytest.mark.parametrize("way", ["append", "exchange"])
+def test_a_model_that_changes_a_list_it_is_given_is_no_replay(way):
+    given = (torch.randn(32, 16), [torch.randn(16)])
+    optimized(WritesItsList(way).eval(), given, plugins=[plugin(DirectScale)])
+    assert len(given[1]) == 1
+    assert rule_of(WritesItsList(way).eval(), subtle.ThirtyPercent, *given) == "value"
 
 
 @pytest.mark.parametrize("way", ["an array", "a number of NumPy's", "an object"])

@@ -149,7 +149,8 @@ class Judgement:
         """Call with ``first``, with others in the memory of its tensors, and with these, written to.
 
         Whoever remembers results by the memory of tensors, or by their identity, answers with the old ones.
-        A tensor that got the memory of one that is gone has the same address and the same version.
+        A tensor that got the memory of one that is gone has the same address and the same version. Each call
+        gets containers of its own, since the model may append to a list or exchange what it holds.
         """
         given = _in_its_memory(first.expected.call.clone())  # of the version that a new tensor has
         mine, new = given.leaves(), second.expected.call.leaves()
@@ -157,7 +158,7 @@ class Judgement:
         pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]
         if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_alike, both)):
             return passed()
-        self._one(applied, first, given)
+        self._one(applied, first, given.map(lambda path, leaf: leaf))
         for old, other in pairs:
             old.data.copy_(other.detach())  # which counts no version
         verdict = self._one(applied, second, _in_its_memory(given))[0]
@@ -166,7 +167,7 @@ class Judgement:
         with torch.no_grad():
             for old, other in pairs:
                 old.copy_(other)
-        return self._one(applied, second, given)[0]
+        return self._one(applied, second, given.map(lambda path, leaf: leaf))[0]
 
     def _counts_otherwise(self, applied: Applied, draw: Draw) -> str | None:
         """A sentence naming a number outside of tensors that each call of the untouched model moves alike,
