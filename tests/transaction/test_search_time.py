@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kpt.judge.clock import Timing
-from kpt.specs import Phase, Variant
+from kpt.specs import Level, Phase, Variant
 from kpt.transaction.budget import Budget
 from kpt.transaction.ledger import Ledger
 from kpt.transaction.plan import Candidate, Plan, Proposals
@@ -46,9 +46,9 @@ def test_a_trial_that_was_wrong_says_nothing_of_the_commit() -> None:
     assert ledger.time_for(89.0)
 
 
-def _candidate(name: str, phase: Phase, setup: float) -> Candidate:
-    variant = Variant(name, predicted_gain=1.5, setup_seconds=setup)
-    return Candidate(variant, phase, "test", name, make=lambda: None)
+def _candidate(name: str, phase: Phase, setup: float, gain: float = 1.5, level: Level = "exact") -> Candidate:
+    variant = Variant(name, predicted_gain=gain, setup_seconds=setup)
+    return Candidate(variant, phase, "test", name, make=lambda: None, level=level)
 
 
 class _Stopping(_Trials):
@@ -298,6 +298,33 @@ def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need
     _, trials = _outlined(200.0, [half, compiler, better], fate)
     keys = [key for key, _ in trials.seen]
     assert keys.index("half + better") < keys.index("better") and "compiler" not in keys
+
+
+def test_a_quick_graph_does_not_hide_a_compiler_that_promises_more() -> None:
+    """What a set-up of a quarter of the budget costs the other trials is less than what it promises."""
+    cast, graph = _candidate("cast", "precision", 0.0), _candidate("graph", "compile", 3.0, 1.25)
+    compiler = _candidate("compiler", "compile", 22.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        fewer = against is not None and names < set(against.plan.names)
+        return (23.0 if "compiler" in names else 3.0), "ok", 0.7 if fewer else 1.5
+
+    found, trials = _outlined(90.0, [cast, graph, compiler], fate)
+    assert [key for key, _ in trials.seen][:2] == ["cast + graph", "cast + compiler"]
+    assert set(found.best.plan.steps) == {cast, compiler}
+
+
+def test_a_bold_stack_without_setup_comes_after_the_cautious_one_too() -> None:
+    cast, graph = _candidate("cast", "precision", 0.0), _candidate("graph", "compile", 1.0)
+    bold = _candidate("bold", "precision", 0.0, 2.0, "aggressive")
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        fewer = against is not None and names < set(against.plan.names)
+        return 2.0, "value" if "bold" in names else "ok", 0.7 if fewer else 1.5
+
+    found, trials = _outlined(90.0, [cast, graph, bold], fate)
+    assert [key for key, _ in trials.seen][:2] == ["cast + graph", "bold + graph"]
+    assert set(found.best.plan.steps) == {cast, graph}
 
 
 def test_a_step_that_was_timed_with_and_without_it_is_not_dropped_again() -> None:

@@ -33,13 +33,12 @@ def first(ledger: Ledger) -> Outcome | None:
     needs no set-up is bought first where that is cheap, then what is cautious, then all.
     """
     whole = ledger.assembled(ledger.open())
-    if not ledger.slow(whole):
-        return _holding(ledger, _any, None)
     best: Outcome | None = None
-    if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
-        best = _holding(ledger, _quick_for(ledger.budget.seconds), best)
-    if best is None:
-        ledger.spare = _for_singles(ledger)
+    if ledger.slow(whole):
+        if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
+            best = _holding(ledger, _quick_for(ledger.budget.seconds), best)
+        if best is None:
+            ledger.spare = _for_singles(ledger)
     if whole.level == _BOLD:
         best = _holding(ledger, _cautious, best)
     return _holding(ledger, _any, best)
