@@ -55,7 +55,7 @@ test: setup  ## every test that needs no accelerator
 	  $(OFFLINE) nice -n 19 $(BIN)/python -m pytest -q -m "not gpu" $(AOT) || kernels=1; \
 	  exit $$kernels ) >$$log 2>&1 & kernels=$$!; \
 	trap 'pkill -P $$kernels 2>/dev/null; kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
-	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" --ignore=$(AOT) $(PYTEST_ARGS); others=$$?; \
+	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(if $(findstring $(AOT),$(PYTEST_ARGS)),,--ignore=$(AOT)) $(PYTEST_ARGS); others=$$?; \
 	wait $$kernels; alone=$$?; \
 	trap - EXIT; echo "Kernels by the interpreter and ahead of time:"; cat $$log; rm -f $$log; \
 	exit $$((others | alone))
