@@ -37,9 +37,9 @@ class Timing:
     """A candidate against a baseline.
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
-    ``low`` and ``high`` bound it with at least 95 % confidence. Seconds are medians per call. ``drift``
-    is the baseline's median in the last third of the pairs over that in the first, ``noise`` the relative
-    median absolute deviation of the ratios, ``repeats`` the calls in one timed span.
+    ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
+    call. ``drift`` is the baseline's median in the last third of the pairs over that in the first, ``noise``
+    the relative median absolute deviation of the ratios, ``repeats`` the calls in one timed span.
     """
 
     ratio: float
@@ -149,6 +149,7 @@ def paired(
     order = random.Random(seed)
     sides = (baseline, candidate)
     times: tuple[list[float], list[float]] = ([], [])
+    looked_longer = False
     with _collector_off(), load.issuing() as issue:
         repeats = 1
         start = timer()
@@ -165,20 +166,20 @@ def paired(
             again = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
             repeats = _repeats(min(again), 1)
         repeats = load.calls * math.ceil(repeats / load.calls)  # every caller has as many
-        check, end, confidence = min_pairs, start + seconds, 0.95
+        check, end = min_pairs, start + seconds
         while len(times[0]) < max_pairs and not (times[0] and _passed(deadline, timer)):
             pairs = len(times[0])
             if pairs >= min_pairs and timer() >= end:
-                if confidence != 0.95 or patience <= 0.0 or not _undecided(times, seed):
+                if looked_longer or patience <= 0.0 or not _undecided(times, seed):
                     break
-                end, confidence = end + patience, 0.99
+                end, looked_longer = end + patience, True
             if pairs >= check:
                 if _settled(times, pairs >= 2 * min_pairs, seed):
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
                 check = math.ceil(pairs * 1.5)
             _append(times, _pair(sides, next_call, repeats, order, wait, flush, timer, issue))
-    return _timing(times, repeats, seed, confidence)
+    return _timing(times, repeats, seed, 0.99 if looked_longer else 0.95)
 
 
 def measure(
