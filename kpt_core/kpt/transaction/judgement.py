@@ -18,7 +18,7 @@ from kpt.judge.calls import copied_leaf
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
 from kpt.judge.verdict import Verdict, passed, rejected
-from kpt.transaction.counts import Counts
+from kpt.transaction.counts import Counts, plain_name, same_step, spelled
 from kpt.transaction.execution import seeded
 
 if TYPE_CHECKING:
@@ -50,10 +50,13 @@ class Judgement:
         self.baseline = baseline
         self.budget = budget
         self._seed = 1000
-        self._counts: Counts | None = None
-        self._counting = False
+        self._counts = Counts(baseline.plain)
+        #: Numbers outside of tensors that moved when the untouched model was called, in any draw so far,
+        self._moved_by_eager: set[str] = set()
+        #: and those that moved when the plan was that is judged now.
+        self._moved_by_plan: set[str] = set()
         self.dropped = 0
-        #: Whether eager refuses every other size of the declared dimensions that was tried.
+        #: Whether eager refused every other size of the declared dimensions that the last draws tried.
         self.only_examples = False
 
     def draws(self, *, touches_mask: bool, thorough: bool) -> list[Draw]:
@@ -85,7 +88,7 @@ class Judgement:
                 found += [draw] if draw is not None else []
                 if draw is not None and not thorough:
                     break
-            self.only_examples = not any(draw.rule == "size" for draw in found)
+        self.only_examples = observation.dynamic and not any(draw.rule == "size" for draw in found)
         return found
 
     def _draw(self, rule: str, label: str, sizes: dict[str, int] | None, padding: bool) -> Draw | None:
@@ -100,6 +103,7 @@ class Judgement:
         match in number, say) the example's own are kept; None if eager refuses these too."""
         for keep_integers in (False, True):
             call = self.baseline.draw(sizes=sizes, padding=padding, keep_integers=keep_integers)
+            before = self._counts.read()
             try:
                 expected = self.baseline.expected(call, seed=self._seed, padded=padding)
             except _STOPS:
@@ -110,6 +114,7 @@ class Judgement:
                     raise
                 continue
             self.baseline.keep_integers |= keep_integers
+            self._moved_by_eager.update(self._counts.since(before))
             return expected
         return None
 
@@ -117,6 +122,7 @@ class Judgement:
         """The first rejection over ``draws``, or an acceptance with the worst figures."""
         figures: dict[str, float] = {}
         kept: list[tuple[Draw, Any, Any]] = []
+        self._moved_by_plan.clear()
         if draws and self._leaves_unwritten(applied, draws[0]):
             detail = "memory that was never written shows up in the outputs or gradients"
             return Verdict(False, "unwritten", f"{draws[0].label}: {detail}", figures)
@@ -171,26 +177,30 @@ class Judgement:
 
     def _counts_otherwise(self, applied: Applied, draw: Draw) -> str | None:
         """A sentence naming a number outside of tensors that each call of the untouched model moves alike,
-        and one of the plan otherwise."""
-        counts = self._counts if self._counts is not None else Counts(self.baseline.plain)
+        or leaves alone, and one of the plan otherwise.
 
-        def moved(forward: Any) -> dict[str, float]:
+        Calls are made for it only where a number moved while the draws were made and judged.
+        """
+        if not self._moved_by_eager and not self._moved_by_plan:
+            return None
+
+        def moved(forward: Any) -> dict[str, int | float]:
             with seeded(draw.seed), untouched():
                 given = draw.expected.call.clone()
-                return counts.moved(lambda: self.baseline.runner.collect(forward, given, seed=draw.seed))
+                return self._counts.moved(
+                    lambda: self.baseline.runner.collect(forward, given, seed=draw.seed)
+                )
 
-        if self._counts is None:
-            self._counts = counts
-            self._counting = bool(counts.read()) and bool(moved(self.baseline.judged.forward))
-        if not self._counting:
-            return None
         eager = [moved(self.baseline.judged.forward) for _ in range(2)]
         mine = [moved(applied.forward) for _ in range(2)]
         for name in sorted({*eager[0], *eager[1], *mine[0], *mine[1]}):
-            steps, own = [m.get(name, 0.0) for m in eager], [m.get(name, 0.0) for m in mine]
-            if steps[0] == steps[1] and own != steps:
-                what = name.rpartition("#")[0]
-                return f"a call changes {what} by {own[-1]:g}, the untouched model's by {steps[0]:g}"
+            steps, own = [m.get(name, 0) for m in eager], [m.get(name, 0) for m in mine]
+            if not same_step(*steps) or (not any(steps) and name in self._moved_by_eager):
+                continue  # some calls of the model's own move it otherwise
+            for step in own:
+                if not same_step(step, steps[0]):
+                    theirs, what = spelled(steps[0]), plain_name(name)
+                    return f"a call changes {what} by {spelled(step)}, the untouched model's by {theirs}"
         return None
 
     def _leaves_unwritten(self, applied: Applied, draw: Draw) -> bool:
@@ -229,9 +239,11 @@ class Judgement:
         expected, plan = draw.expected, applied.plan
         level, dtype = plan.level, plan.compute_dtype
         given = expected.call.clone() if given is None else given
+        before = self._counts.read()
         with seeded(draw.seed):
             with untouched() as changes:
                 mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
+        self._moved_by_plan.update(self._counts.since(before))
         changed = [name for name in (*changes.names, *changes.stuck) if name not in expected.changes]
         if changed:
             return rejected("global-state", f"a call changes {', '.join(changed)}"), mine.output

@@ -86,6 +86,8 @@ class Run:
         )
         self.key = ""
         self.committed: Committed | None = None
+        #: Whether the committed plan was judged with no size but the examples', as eager refused all others.
+        self.only_examples = False
 
 
 def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:
@@ -188,7 +190,7 @@ def _transact(
     finally:
         baseline.close()
         receipt.notes.extend(trials.undo_errors)
-        if trials.judgement.only_examples:
+        if run.committed is not None and run.only_examples:
             receipt.notes.append(
                 "only the examples' sizes were judged: the model refuses all others that were tried of its "
                 "declared dimensions"
@@ -407,7 +409,7 @@ def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> No
         found.rejected = receipt.rejected
         found.best = None
         return
-    run.committed = committed
+    run.committed, run.only_examples = committed, trials.judgement.only_examples
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
     effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}
