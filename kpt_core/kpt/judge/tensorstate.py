@@ -143,6 +143,8 @@ def restore_tensor(state: TensorState) -> None:
     # Writing through an alias made by `.data` leaves the version counter alone, for those who watch it.
     if state.copy is not None and not bitwise_equal(tensor, state.copy):
         _copy_bits(tensor.data, state.copy)
+    if state.is_leaf and not tensor.is_leaf and not tensor._is_view():
+        tensor.detach_()  # it was written to where gradients were recorded
     if tensor.is_leaf and tensor.requires_grad != state.requires_grad:
         tensor.requires_grad_(state.requires_grad)
     for name, (table, before) in state.hooks.items():

@@ -28,7 +28,7 @@ class Observation:
     ``writes_inputs`` says that the forward changes tensors that it is given. ``detached`` names the outputs
     that carry no gradient where gradients are recorded: in a call like the examples, and in one whose inputs
     require gradients. ``unrepeatable`` says in what a second run of one call would differ from the first (in
-    random numbers, buffers or inputs that the forward writes to), or is empty.
+    random numbers, or in buffers, inputs or counters that the forward writes to), or is empty.
     """
 
     model: torch.nn.Module

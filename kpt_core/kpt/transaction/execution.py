@@ -124,8 +124,9 @@ class Runner:
 
     @contextmanager
     def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Put every buffer that the block writes to back to its value."""
+        """Put every buffer that the block writes to back to its value, and end the history of writes."""
         before = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
+        leaves = [buffer for buffer in self.buffers.values() if buffer.is_leaf]
         try:
             yield before
         finally:
@@ -133,6 +134,9 @@ class Runner:
                 for name, value in before.items():
                     if not same_bits(self.buffers[name], value):
                         self.buffers[name].copy_(value)
+            for buffer in leaves:
+                if not buffer.is_leaf and not buffer._is_view():
+                    buffer.detach_()
 
     def moved(self, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The buffers that differ from ``before``, as they are now."""

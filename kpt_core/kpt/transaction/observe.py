@@ -15,7 +15,6 @@ from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.judge.modelstate import attributes_of, shared_objects
-from kpt.judge.state import untouched
 from kpt.kernels import ops_with_kernels
 from kpt.specs import Observation
 from kpt.transaction import workspace
@@ -25,6 +24,7 @@ from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.hooks import global_hooks, is_own
 from kpt.transaction.reading import constants_read
+from kpt.transaction.repeatable import state_tensors, unrepeatable
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def observe(
     detached = (frozenset[str](), frozenset[str]())
     if mode == "inference":
         detached = _detached(runner, plain, looked_at, False), _detached(runner, plain, looked_at, True)
-    unrepeatable = _unrepeatable(runner, plain, looked_at, writes) if mode == "inference" else ""
+    once = unrepeatable(runner, plain, looked_at, writes) if mode == "inference" else ""
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
@@ -228,7 +228,7 @@ def observe(
             unfinished_proofs=recognition.unfinished,
             writes_inputs=writes,
             detached=detached,
-            unrepeatable=unrepeatable,
+            unrepeatable=once,
         ),
         plain,
     )
@@ -329,7 +329,8 @@ def _detached(
 ) -> frozenset[str]:
     """The outputs that carry no gradient when gradients are recorded, as under a forward's own ``no_grad``.
 
-    None are named where the forward cannot run so. What a backward would need is not kept.
+    None are named where the forward cannot run so. What a backward would need is not kept. Buffers are
+    copies: one that the forward writes to without a ``detach`` takes on the history of what is written.
     """
 
     def given(path: tree.Path, leaf: Any) -> Any:
@@ -340,28 +341,18 @@ def _detached(
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
     for call in calls:
         call = call.clone().map(given)
+        with torch.enable_grad():  # what has a history keeps it
+            tensors = {id(tensor): tensor.clone() for _, tensor in state_tensors(plain)}
+        space = workspace.copy_of(plain, tensors)
         with runner.buffers_kept(), torch.enable_grad(), hooks:
             try:
-                output = plain.forward(*call.args, **call.kwargs)
+                output = space.forward(*call.args, **call.kwargs)
             except Exception as error:  # noqa: BLE001 - it ran without gradients, which is what is optimised
                 _log.debug("The forward does not run with gradients: %s", error)
                 return frozenset()
         for name, tensor in outputs.tensors(output).items():
             carries[name] = carries.get(name, False) or tensor.requires_grad
     return frozenset(name for name, does in carries.items() if not does)
-
-
-def _unrepeatable(runner: Runner, plain: torch.nn.Module, calls: list[Call], writes_inputs: bool) -> str:
-    """In what a second run of one call differs from the first: a backward that recomputes makes one."""
-    for call in calls:
-        with untouched() as changes, runner.buffers_kept() as before, torch.no_grad():
-            plain.forward(*call.clone().args, **call.clone().kwargs)
-            moved = sorted(runner.moved(before))
-        if moved:
-            return f"writes to the buffer {moved[0]}"
-        if any(name.startswith("random state") for name in changes.names):
-            return "draws random numbers"
-    return "writes to its inputs" if writes_inputs else ""
 
 
 def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:

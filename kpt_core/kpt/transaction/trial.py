@@ -404,15 +404,23 @@ class Trials:
             return
         self.damage.extend(name for name in differences if name not in self.eager_changes)
         lost = restore()
-        if lost:
+        if not lost:
+            return
+        large = [name for name in lost if name.rpartition(": ")[0] in self.state.unrestorable]
+        if large:
             raise ModelDamaged(
-                f"a plugin wrote to {', '.join(lost[:4])}, which was too large to be backed up "
+                f"a plugin wrote to {', '.join(large[:4])}, which was too large to be backed up "
                 "and could not be put back; load the weights again and leave that plugin out"
             )
+        raise ModelDamaged(
+            f"calls changed the model so that it could not be put back ({', '.join(lost[:4])}): a plugin, or "
+            "its own forward, writes to what is no leaf; build it again, and leave that plugin out"
+        )
 
 
 class ModelDamaged(RuntimeError):
-    """Weights were changed that no backup was kept of. The only case in which a model is not as it was."""
+    """Something was changed that could not be put back, weights that no backup was kept of say. The only case
+    in which a model is not as it was."""
 
 
 class _AccuracyError(Exception):
