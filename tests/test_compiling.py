@@ -97,6 +97,35 @@ def test_strides_dtype_and_identity_of_inputs_select_compiled_code():
     assert forward.misses == 0
 
 
+class _Pairs(torch.nn.Module):
+    """What it gives depends on which tensors are one; it returns an input, too."""
+
+    def forward(self, q, k, more):
+        return {"out": q * (2 if q is k else 3) + k * (5 if more[0] is q else 7), "same": q}
+
+
+@pytest.mark.parametrize("one", [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 2)])
+def test_inputs_that_require_a_gradient_are_served_where_none_is_recorded(one):
+    forward = CompiledForward(_Pairs().forward, backend="eager")
+
+    def call(function, tensors):
+        q, k, other = (tensors[index] for index in one)
+        return function(q, k, [other])
+
+    with torch.no_grad():
+        call(forward, [torch.randn(4) for _ in range(3)])
+    forward.seal()
+    known = forward.executions
+    tensors = [torch.randn(4, requires_grad=True) for _ in range(3)]
+    for number in (1, 2):
+        with torch.no_grad():
+            mine, true = call(forward, tensors), call(_Pairs().forward, tensors)
+        assert torch.equal(mine["out"], true["out"]) and not mine["out"].requires_grad
+        assert mine["same"] is tensors[0]
+        assert forward.executions == known + number and forward.misses == 0
+    assert call(forward, tensors)["out"].requires_grad and forward.misses == 1
+
+
 def test_grad_mode_is_part_of_the_structure(model):
     forward = compiled(model)
     x = torch.randn(4, 6)

@@ -392,7 +392,7 @@ def test_a_call_that_cannot_be_repeated_is_eagers_where_gradients_are_on(cls, wh
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
     for name, buffer in twin.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer)
-    assert fallbacks(model) == {f"gradients are on, and the forward {what}": 1}
+    assert fallbacks(model) == {f"a gradient may be asked for, and the forward {what}": 1}
     results = []
     for each in (model, twin):
         torch.manual_seed(3)
@@ -400,6 +400,50 @@ def test_a_call_that_cannot_be_repeated_is_eagers_where_gradients_are_on(cls, wh
             results.append(each(x.clone()))
     torch.testing.assert_close(*results)
     assert torch.equal(torch.get_rng_state(), after) and fast_calls(model) == 1
+
+
+class AsksForGradients(Samples):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) * (2 if x.requires_grad else 1)
+
+
+class OneOrTwo(Samples):
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net(q) * (2 if q is k else 1) + k, q
+
+
+@pytest.mark.parametrize("chosen", [DirectScale, Captured])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forward_that_asks_whether_its_input_requires_a_gradient(chosen, grad):
+    torch.manual_seed(0)
+    model, x = AsksForGradients().eval(), torch.randn(32, 16)
+    twin = copy.deepcopy(model)
+    optimized(model, x, plugins=[plugin(chosen)])
+    for requires in (False, True):
+        given = [x.clone().requires_grad_(requires) for _ in range(2)]
+        with torch.set_grad_enabled(grad):
+            mine, true = model(given[0]), twin(given[1])
+        torch.testing.assert_close(mine, true)
+        if grad and requires:
+            mine.sum().backward(), true.sum().backward()
+            torch.testing.assert_close(given[0].grad, given[1].grad)
+
+
+@pytest.mark.parametrize("chosen", [DirectScale, Captured])
+def test_one_tensor_that_requires_a_gradient_and_is_passed_twice_stays_one(chosen):
+    torch.manual_seed(0)
+    model, x = OneOrTwo().eval(), torch.randn(32, 16)
+    model.net.last = torch.nn.Linear(16, 16)
+    twin = copy.deepcopy(model)
+    optimized(model, (x, x), plugins=[plugin(chosen)])
+    given = [torch.randn(32, 16, requires_grad=True)]
+    given.append(given[0].detach().clone().requires_grad_())
+    for each, tensor in zip((model, twin), given):
+        result, same = each(tensor, tensor)
+        (result.sum() + same.sum()).backward()
+    torch.testing.assert_close(model(given[0], given[0])[0], twin(given[0], given[0])[0])
+    torch.testing.assert_close(given[0].grad, given[1].grad)
+    assert fast_calls(model) == 2 and not fallbacks(model)
 
 
 def test_frozen_parameters_get_no_gradient():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kpt.compiling.call_structure import named_tensors, negative_zeros, structure_of
+from kpt.compiling.detaching import detaching, without_gradients
 from kpt.compiling.torch_compiler import (
     errors_kept,
     forget_modules,
@@ -207,11 +208,19 @@ class CompiledForward:
                 target, unknown = self._satisfied(args, kwargs)
                 if unknown:
                     target = self._compile(args, kwargs)
+        if unknown and self.sealed and target is None and not torch.is_grad_enabled():
+            target = self._for_detached(args, kwargs)
         if target is not None and key is not None:
             if len(self._table) >= TABLE_LIMIT:
                 self._table.clear()
             self._table[key] = target
         return target
+
+    def _for_detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """The compiled code for these inputs detached, where some require a gradient that nobody records."""
+        plain, named, own = without_gradients(args, kwargs)
+        target = self._satisfied(plain, named)[0] if own else None
+        return detaching(target) if target is not None else None
 
     def _satisfied(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

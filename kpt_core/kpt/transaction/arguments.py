@@ -27,17 +27,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def without_gradients(value: Any) -> Any:
-    """An argument of a form that `key_of` knows, its tensors detached where they require a gradient."""
-    if isinstance(value, _Tensor):
-        return value.detach() if value.requires_grad else value
-    if type(value) in (list, tuple):
-        return type(value)(map(without_gradients, value))
-    if type(value) is dict:
-        return {key: without_gradients(item) for key, item in value.items()}
-    return value
-
-
 def share_memory(values: tuple[Any, ...]) -> bool:
     """Whether two tensors among arguments overlap: code that was compiled for others reads what it wrote."""
     tensors = [tensor for value in values for tensor in tensors_in(value)]

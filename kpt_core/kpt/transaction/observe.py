@@ -24,7 +24,7 @@ from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
 from kpt.transaction.hooks import global_hooks, is_own
 from kpt.transaction.reading import constants_read
-from kpt.transaction.repeatable import state_tensors, unrepeatable
+from kpt.transaction.repeatable import state_tensors, told_by_gradients, unrepeatable
 from kpt.transaction.signature import Canonical
 
 if TYPE_CHECKING:
@@ -189,7 +189,9 @@ def observe(
     detached = (frozenset[str](), frozenset[str]())
     if mode == "inference":
         detached = _detached(runner, plain, looked_at, False), _detached(runner, plain, looked_at, True)
-    once = unrepeatable(runner, plain, looked_at, writes) if mode == "inference" else ""
+    once = ""
+    if mode == "inference":
+        once = unrepeatable(runner, plain, looked_at, writes) or told_by_gradients(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kpt.judge import tree
 from kpt.judge.globalstate import same
 from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.judge.state import untouched
@@ -138,3 +139,39 @@ def _versions(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def _written(tensors: dict[str, torch.Tensor], versions: dict[str, int]) -> Iterator[str]:
     return (name for name, version in versions.items() if tensors[name]._version != version)
+
+
+def told_by_gradients(runner: Runner, plain: torch.nn.Module, call: Call) -> str:
+    """What a forward does that computes something else where inputs require a gradient, or an empty string.
+
+    Compiled code was made for inputs that require none.
+    """
+    if not any(_takes_gradient(leaf) for _, leaf in call.leaves()):
+        return ""
+    results: list[list[torch.Tensor]] = []
+    with untouched(), runner.buffers_kept(), torch.no_grad():
+        for requires in (False, True):
+            given = _requiring(call.clone(), requires)
+            try:
+                output = plain.forward(*given.args, **given.kwargs)
+            except Exception as error:  # noqa: BLE001 - it ran before; an input that it writes to may be a leaf
+                _log.debug("The forward does not run with inputs that require a gradient: %s", error)
+                return "refuses inputs that require a gradient" if requires else ""
+            results.append([leaf.detach() for _, leaf in tree.walk(output) if isinstance(leaf, torch.Tensor)])
+    same_form = len(results[0]) == len(results[1]) and all(
+        one.shape == other.shape and one.dtype == other.dtype for one, other in zip(*results)
+    )
+    if same_form and all(torch.allclose(a, b, rtol=1e-3, equal_nan=True) for a, b in zip(*results)):
+        return ""
+    return "computes something else for inputs that require a gradient"
+
+
+def _requiring(call: Call, requires: bool) -> Call:
+    def leaf_of(path: Any, leaf: Any) -> Any:
+        return leaf.detach().requires_grad_(requires) if _takes_gradient(leaf) else leaf
+
+    return call.map(leaf_of)
+
+
+def _takes_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())

@@ -15,14 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from kpt.transaction.ambient import ambient_state, default_devices, transformed
-from kpt.transaction.arguments import (
-    MISSING,
-    key_of,
-    layout_key,
-    share_memory,
-    tensors_in,
-    without_gradients,
-)
+from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
@@ -187,10 +180,11 @@ class Plan:
                     reason = reason or self.watch.stale(grad)
                 if self._writes_inputs and reason is None and share_memory((*args, *kwargs.values())):
                     reason = "the forward writes to an input that shares memory with another"
-                if self._unrepeatable and grad and reason is None and not self.training:
+                if self._unrepeatable and reason is None and not self.training:
+                    given = _tensors_of(args, kwargs)
                     # A backward would run the original forward a second time.
-                    if self._sources(_tensors_of(args, kwargs)):
-                        reason = f"gradients are on, and the forward {self._unrepeatable}"
+                    if (grad and self._sources(given)) or any(tensor.requires_grad for tensor in given):
+                        reason = f"a gradient may be asked for, and the forward {self._unrepeatable}"
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
@@ -220,10 +214,8 @@ class Plan:
         sources = self._sources(given)
         if not sources:
             return self.run(*args, **kwargs)
-        # Code that was compiled for inputs without a gradient refuses those with one.
-        plain, named = without_gradients(args), without_gradients(kwargs)
         return with_backward(
-            lambda: self.run(*plain, **named),
+            lambda: self.run(*args, **kwargs),
             lambda: self._again(model, args, kwargs),
             sources,
             given,

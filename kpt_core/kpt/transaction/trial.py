@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
     from kpt.transaction.plan import Candidate, Plan
 
-#: Share of its set-up that a trial is timed for at most where less leaves open which side is faster,
+#: Where the first look leaves open which side is faster a trial is timed for as long again, or for this share
+#: of what its set-up took: that is lost with the verdict,
 _LONGER_LOOK = 0.2
-#: and share of the time that it has left when its timing begins.
+#: but for at most this share of the time that it has left, since one that is stopped has no verdict at all.
 _SHARE_TIMED = 0.8
 #: Rules that compare values within a tolerance; a user's metric outranks these and no others.
 _TOLERANCES = frozenset({"value", "size", "mask"})
