@@ -109,7 +109,7 @@ def forget_modules(modules: list[Any]) -> None:
     for path, module in list(cache.modules_no_attr.items()):
         if id(module) in mine:
             del cache.modules_no_attr[path]
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # other threads may import meanwhile
         if id(module) in mine:
             del sys.modules[name]
     for module in modules:
