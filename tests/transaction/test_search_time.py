@@ -300,20 +300,6 @@ def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need
     assert keys.index("half + better") < keys.index("better") and "compiler" not in keys
 
 
-def test_a_quick_graph_does_not_hide_a_compiler_that_promises_more() -> None:
-    """What a set-up of a quarter of the budget costs the other trials is less than what it promises."""
-    cast, graph = _candidate("cast", "precision", 0.0), _candidate("graph", "compile", 3.0, 1.25)
-    compiler = _candidate("compiler", "compile", 22.0)
-
-    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
-        fewer = against is not None and names < set(against.plan.names)
-        return (23.0 if "compiler" in names else 3.0), "ok", 0.7 if fewer else 1.5
-
-    found, trials = _outlined(90.0, [cast, graph, compiler], fate)
-    assert [key for key, _ in trials.seen][:2] == ["cast + graph", "cast + compiler"]
-    assert set(found.best.plan.steps) == {cast, compiler}
-
-
 def test_a_bold_stack_without_setup_comes_after_the_cautious_one_too() -> None:
     cast, graph = _candidate("cast", "precision", 0.0), _candidate("graph", "compile", 1.0)
     bold = _candidate("bold", "precision", 0.0, 2.0, "aggressive")

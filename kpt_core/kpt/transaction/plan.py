@@ -136,11 +136,9 @@ def excludes(left: Candidate, right: Candidate) -> str | None:
 
 
 def worth(candidate: Candidate, budget: float) -> float:
-    """The predicted gain, less what its set-up costs of the budget.
-
-    A trial that takes all of it had better be the only one; one that takes a quarter hardly hinders others.
-    """
-    return candidate.gain / (1.0 + (candidate.variant.setup_seconds / budget) ** 2)
+    """The predicted gain, less what its set-up costs of the budget: a trial that takes all of it had
+    better be the only one."""
+    return candidate.gain / (1.0 + candidate.variant.setup_seconds / budget)
 
 
 def assemble(
