@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -51,6 +52,13 @@ def test_the_same_spec_gives_the_same_values():
         ("x=float32[2] x=float32[2]", "twice"),
         ("x=float32[2] float32[2]", "mixes"),
         ("missing.json", "no such file"),
+        ("missing.npz", "no such file"),
+        ("x=bool[3]:0..2", "have no range"),
+        ("x=float32[3]:5..1", "is empty"),
+        ("x=int64[3]:0.5..3", "whole numbers"),
+        ("x=uint8[3]:0..257", "beyond what torch.uint8 holds"),
+        ("x=float16[3]:0..70000", "beyond what torch.float16 holds"),
+        ("x=qint8[3]:0..3", "quantised"),
     ],
 )
 def test_what_cannot_be_read_is_quoted(text, reason):
@@ -71,6 +79,25 @@ def test_files_hold_one_example_or_several(tmp_path):
     assert made["x"].dtype == torch.int64 and made["y"].dtype == torch.float16
     (tmp_path / "inputs.json").write_text('[{"x": [1]}, {"x": [2]}]')
     assert [int(entry["x"]) for entry in example_inputs([str(tmp_path / "inputs.json")])] == [1, 2]
+
+
+def test_arrays_of_numpy_are_read_and_pickles_in_them_are_not(tmp_path):
+    x = numpy.arange(6, dtype=numpy.float32).reshape(2, 3)
+    numpy.savez(tmp_path / "inputs.npz", x=x, flag=numpy.array([True]))
+    made = example_inputs([str(tmp_path / "inputs.npz")])
+    assert torch.equal(made["x"], torch.from_numpy(x)) and made["flag"].dtype == torch.bool
+    numpy.save(tmp_path / "inputs.npy", x)
+    assert torch.equal(example_inputs([str(tmp_path / "inputs.npy")]), torch.from_numpy(x))
+    trace = tmp_path / "ran"
+    numpy.savez(tmp_path / "inputs.npz", x=numpy.array([Canary(trace)], dtype=object))
+    with pytest.raises(CommandError, match="allow_pickle") as caught:
+        example_inputs([str(tmp_path / "inputs.npz")])
+    assert caught.value.code == "bad-inputs" and "numpy.savez" in caught.value.hint and not trace.exists()
+
+
+def test_every_value_of_a_type_may_be_the_bound_of_a_range():
+    assert int(example_inputs(["x=uint8[4]:255..256"])["x"].min()) == 255
+    assert int(example_inputs(["x=int8[4]:-128..-127"])["x"].max()) == -128
 
 
 class Canary:
@@ -94,12 +121,18 @@ def test_a_file_of_inputs_never_runs_code(tmp_path):
         assert "weights_only" not in caught.value.message
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"x": {"data": [1]}}', '{"x": "text"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "3", '{"x": {"data": [1]}}', '{"x": "text"}', '{"x": [[1], [1, 2]]}'),
+        '{"x": {"data": [1], "dtype": "float99"}}',
+    ],
+)
 def test_a_json_file_that_is_no_example_is_named(tmp_path, content):
     (tmp_path / "inputs.json").write_text(content)
     with pytest.raises(CommandError) as caught:
         example_inputs([str(tmp_path / "inputs.json")])
-    assert caught.value.code == "bad-inputs" and caught.value.hint
+    assert caught.value.code == "bad-inputs" and caught.value.hint.startswith("Write {")
 
 
 def test_dynamic_dimensions_are_read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -126,6 +127,43 @@ def test_a_reader_that_stops_reading_is_no_error():
     command = f"{sys.executable} -c '{script}' doctor --json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "code", "says"),
+    [
+        ("plugins list", ">&-", 0, ""),
+        ("plugins list --json", ">&- 2>&-", 0, ""),
+        ("--help", ">&-", 0, ""),
+        ("plugins list", ">/dev/full", 1, "No space left"),
+        ("plugins list --json", ">/dev/full", 1, "No space left"),
+        ("--help", ">/dev/full", 1, "No space left"),
+        ("plugins list --no-such-option", "2>&-", 2, ""),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_is_no_traceback(arguments, redirection, code, says):
+    script = "import sys; from kpt.cli.main import main; sys.exit(main())"
+    command = f"{sys.executable} -c '{script}' {arguments} {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code and says in done.stderr
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+def test_a_narrow_terminal_cuts_no_name_off(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    assert Output(stdout=Terminal()).console().width == 80
+    monkeypatch.setenv("COLUMNS", "100")
+    assert Output(stdout=Terminal()).console().width == 100
+
+
+@pytest.mark.parametrize(("encoding", "mark"), [("ascii", "+"), ("latin-1", "+"), ("utf-8", "✓")])
+def test_marks_are_in_the_letters_of_the_terminal(encoding, mark):
+    output = Output(stdout=io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert output.mark("✓", "+") == mark
 
 
 def test_the_programs_lead_to_main(monkeypatch, kpt_cli, capsys):

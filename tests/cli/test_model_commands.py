@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import kpt
+from kpt.artifact.folder import ArtifactError
 from kpt.cli.contest import Entrant, by_name, contest, eager
 from kpt.cli.explain import _table
 from kpt.cli.output import CommandError, Output
@@ -141,6 +144,63 @@ def test_a_plugin_that_is_asked_for_and_missing_is_an_error(kpt_cli, model_file,
     assert answer.code == 1 and answer.json["code"] == "plugin" and "no-such-plugin" in answer.json["message"]
 
 
+@pytest.mark.parametrize("out", ["file/artifact", "sealed/artifact", "."])
+def test_a_place_where_no_artifact_can_be_is_refused_before_the_search(
+    kpt_cli, model_file, optimized, tmp_path, monkeypatch, out
+):
+    path, arch = model_file
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "sealed").mkdir()
+    writable = os.access
+    monkeypatch.setattr(
+        "os.access", lambda place, mode: Path(place).name != "sealed" and writable(place, mode)
+    )
+    answer = kpt_cli("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out", out)
+    assert answer.code == 2 and f"--out {out}" in answer.err and not optimized
+
+
+def test_a_save_over_the_folder_that_the_program_runs_in_is_refused(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2).eval()
+    kpt.optimize(model, torch.randn(1, 2), budget=2.0, plugins=[], cache=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is where the program runs"):
+        kpt.save(model, ".")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_program_is_optimised_with_its_own_example(kpt_cli, tmp_path):
+    example = torch.randn(2, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "program.pt2")
+    options = ("optimize", "--model", tmp_path / "program.pt2", "--trust-model", "--no-plugins", "--no-cache")
+    answer = kpt_cli(*options, "--budget", "5", "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.out
+    assert answer.json["receipt"]["mode"] == "inference"
+    assert "exported with" in answer.err and f"{tmp_path / 'program.pt2'}: keep" in answer.err
+    loaded = kpt.load(tmp_path / "out", trust=True)
+    torch.testing.assert_close(loaded(example), model(example))
+    by_name = kpt_cli(
+        *options, "--budget", "5", "--out", tmp_path / "named", "--inputs", "input=float32[4,3]"
+    )
+    assert by_name.code == 0, by_name.err
+
+
+def test_a_selection_of_no_name_is_no_selection_of_all(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+    answer = kpt_cli("optimize", "--model", path, "--arch", arch, "--plugins", ",", "--out", tmp_path / "x")
+    assert answer.code == 2 and "--no-plugins" in answer.err and not optimized
+
+
+def test_nothing_is_run_on_meta(kpt_cli, model_file, optimized, tmp_path):
+    path, arch = model_file
+    base = ("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out", tmp_path / "x")
+    answer = kpt_cli(*base, "--device", "meta")
+    assert answer.code == 2 and "holds no values" in answer.err
+
+
 def test_an_artifact_that_cannot_be_written_is_named(kpt_cli, model_file, optimized, tmp_path, monkeypatch):
     def save(model, folder, build=None):
         raise OSError("No space left on device")
@@ -211,6 +271,13 @@ def test_explain_names_what_is_no_receipt(kpt_cli, tmp_path, content):
     assert answer.code == 1 and answer.json["code"] == "bad-receipt"
     assert kpt_cli("explain", tmp_path / "missing").code == 2
     assert kpt_cli("explain").code == 2
+
+
+def test_explain_takes_the_folder_that_it_runs_in(kpt_cli, tmp_path, monkeypatch):
+    (tmp_path / "receipt.json").write_text(receipt().to_json())
+    monkeypatch.chdir(tmp_path)
+    assert "1.40x in company" in kpt_cli("explain", ".").out
+    assert kpt_cli("explain", ".", "--model", ".").code == 2
 
 
 def test_explain_lists_the_ops_of_a_model(kpt_cli, model_file):

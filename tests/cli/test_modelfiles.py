@@ -53,6 +53,7 @@ ARCH = "kpt_test_architectures"
 def architectures(monkeypatch):
     module = types.ModuleType(ARCH)
     vars(module).update(Small=Small, Tied=Tied, Other=Other, broken=broken, number=7, text=lambda: "model")
+    module.Holder = Holder  # type: ignore[attr-defined]
     module.Wide = lambda: Small(5)  # type: ignore[attr-defined]
     module.half = lambda: Small().bfloat16()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, ARCH, module)
@@ -113,6 +114,55 @@ def test_weights_of_a_checkpoint_and_wrapper_prefixes_are_found(tmp_path, model)
     loaded = load_model(path, arch=f"{ARCH}:Small", notice=said.append)
     assert same(loaded.model, model)
     assert any("'state_dict'" in line for line in said) and any("'_orig_mod.'" in line for line in said)
+
+
+class Holder(nn.Module):
+    """A model whose one child is called as DataParallel calls what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Small()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "network.inner."]
+)
+def test_a_prefix_of_every_name_is_left_out_and_told(tmp_path, model, prefix):
+    weights = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pt")
+    save_file(weights, tmp_path / "weights.safetensors")
+    for name in ("weights.pt", "weights.safetensors"):
+        said: list[str] = []
+        loaded = load_model(tmp_path / name, arch=f"{ARCH}:Small", notice=said.append)
+        assert same(loaded.model, model) and all("left out" in line for line in said) and said
+
+
+def test_wrappers_inside_of_names_are_left_out(tmp_path, model):
+    names = {name: name.replace("first.", "first._orig_mod.") for name in model.state_dict()}
+    torch.save({names[name]: value for name, value in model.state_dict().items()}, tmp_path / "weights.pt")
+    loaded = load_model(tmp_path / "weights.pt", arch=f"{ARCH}:Small", notice=lambda line: None)
+    assert same(loaded.model, model)
+
+
+def test_names_that_the_model_knows_are_kept(tmp_path):
+    source, said = Holder(), []
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    loaded = load_model(tmp_path / "weights.pt", arch=f"{ARCH}:Holder", notice=said.append)
+    assert same(loaded.model, source) and not said
+    doubled = {f"module.{name}": value for name, value in source.state_dict().items()}
+    torch.save(doubled, tmp_path / "weights.pt")
+    assert same(load_model(tmp_path / "weights.pt", arch=f"{ARCH}:Holder").model, source)
+
+
+def test_a_model_beside_other_things_of_a_checkpoint_is_found(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[type(model).__module__])
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 3, "model": model}, path)
+    assert code_of(path) == "untrusted"
+    said: list[str] = []
+    loaded = load_model(path, trust=True, notice=said.append)
+    assert loaded.kind == "pickle" and same(loaded.model, model)
+    assert any("'model'" in line for line in said)
 
 
 def test_a_tensor_that_is_tied_may_be_stored_once(tmp_path):
@@ -272,8 +322,9 @@ def test_an_exported_program_needs_trust(tmp_path):
     torch.export.save(torch.export.export(linear, (x,)), path)
     assert code_of(path) == "untrusted"
     loaded = load_model(path, trust=True, notice=lambda line: None)
-    assert loaded.kind == "exported"
+    assert loaded.kind == "exported" and not any(part.training for part in loaded.model.modules())
     torch.testing.assert_close(loaded.model(x), linear(x))
+    assert loaded.example is not None and torch.equal(loaded.example[0][0], x)
 
 
 @pytest.fixture

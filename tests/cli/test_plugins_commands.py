@@ -108,6 +108,13 @@ def test_new_refuses_bad_names_and_existing_folders(kpt_cli, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_prefix_of_a_distribution_is_no_part_of_a_plugins_name(kpt_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = kpt_cli("plugins", "new", "kpt-plugin-mine", "--json")
+    assert answer.json["folder"] == str(tmp_path / "kpt-plugin-mine")
+    assert 'mine = "kpt_plugin_mine.hooks' in (tmp_path / "kpt-plugin-mine" / "pyproject.toml").read_text()
+
+
 def write_plugin(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}.py").write_text("import kpt\nfrom kpt.specs import *\n" + source)
 

@@ -52,7 +52,8 @@ def how_to_build(
         return {"kind": "class", "arch": reference}
     on_meta = {id(p): _on_meta(p) for p in model.parameters()}
     copy = workspace.clone(model, on_meta, hooks=lambda model, hook: False)
-    copy.eval()
+    for part in copy.modules():
+        part.training = False  # `eval` may do more, and that of an exported program raises
     try:
         torch.save(copy, str(scratch / layout.STRUCTURE))
     except Exception as error:

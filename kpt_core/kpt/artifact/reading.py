@@ -58,7 +58,9 @@ def load(
     modes = {module: module.training for module in built.modules()}
     try:
         _fill(built, weights, dict(manifest.get("aliases") or {}), passed=model is not None)
-        built.train(bool(manifest.get("training", False)))
+        training = bool(manifest.get("training", False))
+        if any(module.training is not training for module in built.modules()):
+            built.train(training)
         verification.check(built, original_forward(built), folder, manifest, "original")
         _optimise(built, folder, manifest, budget, plugins)
     except BaseException:

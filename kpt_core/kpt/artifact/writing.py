@@ -50,6 +50,12 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
         raise ArtifactError(
             "occupied", f"{target} holds something that is not an artifact.", "Choose another folder."
         )
+    if target.absolute() in (Path.cwd(), *Path.cwd().parents):
+        raise ArtifactError(
+            "occupied",
+            f"{target} is where the program runs, or above that; an artifact takes a folder's place.",
+            "Name another folder.",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _MARKS = {"ok": "✓", "note": "!", "fault": "✗"}
+_PLAIN = {"ok": "+", "note": "!", "fault": "x"}
 _STYLES = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 
@@ -31,20 +33,21 @@ def command(context: typer.Context, as_json: Json = False) -> None:
         "areas": {area: [asdict(finding) for finding in findings] for area, findings in found.items()},
         "report": report(found),
     }
-    output.result(data, None if output.json else _shown(found, faults))
+    marks = {name: output.mark(sign, _PLAIN[name]) for name, sign in _MARKS.items()}
+    output.result(data, None if output.json else _shown(found, faults, marks))
     if faults:
         raise typer.Exit(FINDING)
 
 
-def report(found: dict[str, list[Finding]]) -> str:
+def report(found: dict[str, list[Finding]], marks: Mapping[str, str] = _MARKS) -> str:
     """The findings as text to paste into an issue."""
     lines = []
     for area, findings in found.items():
-        lines += [f"{area:<9}{_MARKS[finding.mark]} {finding.text}" for finding in findings]
+        lines += [f"{area:<9}{marks[finding.mark]} {finding.text}" for finding in findings]
     return "\n".join(lines)
 
 
-def _shown(found: dict[str, list[Finding]], faults: int) -> Group:
+def _shown(found: dict[str, list[Finding]], faults: int, marks: Mapping[str, str]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
@@ -53,11 +56,11 @@ def _shown(found: dict[str, list[Finding]], faults: int) -> Group:
         lines.append(Text(area, "bold"))
         for finding in findings:
             lines.append(
-                Text.assemble("  ", (_MARKS[finding.mark], _STYLES[finding.mark]), f" {finding.text}")
+                Text.assemble("  ", (marks[finding.mark], _STYLES[finding.mark]), f" {finding.text}")
             )
             if finding.mend and finding.mark != "ok":
                 lines.append(Text.assemble("      ", (finding.mend, "cyan")))
     summary = "nothing is at fault" if not faults else f"{faults} at fault"
     lines += [Text(), Text(summary, "bold"), Text(), Text("To paste into an issue:"), Text("```")]
-    lines += [Text(line, "dim") for line in report(found).splitlines()]
+    lines += [Text(line, "dim") for line in report(found, marks).splitlines()]
     return Group(*lines, Text("```"))

@@ -11,17 +11,17 @@ import typer
 from kpt.cli import options
 from kpt.cli.output import CommandError, Output, usage
 
-ReceiptPath = Annotated[Path, typer.Argument(help="An artifact's folder, or a receipt as JSON.")]
+ReceiptPath = Annotated[Path | None, typer.Argument(help="An artifact's folder, or a receipt as JSON.")]
 OptionalModel = Annotated[
-    Path,
+    Path | None,
     typer.Option("--model", "-m", help="A model file or folder, to list the ops that are recognised in it."),
 ]
 
 
 def command(
     context: typer.Context,
-    path: ReceiptPath = Path(),
-    model: OptionalModel = Path(),
+    path: ReceiptPath = None,
+    model: OptionalModel = None,
     arch: options.Arch = "",
     inputs: options.Inputs = [],  # noqa: B006 - typer makes a new list for each call
     device: options.Device = "",
@@ -32,14 +32,14 @@ def command(
 ) -> None:
     """Say what was tried, kept and rejected and why (PATH), or which ops a model computes (--model)."""
     output: Output = context.obj
-    if (path == Path()) == (model == Path()):
-        raise usage(
-            "kpt explain takes an artifact or receipt, or a model.", "kpt explain DIR, or --model FILE."
-        )
-    if path != Path():
+    if path is not None and model is None:
         receipt = read_receipt(path)
         output.result(receipt.to_dict(), None if output.json else _at_length(receipt))
         return
+    if model is None or path is not None:
+        raise usage(
+            "kpt explain takes an artifact or receipt, or a model.", "kpt explain DIR, or --model FILE."
+        )
     from kpt.cli.sources import check_runs, open_source
 
     selected = options.selection(plugins, no_plugins)
@@ -66,7 +66,10 @@ def read_receipt(path: Path) -> Any:
             data = data["receipt"]  # what `kpt optimize --json` printed
         return Receipt.from_dict(data)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        hint = "Pass what kpt optimize wrote: the artifact's folder, or the receipt.json in it."
+        hint = (
+            "Pass what kpt optimize wrote: the artifact's folder, or the receipt.json in it; "
+            "a model is named with --model."
+        )
         raise CommandError("bad-receipt", f"{file} is not a receipt: {error}.", hint) from error
 
 

@@ -23,8 +23,14 @@ _SPEC = re.compile(
 )
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)")
 _EXAMPLE = "for instance --inputs 'input_ids=int64[1,128]:0..30522 attention_mask=int64[1,128]:ones'"
-_FILES = (".pt", ".pth", ".safetensors", ".json")
+_FILES = (".pt", ".pth", ".safetensors", ".npz", ".npy", ".json")
 _ELEMENT_LIMIT = 2**31
+_SAVE = {
+    ".json": 'Write {"NAME": [[…]]} or {"NAME": {"dtype": "int64", "data": [[…]]}}, or a list of these.',
+    ".npz": "Save arrays of numbers with numpy.savez(path, NAME=array).",
+    ".npy": "Save one array of numbers with numpy.save.",
+    ".safetensors": "Save a dict of tensors with safetensors.torch.save_file.",
+}
 
 
 def dynamic_shapes(texts: Sequence[str]) -> dict[str, dict[int, str]] | None:
@@ -67,7 +73,10 @@ def _from_specs(items: list[str], seed: int) -> Any:
     for item in items:
         match = _SPEC.fullmatch(item)
         if match is None:
-            raise usage(f"--inputs {item!r} cannot be read.", f"Write NAME=DTYPE[SHAPE]:VALUES, {_EXAMPLE}.")
+            known = f", or name a file: {', '.join(_FILES)}" if Path(item).is_file() else ""
+            raise usage(
+                f"--inputs {item!r} cannot be read.", f"Write NAME=DTYPE[SHAPE]:VALUES, {_EXAMPLE}{known}."
+            )
         tensor = _tensor(item, match["dtype"], match["shape"], match["values"], generator)
         if match["name"] is None:
             positional.append(tensor)
@@ -93,6 +102,10 @@ def _tensor(
             f"--inputs {item!r}: {dtype_name!r} is not a dtype.",
             "Known are float32, bfloat16, int64, bool, …",
         )
+    if dtype_name.startswith(("qint", "quint")):
+        raise usage(
+            f"--inputs {item!r}: quantised tensors need a scale.", "Save one example with torch.save."
+        )
     shape = tuple(int(size) for size in shape_text.split(",") if size.strip())
     elements = 1
     for size in shape:
@@ -104,6 +117,8 @@ def _tensor(
     limits = _RANGE.fullmatch(values) if values is not None else None
     if values is not None and limits is None:
         raise usage(f"--inputs {item!r}: {values!r} is neither LOW..HIGH nor ones nor zeros.", _EXAMPLE)
+    if limits is not None:
+        _check_limits(item, dtype, limits)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
     if dtype.is_complex and limits is None:
@@ -117,10 +132,28 @@ def _tensor(
         raise usage(f"--inputs {item!r}: complex numbers have no range.", "Leave it out.")
     if limits is None:
         raise usage(f"--inputs {item!r}: integers need their range LOW..HIGH (HIGH excluded).", _EXAMPLE)
-    low, high = int(float(limits[1])), int(float(limits[2]))
-    if high <= low:
-        raise usage(f"--inputs {item!r}: the range {low}..{high} is empty.")
+    low, high = int(limits[1]), int(limits[2])
     return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+
+def _check_limits(item: str, dtype: torch.dtype, limits: re.Match[str]) -> None:
+    """Raise a usage error for a range that ``dtype`` cannot hold, or that holds nothing."""
+    import torch
+
+    if dtype == torch.bool or dtype.is_complex:
+        kind = "flags" if dtype == torch.bool else "complex numbers"
+        raise usage(f"--inputs {item!r}: {kind} have no range.", "Leave it out.")
+    info: Any = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    if not dtype.is_floating_point and ("." in limits[1] or "." in limits[2]):
+        raise usage(f"--inputs {item!r}: the bounds of a range of {dtype} are whole numbers.")
+    number = float if dtype.is_floating_point else int
+    low, high = number(limits[1]), number(limits[2])
+    if high <= low:
+        raise usage(f"--inputs {item!r}: the range {low}..{high} is empty.", "Write the lower bound first.")
+    # HIGH is excluded of whole numbers; randint draws int64 whatever the dtype is.
+    most = info.max if dtype.is_floating_point else min(info.max + 1, 2**63 - 1)
+    if low < info.min or high > most:
+        raise usage(f"--inputs {item!r}: the range {low}..{high} goes beyond what {dtype} holds.")
 
 
 def _from_file(path: Path) -> Any:
@@ -133,6 +166,8 @@ def _from_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.suffix in (".npz", ".npy"):
+            return _from_numpy(path)
         if path.suffix == ".json":
             return _from_json(json.loads(path.read_text(encoding="utf-8")))
         # Tensors in containers need no code; a pickle that does is no list of inputs.
@@ -148,24 +183,49 @@ def _from_file(path: Path) -> Any:
         raise CommandError(
             "bad-inputs",
             f"--inputs {path} cannot be read: {reason}.",
-            "Save a tensor, a tuple, a dict of tensors, or a list of these with torch.save.",
+            _SAVE.get(
+                path.suffix, "Save a tensor, a tuple, a dict of tensors, or a list of these with torch.save."
+            ),
         ) from error
+
+
+def _from_numpy(path: Path) -> Any:
+    """The arrays of an archive by name, or one array; object arrays, which are pickles, are refused."""
+    import numpy
+    import torch
+
+    found = numpy.load(path, allow_pickle=False)
+    if path.suffix == ".npy":
+        return torch.from_numpy(found)
+    return {name: torch.from_numpy(found[name]) for name in found.files}
 
 
 def _from_json(value: Any) -> Any:
     """A JSON object is one example by name; an array of objects is several examples."""
-    import torch
-
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         return [_from_json(entry) for entry in value]
     if not isinstance(value, Mapping) or not value:
         raise ValueError("expected an object of arrays by name, or an array of such objects")
-    return {
-        name: torch.tensor(entry["data"], dtype=getattr(torch, entry["dtype"]))
-        if isinstance(entry, dict)
-        else torch.tensor(entry)
-        for name, entry in value.items()
-    }
+    return {name: _json_tensor(name, entry) for name, entry in value.items()}
+
+
+def _json_tensor(name: str, entry: Any) -> torch.Tensor:
+    import torch
+
+    dtype = None
+    if isinstance(entry, dict):
+        if set(entry) != {"data", "dtype"}:
+            raise ValueError(
+                f"{name!r} is an object of {', '.join(entry) or 'nothing'}; expected data and dtype"
+            )
+        dtype = getattr(torch, str(entry["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name!r}: {entry['dtype']!r} is not a dtype")
+        entry = entry["data"]
+    try:
+        return torch.tensor(entry, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name!r} is no array of numbers ({one_line(error)})") from error
 
 
 def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:

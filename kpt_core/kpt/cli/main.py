@@ -9,11 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kpt.cli.output import FAILED, INTERRUPTED, CommandError, Output, only_results_on_stdout
+from kpt.cli.output import (
+    FAILED,
+    INTERRUPTED,
+    CommandError,
+    Output,
+    flushed,
+    nobody_reads,
+    only_results_on_stdout,
+)
 
 if TYPE_CHECKING:
     import typer
@@ -80,11 +87,12 @@ def run(arguments: list[str]) -> int:
     arguments = ["--help" if argument == "-h" else argument for argument in arguments]
     if not arguments or arguments in [[group] for group in _GROUPS]:
         arguments = [*arguments, "--help"]
+    nobody_reads()
     output = Output(json="--json" in arguments)
     # Help is the result then, and typer prints it itself.
     helps = "--help" in arguments or arguments[0] == "--version"
     try:
-        with nullcontext(sys.stdout) if helps else only_results_on_stdout() as stdout:
+        with flushed(sys.stdout) if helps else only_results_on_stdout() as stdout:
             output.stdout = stdout
             try:
                 code = _call(arguments, output)
@@ -100,9 +108,12 @@ def run(arguments: list[str]) -> int:
                 failure = translate(error)
                 output.error(failure)
                 return failure.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; Python must not complain about it on exit.
+    except OSError as error:
+        # Commands' own errors never get here: this is about what was left to write to stdout.
+        # Python must not try it again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):  # there, the reader (head, less) has seen enough
+            print(f"error: The result cannot be written to standard output: {error}.", file=sys.stderr)
         return FAILED
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,10 @@ from kpt.cli import options
 from kpt.cli.output import CommandError, Output, note, usage
 from kpt.specs import LEVELS, OBJECTIVES
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="The artifact's folder; default: <model>-kpt.")]
+if TYPE_CHECKING:
+    from kpt.modelfiles import LoadedModel
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder; default: <model>-kpt.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Search even if a recipe is known, and keep none.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there already.")]
 
@@ -29,7 +33,7 @@ def command(
     objective: options.Objective = "latency",
     dynamic: options.Dynamic = [],  # noqa: B006
     budget: options.Budget = 120.0,
-    out: Out = Path(),
+    out: Out = None,
     device: options.Device = "",
     trust_model: options.Trust = False,
     plugins: options.Plugins = "",
@@ -51,7 +55,7 @@ def command(
     from kpt.cli.sources import blaming_the_inputs, open_source
 
     shapes = dynamic_shapes(dynamic)
-    folder = out if out != Path() else Path.cwd() / f"{model.resolve().stem or 'model'}-kpt"
+    folder = Path.cwd() / f"{model.resolve().stem or 'model'}-kpt" if out is None else out
     _check_folder(folder, overwrite)
     selected = options.selection(plugins, no_plugins)
     source = open_source(
@@ -71,7 +75,11 @@ def command(
             cache=not no_cache,
         )
     receipt = kpt.report(optimized)
-    save(optimized, folder, source.loaded.build)
+    save(optimized, folder, source.loaded)
+    if source.loaded.kind == "exported":
+        note(
+            f"The artifact is loaded with the help of {source.loaded.build['folder']}: keep that file there."
+        )
     from kpt.artifact.building import loading_call
 
     note(f"Artifact: {folder}   ({loading_call(folder)}; kpt explain {folder})")
@@ -80,13 +88,14 @@ def command(
     )
 
 
-def save(model: Any, folder: Path, build: Mapping[str, str]) -> None:
+def save(model: Any, folder: Path, loaded: LoadedModel) -> None:
     """Write the artifact. Where the file system refuses, the error says that the search is not lost."""
     import kpt
 
     try:
-        # A model folder is rebuilt from its own configuration; only a factory has to be remembered.
-        kpt.save(model, folder, build=dict(build) if "arch" in build else None)
+        # A model folder is rebuilt from its own configuration; a factory or a program has to be remembered.
+        remembered = "arch" in loaded.build or loaded.kind == "exported"
+        kpt.save(model, folder, build=dict(loaded.build) if remembered else None)
     except OSError as error:
         raise CommandError(
             "not-saved",
@@ -96,7 +105,17 @@ def save(model: Any, folder: Path, build: Mapping[str, str]) -> None:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse before the search, not after it, to replace what is there."""
+    """Refuse before the search, not after it, to replace what is there or to write where nothing can be."""
+    if folder.absolute() in (Path.cwd(), *Path.cwd().parents):
+        raise usage(
+            f"--out {folder} is where this runs; an artifact takes a folder's place.", "Name another."
+        )
+    # It is written beside that place and renamed.
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise usage(f"--out {folder} cannot be made: {above} is a file.", "Choose another --out.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise usage(f"--out {folder} cannot be made: {above} is not writable.", "Choose another --out.")
     if not folder.exists():
         return
     if not folder.is_dir():

@@ -26,7 +26,8 @@ Inputs = Annotated[
         "--inputs",
         "-i",
         metavar="SPEC|FILE",
-        help="Example inputs: 'input_ids=int64[1,128]:0..30522', or a .pt, .safetensors or .json file.",
+        help="Example inputs: 'input_ids=int64[1,128]:0..30522', or a .pt, .safetensors, .npz, .npy or "
+        ".json file.",
     ),
 ]
 Dynamic = Annotated[
@@ -51,7 +52,10 @@ def selection(plugins: str, no_plugins: bool) -> list[str] | None:
         raise usage("--plugins and --no-plugins exclude each other.")
     if no_plugins:
         return []
-    return [name.strip() for name in plugins.split(",") if name.strip()] or None
+    names = [name.strip() for name in plugins.split(",") if name.strip()]
+    if plugins and not names:
+        raise usage(f"--plugins {plugins!r} names no plugin.", "Use --no-plugins for none, or leave it out.")
+    return names or None
 
 
 def seconds(option: str, value: float) -> float:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+#: The least width of a table, in columns.
+_NARROWEST = 80
 DONE, FAILED, USAGE, FINDING, CREDENTIALS, QUOTA, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
@@ -50,8 +52,22 @@ class Output:
         """
         from rich.console import Console
 
-        width = None if self.stdout.isatty() else 160
-        return Console(file=self.stdout, width=width, highlight=False, markup=False, soft_wrap=False)
+        def console(width: int | None) -> Console:
+            return Console(file=self.stdout, width=width, highlight=False, markup=False, soft_wrap=False)
+
+        if not self.stdout.isatty():
+            return console(160)
+        found = console(None)
+        # Columns that are narrower cut names off; the lines that a narrow terminal breaks are whole.
+        return found if found.width >= _NARROWEST else console(_NARROWEST)
+
+    def mark(self, sign: str, plain: str) -> str:
+        """``sign``, or ``plain`` where the encoding of stdout (that of ``LANG=C``) has no such letter."""
+        try:
+            sign.encode(getattr(self.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            return plain
+        return sign
 
     def result(self, data: Mapping[str, Any], shown: RenderableType | None = None) -> None:
         """Print the command's one result: ``data`` with ``--json``, else ``shown``."""
@@ -71,6 +87,22 @@ class Output:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  {error.hint}", file=sys.stderr)
+
+
+def nobody_reads() -> None:
+    """Give the streams that the caller closed (``>&-``) somewhere to go: Python has None for them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+@contextmanager
+def flushed(stream: TextIO) -> Iterator[TextIO]:
+    """``stream``, with what was written to it written through where the block ends."""
+    try:
+        yield stream
+    finally:
+        stream.flush()
 
 
 def note(text: str) -> None:

@@ -14,7 +14,7 @@ from kpt.cli.output import FINDING, CommandError, Output
 from kpt.plugins.discovery import candidates
 from kpt.plugins.validation import nearest
 
-_MARKS = {"passed": "✓", "skipped": "-", "failed": "✗"}
+_MARKS = {"passed": ("✓", "+"), "skipped": ("-", "-"), "failed": ("✗", "x")}
 
 
 def command(
@@ -52,7 +52,7 @@ def command(
         )
     failed = [test for test in data["tests"] if test["state"] == "failed"]
     lines = [
-        f"{_MARKS[test['state']]} {test['test'].removeprefix('test_').replace('_', ' ')}"
+        f"{output.mark(*_MARKS[test['state']])} {test['test'].removeprefix('test_').replace('_', ' ')}"
         + (f"\n    {test['reason']}" if test["reason"] else "")
         for test in data["tests"]
     ]

@@ -9,6 +9,7 @@ from kpt.cli.output import Output
 
 MARKS = {"ok": ("✓", "green"), "disabled": ("-", "dim"), "hardware-absent": ("!", "yellow")}
 FAULT = ("✗", "red")
+PLAIN = {"✓": "+", "✗": "x"}
 
 
 def command(context: typer.Context, as_json: Json = False) -> None:
@@ -39,6 +40,11 @@ def command(context: typer.Context, as_json: Json = False) -> None:
         hooks = ", ".join(hook.removeprefix("kpt_") for hook in status.hooks)
         about = hooks if status.state == "ok" else f"{status.reason}\n{status.mend}".strip()
         table.add_row(
-            Text(mark, style), status.name, status.distribution, status.version, status.state, Text(about)
+            Text(output.mark(mark, PLAIN.get(mark, mark)), style),
+            status.name,
+            status.distribution,
+            status.version,
+            status.state,
+            Text(about),
         )
     output.result({}, table)

@@ -12,6 +12,7 @@ from kpt import __version__
 from kpt.cli.options import Json
 from kpt.cli.output import Output, usage
 
+_PREFIX = "kpt-plugin-"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -19,8 +20,8 @@ def command(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The plugin's name: lower case, digits and dashes.")],
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where to write it; default: kpt-plugin-NAME.")
-    ] = Path(),
+        Path | None, typer.Argument(metavar="[DIR]", help="Where to write it; default: kpt-plugin-NAME.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the skeleton of a plugin: a pass and a kernel that work, and the tests that show it."""
@@ -29,8 +30,9 @@ def command(
         raise usage(
             f"{name!r} cannot be the name of a plugin.", "Use lower case, digits and dashes: my-kernels."
         )
-    distribution = f"kpt-plugin-{name}"
-    target = folder if folder != Path() else Path.cwd() / distribution
+    name = name.removeprefix(_PREFIX)
+    distribution = f"{_PREFIX}{name}"
+    target = Path.cwd() / distribution if folder is None else folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise usage(f"{target} exists and is not empty.", "Name another folder.")
     package = distribution.replace("-", "_")

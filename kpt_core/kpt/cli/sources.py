@@ -59,18 +59,58 @@ def open_source(
     loaded = load_model(model, arch=arch or None, trust=trust, registry=found, notice=note)
     from kpt.cli.inputs import default_inputs, example_inputs
 
-    examples = example_inputs(inputs) if inputs else default_inputs(loaded.model, found)
+    if inputs:
+        examples = example_inputs(inputs)
+    elif loaded.example is not None:
+        examples = _exported_call(loaded.example)
+    else:
+        examples = default_inputs(loaded.model, found)
     if device:
         try:
             target = torch.device(device)
             loaded.model.to(target)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise usage(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        if target.type == "meta":
+            raise usage(
+                "--device meta holds no values, so that nothing can be run or compared there.",
+                "Name a device that computes, for instance cpu or cuda:0.",
+            )
     tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
     where = str(tensors[0].device) if tensors else (device or "cpu")
-    source = Source(loaded, _moved(examples, where), found, where)
+    source = Source(loaded, _fitted(loaded, _moved(examples, where)), found, where)
     _check_inputs(source, dynamic)
     return source
+
+
+def _exported_call(example: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    from kpt.judge.calls import Call
+
+    note("The example inputs are those that the program was exported with.")
+    return [Call(*example)]
+
+
+def _fitted(loaded: LoadedModel, examples: Any) -> Any:
+    """``examples``; those by name by position where an exported program takes nothing by name."""
+    if loaded.example is None:
+        return examples
+    import inspect
+
+    from kpt.judge.calls import Call, as_calls
+
+    positional = len(loaded.example[0])
+    names = list(inspect.signature(loaded.model.forward).parameters)[:positional]
+
+    def fitted(call: Call) -> Call:
+        if call.args or not set(names) <= call.kwargs.keys():
+            return call
+        rest = {name: value for name, value in call.kwargs.items() if name not in names}
+        return Call(tuple(call.kwargs[name] for name in names), rest)
+
+    try:
+        return [fitted(call) for call in as_calls(examples)]
+    except (TypeError, ValueError):
+        return examples  # what is wrong with them is said where all examples are checked
 
 
 def _check_inputs(source: Source, dynamic: Any) -> None:
@@ -143,7 +183,11 @@ def require_torch() -> None:
 def _moved(value: Any, device: str) -> Any:
     import torch
 
+    from kpt.judge.calls import Call
+
     if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Call):
         return value.to(device)
     if isinstance(value, dict):
         return {name: _moved(entry, device) for name, entry in value.items()}

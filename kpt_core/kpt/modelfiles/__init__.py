@@ -47,7 +47,7 @@ def load_model(
     if path.stat().st_size == 0:
         raise ModelFileError("truncated", f"{path} is empty.", "Download or save it again.")
     if path.suffix == ".safetensors":
-        return with_weights(path, "safetensors", read_safetensors(path), arch)
+        return with_weights(path, "safetensors", read_safetensors(path), arch, tell)
     return from_torch_file(path, arch, trust, tell)
 
 

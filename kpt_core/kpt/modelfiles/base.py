@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kpt.plugins.status import one_line
 
@@ -32,8 +32,10 @@ class ModelFileError(Exception):
 class LoadedModel:
     """A model in eval mode, and where it comes from.
 
-    ``build`` says how the model is built again without its weights (``{"arch": ...}`` or
-    ``{"folder": ...}``); it is empty for a pickle, which can only be loaded again.
+    ``build`` says how the model is built again without its weights (``{"arch": ...}``, or
+    ``{"folder": ...}`` with the path of a folder or of an exported program); it is empty for a pickle,
+    which can only be loaded again. ``example`` is the call that comes with an exported program: its
+    positional and its keyword arguments.
     """
 
     model: torch.nn.Module
@@ -41,6 +43,7 @@ class LoadedModel:
     path: Path
     sha256: str = ""
     build: Mapping[str, str] = field(default_factory=dict)
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 def unreadable(path: Path, error: BaseException) -> ModelFileError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kpt.modelfiles import pickles
 from kpt.modelfiles.base import LoadedModel, ModelFileError, Notice, unreadable
-from kpt.modelfiles.weights import weights_in, with_weights
+from kpt.modelfiles.weights import module_in, weights_in, with_weights
 from kpt.plugins.isolation import attempt
 from kpt.plugins.status import one_line
 
@@ -42,8 +42,7 @@ def from_torch_file(path: Path, arch: str | None, trust: bool, tell: Notice) -> 
         outcome = attempt(torch.export.load, str(path))
         if outcome.error is not None:
             raise unreadable(path, outcome.error) from outcome.error
-        program: Any = outcome.value
-        return LoadedModel(program.module(), "exported", path, facts.sha256)
+        return _exported(path, outcome.value, facts.sha256)
     if any("/code/" in member for member in facts.members):
         raise ModelFileError(
             "torchscript",
@@ -69,9 +68,22 @@ def from_torch_file(path: Path, arch: str | None, trust: bool, tell: Notice) -> 
     elif outcome.error is not None:
         raise unreadable(path, outcome.error) from outcome.error
     content: Any = outcome.value
-    if isinstance(content, torch.nn.Module):
-        return LoadedModel(content.eval(), "pickle", path, facts.sha256)
-    return with_weights(path, "state-dict", weights_in(path, content, tell), arch, facts.sha256)
+    module = module_in(path, content, tell)
+    if module is not None:
+        return LoadedModel(module.eval(), "pickle", path, facts.sha256)
+    return with_weights(path, "state-dict", weights_in(path, content, tell), arch, tell, facts.sha256)
+
+
+def _exported(path: Path, program: Any, digest: str) -> LoadedModel:
+    """The module of an exported program, with the call that it was exported with.
+
+    Its ``eval`` raises, since no flag changes a graph; the flags are set here, for whoever reads them.
+    """
+    module = program.module()
+    for part in module.modules():
+        part.training = False
+    build = {"folder": str(path.absolute())}  # of a graph there is no other source
+    return LoadedModel(module, "exported", path, digest, build, program.example_inputs)
 
 
 def _has_data(facts: pickles.PickleFacts) -> bool:

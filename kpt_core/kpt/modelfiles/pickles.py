@@ -89,7 +89,8 @@ def _read(file: Any, name: str, found: dict[str, None], *, pickles: int) -> str:
             for entry in _globals(file):
                 found[entry] = None
         except (ValueError, EOFError, IndexError, KeyError, UnicodeDecodeError) as error:
-            return f"{name} is not a whole pickle: {error}"
+            what = "it refers to what was never stored" if isinstance(error, KeyError) else str(error)
+            return f"{name} is not a whole pickle: {what}"
     return ""
 
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 #: Keys under which training programs nest the weights of a checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "weights", "params", "module")
-#: Prefixes that wrappers leave in checkpoints: DataParallel, torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
+#: What wrappers put anywhere into the names of tensors: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 def weights_in(path: Path, content: Any, tell: Notice) -> dict[str, Any]:
-    """The state dict in what a checkpoint holds, without the prefixes that wrappers leave."""
+    """The state dict in what a checkpoint holds, under the names that it has there."""
     import torch
 
     def is_weights(value: Any) -> bool:
@@ -47,11 +47,20 @@ def weights_in(path: Path, content: Any, tell: Notice) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}{keys}; expected a state dict.",
             "Save model.state_dict().",
         )
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in content):
-            tell(f"{path}: the prefix {prefix!r} of every name is left out.")
-            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return dict(content)
+
+
+def module_in(path: Path, content: Any, tell: Notice) -> torch.nn.Module | None:
+    """The module that an unpickled file is, or that a checkpoint holds beside other things."""
+    import torch
+
+    if isinstance(content, Mapping):
+        for key in (*_NESTED, "ema"):
+            if isinstance(content.get(key), torch.nn.Module):
+                tell(f"{path}: the model is the entry {key!r} of the checkpoint.")
+                content = content[key]
+                break
+    return content if isinstance(content, torch.nn.Module) else None
 
 
 def with_weights(
@@ -59,6 +68,7 @@ def with_weights(
     kind: Kind,
     weights: Mapping[str, Any],
     arch: str | None,
+    tell: Notice,
     digest: str = "",
 ) -> LoadedModel:
     """The model that `arch` builds, filled with ``weights``. Raises `ModelFileError`."""
@@ -69,8 +79,39 @@ def with_weights(
             "Pass --arch module:factory, a class or function that builds the model without arguments.",
         )
     model = build(arch)
-    fill(model, weights, path, arch)
+    fill(model, _as_the_model_names_them(path, weights, model, tell), path, arch)
     return LoadedModel(model.eval(), kind, path, digest or sha256(path), {"arch": arch})
+
+
+def _as_the_model_names_them(
+    path: Path, weights: Mapping[str, Any], model: torch.nn.Module, tell: Notice
+) -> Mapping[str, Any]:
+    """``weights`` without what wrappers put into names, and without a prefix that all names share.
+
+    A wrapper that kept the model in an attribute (``module`` of DataParallel, ``model`` of a training
+    class) leaves its name in front. A name that the model itself knows is kept as it is.
+    """
+    known = model.state_dict().keys()
+
+    def unwrapped(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+    found = {name if name in known else unwrapped(name): value for name, value in weights.items()}
+    if len(found) != len(weights):
+        return weights  # two names became one
+    said = sorted({part for name in weights if name not in found for part in name.split(".")} & _WRAPPERS)
+    prefix = ""
+    while not known & found.keys():
+        first = {name.partition(".")[0] + "." for name in found if "." in name}
+        if len(first) != 1 or not all("." in name for name in found):
+            return weights
+        prefix += min(first)
+        found = {name.partition(".")[2]: value for name, value in found.items()}
+    for part in said:
+        tell(f"{path}: {part + '.'!r} is left out of the names.")
+    if prefix:
+        tell(f"{path}: the prefix {prefix!r} of every name is left out.")
+    return found
 
 
 def build(arch: str) -> torch.nn.Module:
