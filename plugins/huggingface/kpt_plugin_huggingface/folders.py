@@ -73,16 +73,28 @@ def load(folder: str, *, trust: bool) -> Any:
             local_files_only=True,
             trust_remote_code=trust,
             use_safetensors=None if trust else True,
+            ignore_mismatched_sizes=True,  # its own error names none of them; they are refused below
             output_loading_info=True,
         )
     except Exception as error:  # the library raises anything, from OSError to KeyError
-        first = (str(error).strip().splitlines() or [""])[0][:300]
+        first = (str(error).strip().splitlines() or [""])[0][:300].rstrip(".")
         raise AdapterError(
             "truncated",
             f"transformers {library.__version__} cannot load {folder}: {type(error).__name__}: {first}.",
             "Check that the folder holds all weight files, and that this version knows the model.",
         ) from error
-    # transformers fills what is missing with random numbers and goes on; nobody wants that optimised.
+    # transformers fills what is missing or of another size with random numbers and goes on; nobody wants
+    # that optimised. What the model has no place for it names on stderr.
+    sizes = [
+        f"{name} is {tuple(stored)}, the model has {tuple(built)}"
+        for name, stored, built in sorted(info.get("mismatched_keys") or ())
+    ]
+    if sizes:
+        raise AdapterError(
+            "wrong-shapes",
+            f"The weights in {folder} are not those that its {CONFIG} describes: {_some(sizes)}.",
+            "Download both files again.",
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise AdapterError(

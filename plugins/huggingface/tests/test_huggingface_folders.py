@@ -62,6 +62,15 @@ def test_a_class_that_is_no_model_is_never_called(folder: Path) -> None:
     assert type(load_model(folder).model).__name__ == "BertModel"
 
 
+def test_weights_of_other_sizes_than_the_configurations_are_named(folder: Path) -> None:
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    edit(folder, hidden_size=2 * width)
+    with pytest.raises(ModelFileError) as caught:
+        load_model(folder)
+    assert caught.value.code == "wrong-shapes"
+    assert f"embeddings.LayerNorm.bias is ({width},), the model has ({2 * width},)" in caught.value.message
+
+
 def test_missing_and_damaged_parts_are_named(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if "query.weight" in name)
