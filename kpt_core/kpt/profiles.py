@@ -174,11 +174,24 @@ def _ask(registered: Registered[HardwareSpec]) -> Detection:
         return Detection(registered, reason=f"its probe raised {one_line(outcome.error)}", broken=True)
     answer = outcome.value
     if isinstance(answer, HardwareProfile):
+        fault = _fault(answer, registered.spec.device_type)
+        if fault:
+            return Detection(registered, reason=f"its probe returned a profile: {fault}", broken=True)
         return Detection(registered, profile=answer)
     if isinstance(answer, str):
         return Detection(registered, reason=answer)
     reason = f"its probe returned {type(answer).__name__}; expected a HardwareProfile or a reason"
     return Detection(registered, reason=reason, broken=True)
+
+
+def _fault(profile: HardwareProfile, device_type: str) -> str:
+    """What is wrong with a profile that a plugin made, or nothing: everybody else computes with it."""
+    checked = attempt(lambda: from_dict(to_dict(profile)))
+    if checked.error is not None:
+        return str(checked.error)
+    if profile.device_type != device_type:
+        return f"it is of a {profile.device_type} device; its spec says {device_type}"
+    return ""
 
 
 def _with_hardware(status: PluginStatus, detections: tuple[Detection, ...]) -> PluginStatus:
@@ -227,16 +240,26 @@ def _with_rates(
         if known is None and not measure:
             return profile
         if known is None:
-            outcome = attempt(lambda: instantiate(registered.spec.probe).measure(profile))
-            if outcome.error is not None or not isinstance(outcome.value, HardwareProfile):
-                error = outcome.error or TypeError(f"measure returned {type(outcome.value).__name__}")
-                _log.warning("%s could not measure its device: %s", registered.owner, one_line(error))
-                return replace(profile, details={**profile.details, "unmeasured": one_line(error)})
+            outcome = attempt(_measure, registered, profile)
+            if outcome.error is not None or outcome.value is None:
+                reason = one_line(outcome.error or TypeError("no profile"))
+                _log.warning("%s could not measure its device: %s", registered.owner, reason)
+                return replace(profile, details={**profile.details, "unmeasured": reason})
             known = outcome.value
             if not _busy():  # rates that neighbours slowed down serve this process only
                 _remember(key, known)
         _measured[key] = known
         return known
+
+
+def _measure(registered: Registered[HardwareSpec], profile: HardwareProfile) -> HardwareProfile:
+    answer = instantiate(registered.spec.probe).measure(profile)
+    if not isinstance(answer, HardwareProfile):
+        raise TypeError(f"measure returned {type(answer).__name__}; expected a HardwareProfile")
+    fault = _fault(answer, profile.device_type)
+    if fault:
+        raise ValueError(f"measure returned a profile: {fault}")
+    return answer
 
 
 def _busy() -> bool:

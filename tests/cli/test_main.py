@@ -122,6 +122,14 @@ def test_what_libraries_print_goes_to_stderr_even_below_python():
     assert sorted(done.stderr.split("\n")) == ["", "from C", "from a child", "from python"]
 
 
+@pytest.mark.parametrize("arguments", ["plugins list", "doctor"])
+def test_no_file_is_left_open(arguments):
+    script = "import sys; from kpt.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", script, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout and "ResourceWarning" not in done.stderr
+
+
 def test_a_reader_that_stops_reading_is_no_error():
     script = "import sys; from kpt.cli.main import main; sys.exit(main())"
     command = f"{sys.executable} -c '{script}' doctor --json | true"

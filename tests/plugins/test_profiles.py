@@ -135,6 +135,43 @@ def test_an_absent_or_broken_device_costs_nothing_else():
     assert "expected a HardwareProfile" in states["wrong"].reason
 
 
+class AnyProbe(CpuProbe):
+    """Says what a test lets it say."""
+
+    said: dict = {}
+    measured: dict = {}
+
+    def detect(self):
+        return HardwareProfile(**{"name": "any", "device_type": "cpu", **self.said})
+
+    def measure(self, profile):
+        return HardwareProfile(**{"name": "any", "device_type": "cpu", **self.measured})
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"name": 3}, "the field name is 3"),
+        ({"device_type": None}, "device_type is missing"),
+        ({"device_type": "cuda"}, "of a cuda device; its spec says cpu"),
+        ({"bandwidth": float("nan")}, "the field bandwidth is nan"),
+        ({"matmul_rates": {"float32": -1.0}}, "the field matmul_rates"),
+        ({"native_dtypes": None}, "the field native_dtypes is None"),
+        ({"compute_units": "two"}, "the field compute_units is 'two'"),
+    ],
+)
+def test_a_profile_that_nobody_can_compute_with_breaks_its_own_probe_only(monkeypatch, said, reason, caplog):
+    plugins = plugins_with(("any", "cpu", AnyProbe, 30), ("cpu", "cpu", CpuProbe, 0))
+    monkeypatch.setattr(AnyProbe, "measured", said)
+    assert kpt.hardware(registry=plugins).name == "any"  # what it detects is right, so it is used, unmeasured
+    assert reason in kpt.hardware(registry=plugins).details["unmeasured"]
+    assert reason in caplog.text
+    monkeypatch.setattr(AnyProbe, "said", said)
+    assert kpt.hardware(registry=plugins).name == "test cpu"
+    (broken,) = [status for status in profiles.statuses(plugins) if status.state == "broken"]
+    assert broken.name == "inline:any" and reason in broken.reason
+
+
 def test_without_a_plugin_the_profile_is_honest():
     profile = kpt.hardware("cpu", registry=registry([]))
     assert profile.name.startswith("unknown") and profile.compute_units >= 1

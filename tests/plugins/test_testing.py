@@ -249,7 +249,7 @@ def test_the_names_of_the_cores_ops_are_up_to_date():
         ("no such bus", ""),
         ("", "says why"),
         (None, "returned NoneType"),
-        (HardwareProfile("x", "cuda"), "profile is of a cuda"),
+        (HardwareProfile("x", "cuda"), "of a cuda device; its spec says cpu"),
     ],
 )
 def test_probes_are_asked(home, answer, reason):

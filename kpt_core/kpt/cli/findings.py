@@ -231,8 +231,11 @@ def _alias() -> str:
 
 
 def _is_ours(program: Path) -> bool:
-    content = attempt(lambda: program.open("rb").read(4096)).value or b""
-    return b"kpt.cli.main" in content
+    def start() -> bytes:
+        with program.open("rb") as file:
+            return file.read(4096)
+
+    return b"kpt.cli.main" in (attempt(start).value or b"")
 
 
 def _short(path: Path) -> str:

@@ -136,6 +136,7 @@ def only_results_on_stdout() -> Iterator[TextIO]:
             stream.flush()
         finally:
             os.dup2(kept, 1)
+            stream.close()
 
 
 def _finite(value: Any) -> Any:
