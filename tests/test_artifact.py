@@ -331,6 +331,55 @@ def test_an_adapter_that_breaks_while_saving_is_told_of(
     assert json.loads((path / "recipe.json").read_text())["build"]["kind"] == "class"
 
 
+class Clumsy(Library):
+    """Describes as a test says, after it has written a file of a name that the core's have."""
+
+    answer: Any = None
+    file = "config.json"
+
+    def describe(self, model: torch.nn.Module, folder: str) -> Any:
+        Path(folder, Clumsy.file).write_text("gone")
+        return Clumsy.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "file", "says"),
+    [
+        (5, "config.json", "returned int; expected a mapping or None"),
+        ({"net": object()}, "config.json", "not JSON serializable"),
+        ({}, "model.safetensors", "wrote model.safetensors"),
+        ({}, "recipe.json", "wrote recipe.json"),
+        (None, "config.json", ""),
+    ],
+)
+def test_an_adapter_that_describes_nothing_usable_leaves_nothing_in_the_artifact(
+    tmp_path: Path, adapted: Adapted, monkeypatch: pytest.MonkeyPatch, answer: Any, file: str, says: str
+) -> None:
+    monkeypatch.setattr(sys.modules["kpt_test_library"], "Library", Clumsy)
+    monkeypatch.setattr(Clumsy, "answer", answer)
+    monkeypatch.setattr(Clumsy, "file", file)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        path, model, x = saved_by(adapted, tmp_path)
+    assert not says or any(says in str(warning.message) for warning in said)
+    assert json.loads((path / "recipe.json").read_text())["build"]["kind"] == "class"
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        *("model.safetensors", "receipt.json", "recipe.json", "verify")
+    ]
+    again = kpt.load(path, plugins=[adapted], trust=True)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_an_adapter_whose_answer_is_no_bool_is_told_of(
+    tmp_path: Path, adapted: Adapted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Library, "matches", lambda self, model: torch.ones(2))
+    with pytest.warns(UserWarning, match="its matches returned Tensor, no bool"):
+        path, _, _ = saved_by(adapted, tmp_path)
+    assert json.loads((path / "recipe.json").read_text())["build"]["kind"] == "class"
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(AdapterError("too-old", "It is too old.", "Upgrade."), "too-old"), (KeyError("x"), "not-buildable")],

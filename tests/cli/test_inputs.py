@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import sys
+import types
 
 import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import kpt
 from kpt.cli.guesses import guessed_inputs
 from kpt.cli.inputs import default_inputs, dynamic_shapes, example_inputs
 from kpt.cli.output import CommandError
 from kpt.plugins import registry
+from kpt.specs import AdapterSpec
 
 
 def test_named_specs_become_keyword_arguments():
@@ -156,6 +160,45 @@ def test_without_inputs_the_model_may_know_its_own():
     with pytest.raises(CommandError, match="its forward takes first, second") as caught:
         default_inputs(Pair(), registry([]))
     assert "--inputs" in caught.value.hint
+
+
+class Library:
+    """An adapter whose example a test sets."""
+
+    example: object = None
+
+    def matches(self, model):
+        return True
+
+    def example_inputs(self, model):
+        model.train()
+        return Library.example
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ([torch.ones(1, 2)], "returned list; expected a mapping or None"),
+        ({"nope": torch.ones(1, 2)}, "missing a required argument: 'input'"),
+        ({"input": "text"}, "holds no tensor"),
+        ({1: torch.ones(1, 2)}, "whose key 1 is no string"),
+    ],
+)
+def test_an_example_that_is_no_call_is_the_adapters_fault(example, says, monkeypatch, capsys):
+    module = types.ModuleType("kpt_test_examples")
+    module.Library = Library
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Library, "example", example)
+
+    class Plugin:
+        @kpt.hookimpl
+        def kpt_model_adapters(self):
+            yield AdapterSpec("odd", "kpt_test_examples:Library", "torch")
+
+    model = torch.nn.Linear(2, 2).eval()
+    made = default_inputs(model, registry([Plugin()]))
+    assert list(made) == ["input"] and made["input"].shape == (1, 2) and not model.training
+    assert says in capsys.readouterr().err
 
 
 class Pair(torch.nn.Linear):

@@ -347,6 +347,46 @@ def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told
     assert torch.equal(model.weight, weights)
 
 
+def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_in():
+    left = 4
+
+    def tires(model, inputs):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit("out of credits")
+        return model(**inputs)
+
+    def steady(model, inputs):
+        return model(**inputs)
+
+    model = torch.nn.Linear(4, 4)
+    found = entrants(tires, steady)
+    contest(model, found, lambda: Call((torch.ones(2, 4),)), seconds=0.0, rounds=6, tell=lambda text: None)
+    reference, tired, other = found
+    assert "while it was timed: SystemExit: out of credits" in tired.to_dict()["reason"]
+    assert tired.to_dict()["state"] == "failed" and other.to_dict()["state"] == "ran"
+    assert len(other.spans) == len(reference.spans) >= 5
+
+
+def test_what_a_contender_does_while_it_is_prepared_is_its_own():
+    def changes(model, example):
+        example["input"].zero_()
+        torch.set_default_dtype(torch.float64)
+        return lambda inputs: model(**inputs)
+
+    seen = []
+
+    def looks(model, example):
+        seen.append((float(example["input"].sum()), torch.get_default_dtype()))
+        return lambda inputs: model(**inputs)
+
+    found = [eager(), Entrant("changes", changes), Entrant("looks", looks)]
+    draw = lambda: Call((torch.ones(2, 4),))  # noqa: E731
+    contest(torch.nn.Linear(4, 4), found, draw, seconds=0.0, rounds=5, tell=lambda text: None)
+    assert seen == [(8.0, torch.float32)] and torch.get_default_dtype() is torch.float32
+
+
 def test_a_model_that_does_not_run_itself_is_an_error_before_anybody_is_prepared():
     found = [eager(), Entrant("other", lambda model, example: pytest.fail("it was prepared"))]
     with pytest.raises(CommandError, match="does not run on these inputs: RuntimeError"):
@@ -416,9 +456,11 @@ def test_contenders_of_plugins_take_part_or_say_what_they_lack():
         def kpt_contenders(self):
             yield ContenderSpec("lacking", "math:sqrt", requires=("not_there_42", "json"))
             yield ContenderSpec("present", "math:sqrt", requires=("json",))
+            yield ContenderSpec("eager", "math:sqrt")
 
     found = {entrant.name: entrant for entrant in installed(registry([Plugin()]))}
     assert found["lacking"].absent == "needs not_there_42" and not found["present"].absent
+    assert "needs another name" in found["eager"].absent
 
 
 @pytest.mark.parametrize("command", ["optimize", "explain", "bench"])

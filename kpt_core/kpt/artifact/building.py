@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shutil
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from kpt.transaction.structure import NOT_ATTRIBUTES
 
 if TYPE_CHECKING:
     from kpt.plugins import Registry
+    from kpt.specs import Adapter
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, frozenset, set, torch.dtype, torch.device)
@@ -160,13 +163,33 @@ def _described(model: torch.nn.Module, scratch: Path, registry: Registry) -> dic
             if registered.spec in asked:
                 continue
             asked.add(registered.spec)
-            outcome = attempt(adapter.describe, model, str(scratch))
+            outcome = attempt(_describe, adapter, model, scratch)
             if outcome.error is not None:
                 _warn(f"{registered.owner} cannot say how the model is built: {one_line(outcome.error)}")
             elif outcome.value is not None:
                 name = registered.spec.name
-                return {"kind": "adapter", "adapter": name, "description": dict(outcome.value)}
+                return {"kind": "adapter", "adapter": name, "description": outcome.value}
     return None
+
+
+def _describe(adapter: Adapter, model: torch.nn.Module, scratch: Path) -> dict[str, Any] | None:
+    """What ``adapter`` writes down of ``model``, as plain JSON; its files go into ``scratch`` if it does."""
+    inner = Path(tempfile.mkdtemp(dir=scratch))
+    try:
+        found = adapter.describe(model, str(inner))
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise TypeError(f"its describe returned {type(found).__name__}; expected a mapping or None")
+        plain: dict[str, Any] = json.loads(json.dumps(dict(found)))
+        taken = [file.name for file in inner.iterdir() if file.name in layout.OWN]
+        if taken:
+            raise ValueError(f"its describe wrote {', '.join(sorted(taken))}, which is a file of the core's")
+        for file in inner.iterdir():
+            file.replace(scratch / file.name)
+        return plain
+    finally:
+        shutil.rmtree(inner, ignore_errors=True)
 
 
 def _by_adapter(how: Mapping[str, Any], folder: Path, registry: Registry) -> torch.nn.Module:

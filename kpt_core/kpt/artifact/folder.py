@@ -21,6 +21,8 @@ RECEIPT = "receipt.json"
 WEIGHTS = "model.safetensors"
 VERIFY = "verify"
 STRUCTURE = "structure.pkl"
+#: What the core writes; an adapter's files have other names.
+OWN = (RECIPE, RECEIPT, WEIGHTS, VERIFY, STRUCTURE)
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {

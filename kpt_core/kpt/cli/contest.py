@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: A timed span is at least this long, so that the timer and the loop do not count.
 SPAN_SECONDS = 5e-3
 MAX_REPEATS = 1000
+#: Names of contenders that are always there.
+OWN = ("eager", "kpt")
 
 Inputs = Mapping[str, Any]
 Run = Callable[[Inputs], Any]
@@ -92,7 +94,10 @@ def _entrant(registered: Registered[ContenderSpec]) -> Entrant:
         run: Run = instantiate(spec.entry).prepare(model, example)
         return run
 
-    return Entrant(spec.name, prepare, spec.level, absent=f"needs {', '.join(missing)}" if missing else "")
+    absent = f"needs {', '.join(missing)}" if missing else ""
+    if spec.name in OWN:
+        absent = f"{registered.owner} calls it as kpt bench calls its own; it needs another name"
+    return Entrant(spec.name, prepare, spec.level, absent=absent)
 
 
 def eager() -> Entrant:
@@ -157,7 +162,7 @@ def contest(
     wait = synchroniser()
     reference = entrants[0]
     with torch.no_grad():
-        first = by_name(model, draw())
+        first = draw()
         _prepare(reference, model, first, wait)
         if reference.run is None:
             raise model_fails(reference.failed)
@@ -168,7 +173,7 @@ def contest(
         _compare([entrant for entrant in entrants if entrant.run], by_name(model, draw().clone()))
         running = [entrant for entrant in entrants if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
-        repeats = _repeats(reference.run, first, wait)
+        repeats = _repeats(reference.run, by_name(model, first.clone()), wait)
         order = random.Random(0)
         end = time.perf_counter() + seconds
         for number in range(rounds):
@@ -176,13 +181,22 @@ def contest(
                 break
             calls = [draw() for _ in range(repeats)]
             for entrant in order.sample(running, len(running)):
-                _time(entrant, [by_name(model, call.clone()) for call in calls], wait)
+                outcome = attempt(_time, entrant, [by_name(model, call.clone()) for call in calls], wait)
+                if outcome.error is not None:
+                    entrant.failed, entrant.run = f"while it was timed: {one_line(outcome.error)}", None
+                    running.remove(entrant)
+                    if entrant is reference:
+                        raise model_fails(entrant.failed) from outcome.error
     for entrant in running:
         _rate(entrant, reference)
 
 
-def _prepare(entrant: Entrant, model: torch.nn.Module, example: Inputs, wait: Callable[[], None]) -> None:
+def _prepare(entrant: Entrant, model: torch.nn.Module, call: Call, wait: Callable[[], None]) -> None:
+    """Let ``entrant`` prepare itself, on a copy of the inputs; torch's flags are put back for the others."""
+    from kpt.judge.state import untouched
+
     start = time.perf_counter()
+    example = by_name(model, call.clone())
 
     def prepared() -> Run:
         run = entrant.prepare(copy.deepcopy(model), example)
@@ -190,7 +204,8 @@ def _prepare(entrant: Entrant, model: torch.nn.Module, example: Inputs, wait: Ca
         wait()
         return run
 
-    outcome = attempt(prepared)
+    with untouched():
+        outcome = attempt(prepared)
     entrant.setup_seconds = time.perf_counter() - start
     if outcome.error is not None:
         entrant.failed = one_line(outcome.error)

@@ -236,11 +236,24 @@ def default_inputs(model: torch.nn.Module, plugins: Any) -> Any:
     import inspect
 
     from kpt.cli.guesses import guessed_inputs
+    from kpt.judge.calls import as_calls
     from kpt.modelfiles.adapters import adapters_for
     from kpt.plugins.isolation import attempt
 
     def ask(adapter: Adapter) -> dict[str, Any]:
-        return dict(adapter.example_inputs(model) or {})
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            found = adapter.example_inputs(model)
+        finally:
+            for module, training in modes:
+                module.training = training
+        if found is None:
+            return {}
+        if not isinstance(found, Mapping):
+            raise TypeError(f"its example_inputs returned {type(found).__name__}; expected a mapping or None")
+        as_calls(dict(found))
+        inspect.signature(model.forward).bind(**found)
+        return dict(found)
 
     for registered, adapter in adapters_for(model, plugins, note):
         outcome = attempt(ask, adapter)

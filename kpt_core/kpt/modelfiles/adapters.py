@@ -39,6 +39,9 @@ def adapters_for(
         outcome = attempt(adapter.matches, model)
         if outcome.error is not None:
             tell(f"{registered.owner} cannot tell what the model is: {one_line(outcome.error)}")
+        elif not isinstance(outcome.value, bool):
+            answer = type(outcome.value).__name__
+            tell(f"{registered.owner} cannot tell what the model is: its matches returned {answer}, no bool")
         elif outcome.value:
             yield registered, adapter
 

@@ -72,8 +72,9 @@ class Adapter(Protocol):
     def describe(self, model: torch.nn.Module, folder: str) -> Mapping[str, Any] | None:
         """How `build` makes ``model`` again without its weights, as JSON values; None if it cannot.
 
-        Files that `build` reads (a configuration) are written into ``folder``, which holds nothing yet
-        but what the core writes: ``*.safetensors``, ``recipe.json``, ``receipt.json``, ``verify/``.
+        Files that `build` reads (a configuration) are written into ``folder``, which is empty; they become
+        part of the artifact, beside the core's own ``model.safetensors``, ``recipe.json``,
+        ``receipt.json``, ``structure.pkl`` and ``verify/``.
         """
 
     def build(self, description: Mapping[str, Any], folder: str) -> torch.nn.Module:
