@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import kpt
-from slow_models import DirectScale, SlowScale, net, plugin
+from slow_models import DerivedScale, DirectScale, SlowScale, net, plugin
 from subtle_passes import Captured
 
 
@@ -21,6 +22,22 @@ def optimised(model, x, **options):
 
 def reasons(model):
     return kpt.report(model).calls["reasons"]
+
+
+@pytest.mark.parametrize("offered", [DirectScale, DerivedScale], ids=["live", "derived"])
+def test_weights_made_in_inference_mode_are_never_copied(offered):
+    with torch.inference_mode():
+        model = net()
+    twin, x = copy.deepcopy(model), torch.randn(32, 16)
+    kpt.optimize(model, x, plugins=[plugin(offered)], budget=20, cache=False)
+    receipt = kpt.report(model)
+    assert receipt.optimized is (offered is DirectScale)
+    if offered is DerivedScale:
+        assert "first.weight was made in inference mode" in receipt.rejected[0].reason
+    with torch.inference_mode():
+        for each in (model, twin):
+            each.slow.weight.mul_(2.0)
+        torch.testing.assert_close(model(x), twin(x))
 
 
 def test_an_unfrozen_parameter_gets_its_gradient():

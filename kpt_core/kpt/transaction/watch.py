@@ -63,6 +63,11 @@ class Watch:
         self.structure = Structure(model, self._names)
         self._undo.append(self.structure.close)
         self._tensors: list[torch.Tensor] = list(_tensors(model)) if weights else []
+        if weights and (uncounted := _uncounted(model)) is not None:
+            self.reason = (
+                f"{uncounted} was made in inference mode, where torch counts no writes, so that copies of it "
+                "could go stale (build the model outside of torch.inference_mode)"
+            )
         self._versions = list(map(_version, self._tensors))
         self._parameters = list(model.parameters())
         self._trainable = list(map(_requires_grad, self._parameters))
@@ -265,6 +270,12 @@ def _tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if not tensor.is_inference():
             yield tensor
+
+
+def _uncounted(model: torch.nn.Module) -> str | None:
+    """The name of a parameter or buffer whose version torch does not track."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, tensor in named if tensor.is_inference()), None)
 
 
 def _attribute_getter(
