@@ -36,7 +36,7 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         refuse(op, argument, f"a {type(value).__name__}", "a tensor")
-    if value.device.type != "cuda" and not INTERPRETED and not is_recording():
+    if not value.is_cuda and not INTERPRETED and not is_recording():
         refuse(
             op,
             argument,
@@ -51,7 +51,7 @@ def check_tensor(
 
 def check_shape(op: str, argument: str, value: torch.Tensor, expected: Sequence[int]) -> None:
     """``value`` has exactly the shape ``expected``; raises `KernelInputError` otherwise."""
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected and tuple(value.shape) != tuple(expected):
         refuse(op, argument, f"of shape {tuple(value.shape)}", f"shape {tuple(expected)}")
 
 

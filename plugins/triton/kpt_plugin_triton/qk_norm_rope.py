@@ -71,7 +71,9 @@ def _backward_candidates(itemsize: int, width: int, turning: int) -> Iterator[di
 
 
 forward_options = Tuned("qk_norm_rope_forward", ("width", "turning"), tile_rule, tile_candidates)
-backward_options = Tuned("qk_norm_rope_backward", ("width", "turning"), _backward_rule, _backward_candidates)
+backward_options = Tuned(
+    "qk_norm_rope_backward", ("width", "turning"), _backward_rule, _backward_candidates, reach=1.0
+)
 
 
 def _run_forward(

@@ -307,18 +307,26 @@ def quantise_fp8(weight: torch.Tensor, dtype: torch.dtype | None = None) -> tupl
 # ---------------------------------------------------------------------------------------------
 # What tuning measures
 
+#: Bytes of weights that are read in turn, so that none is found in a cache.
+_COLD = 300e6
+
+
+def _random_weight(dtype: torch.dtype, features: int, depth: int) -> torch.Tensor:
+    weight = torch.randn(features, depth, dtype=torch.bfloat16, device=work_device())
+    return weight.mul_(40).clamp_(-127, 127).to(torch.int8) if dtype.itemsize == 1 else weight
+
 
 def _work(rows: int) -> Callable[..., Callable[[Options], Callable[[], Any]]]:
     def prepare(dtype: torch.dtype, features: int, depth: int) -> Callable[[Options], Callable[[], Any]]:
         x = torch.randn(rows, depth, dtype=torch.bfloat16, device=work_device())
-        weight = torch.randn(features, depth, dtype=torch.bfloat16, device=work_device())
-        scale = None
-        if dtype.itemsize == 1:
-            weight = weight.mul_(40).clamp_(-127, 127).to(torch.int8)
-            scale = torch.rand(features, device=work_device())
+        weights = [
+            _random_weight(dtype, features, depth)
+            for _ in range(max(1, ceil_div(int(_COLD), features * depth * dtype.itemsize)))
+        ]
+        scale = torch.rand(features, device=work_device()) if dtype.itemsize == 1 else None
 
         def with_options(options: Options) -> Callable[[], Any]:
-            return lambda: _run(x, weight, scale, None, "none", options)
+            return lambda: [_run(x, weight, scale, None, "none", options) for weight in weights][-1]
 
         return with_options
 
@@ -338,6 +346,6 @@ _SHAPES = (
 )
 _WIDTHS = (torch.bfloat16, torch.int8)
 WORKLOADS = [
-    Workload(vector_options, _SHAPES, _work(1), _WIDTHS),
-    Workload(dot_options, _SHAPES, _work(16), _WIDTHS),
+    Workload(vector_options, _SHAPES, _work(1), _WIDTHS, replayed=True),
+    Workload(dot_options, _SHAPES, _work(16), _WIDTHS, replayed=True),
 ]

@@ -46,12 +46,15 @@ class Workload:
     ``prepare(dtype, *size)`` allocates random inputs and returns a function from options to the call to
     time. What is timed with given options has to use them, whatever tables say, and returns what it computed,
     without tensors that it left unwritten: options that give other values than the first ones are left out.
+    ``replayed``: time replays of a CUDA graph, for what mostly runs in one. Its call has to keep the L2 cache
+    cold by itself.
     """
 
     kernel: Tuned
     sizes: tuple[tuple[int, ...], ...]
     prepare: Callable[..., Callable[[Options], Callable[[], Any]]]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    replayed: bool = False
 
 
 def work_device() -> str:
@@ -121,9 +124,10 @@ def _tune_one(
     with_options = work.prepare(dtype, *size)
     times: list[tuple[float, int]] = []
     expected: list[torch.Tensor] = []
+    milliseconds = _milliseconds_replayed if work.replayed else _milliseconds
     for number, chosen in enumerate(options):
         call = with_options(chosen)
-        found = _milliseconds(call, each)
+        found = milliseconds(call, each)
         if found is None:
             continue
         values = list(_floats(call()))
@@ -141,7 +145,7 @@ def _tune_one(
     again: dict[int, list[float]] = {number: [] for number in finalists}
     for _ in range(3):
         for number in finalists:
-            value = _milliseconds(with_options(options[number]), each)
+            value = milliseconds(with_options(options[number]), each)
             if value is not None:
                 again[number].append(value)
     best = min((number for number in finalists if again[number]), key=lambda n: statistics.median(again[n]))
@@ -180,10 +184,28 @@ def _milliseconds(call: Callable[[], Any], seconds: float) -> float | None:
     """The median time of a call with a cold L2 cache; None where these options do not run."""
     from triton.testing import do_bench
 
+    def timed() -> float:
+        return float(do_bench(call, warmup=5, rep=max(int(seconds * 1e3), 10), return_mode="median"))
+
+    return _if_it_runs(call, timed)
+
+
+def _milliseconds_replayed(call: Callable[[], Any], seconds: float) -> float | None:
+    """The median time of a call in replays of a CUDA graph; None where these options do not run."""
+    from triton.testing import do_bench_cudagraph
+
+    def timed() -> float:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return float(do_bench_cudagraph(call, rep=max(int(seconds * 1e3), 10), return_mode="median"))
+
+    return _if_it_runs(call, timed)
+
+
+def _if_it_runs(call: Callable[[], Any], timed: Callable[[], float]) -> float | None:
     try:
         call()
         torch.cuda.synchronize()
-        return float(do_bench(call, warmup=5, rep=max(int(seconds * 1e3), 10), return_mode="median"))
+        return timed()
     except KeyboardInterrupt:
         raise
     except Exception:  # noqa: BLE001 - out of shared memory, registers or threads: not for this device

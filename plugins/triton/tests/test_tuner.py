@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kpt_plugin_triton import loss_rows, tuner, tuning
+from kpt_plugin_triton import loss_rows, skinny, tuner, tuning
 from kpt_plugin_triton.launch import recording
 from kpt_plugin_triton.losses import cross_entropy
 
@@ -51,6 +51,30 @@ def test_the_fastest_options_are_not_taken_if_their_values_are_others(
     (row,) = tuner._tune_one(work, torch.float32, (8,), 0.1, told.append)
     assert row["options"] == {"SPEED": 4 if wrong is None else 2}
     assert any("gives other values" in line for line in told) == (wrong is not None)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_what_runs_in_graphs_is_timed_in_graphs(
+    replayed: bool, kernel: tuning.Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "_milliseconds", lambda call, seconds: 1.0)
+    monkeypatch.setattr(tuner, "_milliseconds_replayed", lambda call, seconds: 2.0)
+    work = tuner.Workload(
+        kernel, ((8,),), lambda dtype, columns: lambda options: lambda: torch.ones(8), replayed=replayed
+    )
+    (row,) = tuner._tune_one(work, torch.float32, (8,), 0.1, lambda line: None)
+    assert row["ms"] == (2.0 if replayed else 1.0)
+
+
+def test_products_of_few_rows_are_timed_with_cold_weights() -> None:
+    """More of them in turn than the largest L2 cache holds, in graphs as generation runs them."""
+    for work in skinny.WORKLOADS:
+        assert work.replayed
+        with recording("sm_90") as record:
+            options = dict(work.kernel.rule(2, 1024, 4096))
+            work.prepare(torch.bfloat16, 1024, 4096)(options)()
+        products = [found for found in record.launches if found.function.fn.__name__ != "skinny_sum"]
+        assert len(products) * 1024 * 4096 * 2 >= 300e6
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_measured(

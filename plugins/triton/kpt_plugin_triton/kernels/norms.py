@@ -180,6 +180,7 @@ def norm_backward(
     ROWS: tl.constexpr,
     CENTRED: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -188,11 +189,12 @@ def norm_backward(
         scale = tl.load(weight + column, mask=in_row, other=0.0).to(WIDE) + offset
     weight_sum = tl.zeros([BLOCK], WIDE)
     bias_sum = tl.zeros([BLOCK], WIDE)
-    # Sums of two gradients leave no registers for a second row, but for its 16-bit values on their way.
-    AHEAD: tl.constexpr = CENTRED and x.dtype.element_ty.primitive_bitwidth == 16
+    # The next rows are on their way to shared memory while one is worked on (STAGES > 2). Where that is too
+    # small, sums of two gradients leave registers for the 16-bit values of one more row.
+    AHEAD: tl.constexpr = STAGES == 1 and CENTRED and x.dtype.element_ty.primitive_bitwidth == 16
     if AHEAD:
         next_x, next_dy = _tile(x, dy, program, rows, x_stride, dy_stride, COLUMNS, BLOCK, ROWS)
-    for tile in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < rows)[:, None] & in_row[None, :]
         if AHEAD:
