@@ -234,6 +234,17 @@ def test_saving_what_cannot_be_verified_warns(tmp_path: Path) -> None:
         kpt.save(model, tmp_path / "artifact")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_leads_to_the_new_artifact(tmp_path: Path, there: bool) -> None:
+    path, model, x = saved(tmp_path)
+    place = path if there else tmp_path / "later"
+    (tmp_path / "current").symlink_to(place)
+    before = path.stat().st_ino
+    assert kpt.save(model, tmp_path / "current") == place.resolve()
+    assert (tmp_path / "current").is_symlink() and (place / "recipe.json").is_file()
+    assert (path.stat().st_ino != before) is there
+
+
 def test_a_replacement_that_fails_leaves_the_artifact_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,10 @@ def test_an_artifact_that_cannot_be_written_is_named(kpt_cli, model_file, optimi
         *("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out", tmp_path / "x", "--json"),
     )
     assert answer.code == 1 and answer.json["code"] == "not-saved" and "No space" in answer.json["message"]
+    assert "is not repeated" in answer.json["hint"]
+    options = ("--inputs", INPUTS, "--out", tmp_path / "x", "--no-cache", "--json")
+    again = kpt_cli("optimize", "--model", path, "--arch", arch, *options).json
+    assert again["hint"] == "Choose another --out."
 
 
 def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):

@@ -42,6 +42,8 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     from safetensors.torch import save_file
 
     target = Path(path)
+    if target.is_symlink():  # the link stays, and leads to the new artifact
+        target = target.resolve()
     model = distributed.unwrap(model)
     receipt, request = report(model), request_of(model)
     if target.exists() and (

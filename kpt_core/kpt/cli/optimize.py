@@ -75,7 +75,7 @@ def command(
             cache=not no_cache,
         )
     receipt = kpt.report(optimized)
-    save(optimized, folder, source.loaded)
+    save(optimized, folder, source.loaded, cached=not no_cache)
     if source.loaded.kind == "exported":
         note(
             f"The artifact is loaded with the help of {source.loaded.build['folder']}: keep that file there."
@@ -88,8 +88,8 @@ def command(
     )
 
 
-def save(model: Any, folder: Path, loaded: LoadedModel) -> None:
-    """Write the artifact. Where the file system refuses, the error says that the search is not lost."""
+def save(model: Any, folder: Path, loaded: LoadedModel, *, cached: bool) -> None:
+    """Write the artifact. Where the file system refuses, the error says what is lost."""
     import kpt
 
     try:
@@ -100,7 +100,8 @@ def save(model: Any, folder: Path, loaded: LoadedModel) -> None:
         raise CommandError(
             "not-saved",
             f"The artifact cannot be written to {folder}: {error}.",
-            "Choose another --out; the recipe is cached, so that the search is not repeated.",
+            "Choose another --out"
+            + ("; if the recipe could be cached, the search is not repeated." if cached else "."),
         ) from error
 
 
