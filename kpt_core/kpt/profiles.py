@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kpt import user_cache
 from kpt.plugins import PluginError, PluginStatus, Registry, instantiate
 from kpt.plugins import registry as installed_plugins
-from kpt.plugins.isolation import attempt
+from kpt.plugins.isolation import attempt, named_if_interrupted
 from kpt.plugins.status import disable_command, one_line, upgrade_or_disable
 from kpt.specs import HardwareProfile
 
@@ -169,7 +169,9 @@ def _usable(kind: str) -> bool:
 
 
 def _ask(registered: Registered[HardwareSpec]) -> Detection:
-    outcome = attempt(lambda: instantiate(registered.spec.probe).detect())
+    mend = disable_command(registered.plugin)
+    with named_if_interrupted(registered.owner, "looked for its device", mend):
+        outcome = attempt(lambda: instantiate(registered.spec.probe).detect())
     if outcome.error is not None:
         return Detection(registered, reason=f"its probe raised {one_line(outcome.error)}", broken=True)
     answer = outcome.value

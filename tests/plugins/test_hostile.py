@@ -159,10 +159,12 @@ def test_a_hook_that_raises_loses_only_its_own_specs(install):
     assert found.specs("kpt_passes") and not found.specs("kpt_kernels")
 
 
-def test_keyboard_interrupt_is_the_users(install):
+def test_keyboard_interrupt_is_the_users_and_says_whose_code_it_ended(install, caplog):
     install("kpt-plugin-slow", "raise KeyboardInterrupt", plugin="slow")
     with pytest.raises(KeyboardInterrupt):
         registry()
+    assert "Interrupted while slow (kpt-plugin-slow 1.0) was loaded" in caplog.text
+    assert "KPT_DISABLE_PLUGINS=slow" in caplog.text
 
 
 def test_of_two_plugins_with_one_name_the_one_named_after_it_stays(install):

@@ -172,6 +172,16 @@ def test_a_profile_that_nobody_can_compute_with_breaks_its_own_probe_only(monkey
     assert broken.name == "inline:any" and reason in broken.reason
 
 
+def test_who_looked_for_a_device_when_ctrl_c_came_is_named(monkeypatch, caplog):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnyProbe, "detect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kpt.hardware(registry=plugins_with(("any", "cpu", AnyProbe, 0)))
+    assert "Interrupted while inline:any looked for its device" in caplog.text
+
+
 def test_without_a_plugin_the_profile_is_honest():
     profile = kpt.hardware("cpu", registry=registry([]))
     assert profile.name.startswith("unknown") and profile.compute_units >= 1

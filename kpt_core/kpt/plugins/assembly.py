@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kpt.plugins.isolation import attempt
+from kpt.plugins.isolation import attempt, named_if_interrupted
 from kpt.plugins.registered import Registered, Registry
 from kpt.plugins.stamps import stamp
 from kpt.plugins.status import (
@@ -17,6 +17,7 @@ from kpt.plugins.status import (
     DENY_VARIABLE,
     PluginError,
     PluginStatus,
+    disable_command,
     install_command,
     names_in,
     normalised,
@@ -103,7 +104,9 @@ def _build(selection: Sequence[str | object] | None) -> Registry:
             continue
         cached = (candidate.name, candidate.distribution, candidate.version, candidate.entry_point.value)
         if cached not in _imported:
-            _imported[cached] = _import(status, candidate.entry_point.load)
+            owner = f"{status.name} ({status.distribution} {status.version})"
+            with named_if_interrupted(owner, "was loaded", disable_command(status.name)):
+                _imported[cached] = _import(status, candidate.entry_point.load)
         plugins.append(_imported[cached])
     plugins.extend(_inline(selection or ()))
     plugins = _without_conflicts(plugins)

@@ -7,8 +7,10 @@ except `KeyboardInterrupt`, which is the user's, and `DeadlinePassed`, which end
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
@@ -17,6 +19,8 @@ from kpt.interruption import DeadlinePassed
 from kpt.plugins.status import PluginError, install_command, one_line
 
 T = TypeVar("T")
+
+_log = logging.getLogger("kpt")
 
 #: ``package.module:attribute.attribute``
 REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -38,6 +42,16 @@ def attempt(call: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it becomes a status
         return Outcome(error=error)
+
+
+@contextmanager
+def named_if_interrupted(owner: str, doing: str, mend: str) -> Iterator[None]:
+    """Say whose code Ctrl-C ended in the block: what hangs cannot say so itself."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _log.warning("Interrupted while %s %s. If it hangs: %s", owner, doing, mend)
+        raise
 
 
 def load(reference: str) -> Any:
