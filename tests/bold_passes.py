@@ -1,14 +1,15 @@
-"""A cautious precision policy that takes its time, and a bold one that promises more and never ends."""
+"""A cautious precision policy that takes its time, and bold ones that promise more."""
 
 from __future__ import annotations
 
 import time
+import types
 from typing import Any
 
 import torch
 
 from kpt.specs import Variant
-from mixed_models import HalfWide
+from mixed_models import HalfWide, inner
 
 
 class Cautious(HalfWide):
@@ -22,6 +23,8 @@ class Cautious(HalfWide):
 
 
 class Bold(HalfWide):
+    """It never ends."""
+
     variant = Variant(
         "stuck", predicted_gain=9.0, sites=(), compute_dtype="int8", derives=True, setup_seconds=4.0
     )
@@ -29,3 +32,21 @@ class Bold(HalfWide):
     def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
         while True:
             time.sleep(0.01)
+
+
+class BoldUntilTheCommit(HalfWide):
+    """Faster than the cautious one; right until ``error`` is set, and then wrong by that share."""
+
+    variant = Variant("wobbly", predicted_gain=9.0, sites=(), compute_dtype="int8", derives=True)
+    error = 0.0
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
+        undo = super().apply(model, variant)
+        tail = inner(model).tail
+        tail.forward = types.MethodType(lambda self, x: x * (1.0 + BoldUntilTheCommit.error), tail)
+
+        def undo_both() -> None:
+            undo()
+            tail.__dict__.pop("forward", None)
+
+        return undo_both

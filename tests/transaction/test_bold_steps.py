@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+import bold_passes
 import kpt
 import mixed_models
 import slow_models
 from fingerprints import optimized
-from kpt.specs import PolicySpec
+from kpt.specs import PolicySpec, Variant
+from kpt.transaction import events
+from kpt.transaction.plan import Candidate, Plan
+from kpt.transaction.trial import Outcome
+
+CAUTIOUS = PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16")
 
 
 def test_a_bold_step_that_never_ends_leaves_the_cautious_plan():
     policies = [
-        PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16"),
+        CAUTIOUS,
         PolicySpec("Bold", entry="bold_passes:Bold", level="aggressive", compute_dtype="int8"),
     ]
     model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
@@ -23,3 +30,70 @@ def test_a_bold_step_that_never_ends_leaves_the_cautious_plan():
     assert "Cautious:half" in [entry.name for entry in receipt.accepted]
     (bold,) = [entry for entry in receipt.rejected if entry.name == "Bold:stuck"]
     assert bold.rule == "deadline"
+
+
+@pytest.fixture
+def wobbling():
+    """The bold policy is wrong as soon as the transaction says that it commits."""
+
+    def turn(event):
+        if event["kind"] == "commit":
+            bold_passes.BoldUntilTheCommit.error = 0.3
+
+    with events.listen(turn):
+        yield
+    bold_passes.BoldUntilTheCommit.error = 0.0
+
+
+def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(
+    wobbling, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    bold = PolicySpec(
+        "Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8"
+    )
+    offered = [slow_models.plugin(slow_models.DirectScale, policies=[CAUTIOUS, bold])]
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    expected = model(example)
+    optimized(model, example, plugins=offered, level="aggressive", budget=30.0, cache=True)
+    receipt = kpt.report(model)
+    kept = {entry.name for entry in receipt.accepted}
+    assert "Cautious:half" in kept and receipt.speedup > 1.0
+    refused = {entry.name: entry for entry in receipt.rejected}
+    assert refused["Bold:wobbly"].rule == "value" and "final judgement" in refused["Bold:wobbly"].reason
+    assert not kept & set(refused) and receipt.reason == ""
+    assert torch.allclose(model(example), expected, atol=0.05)
+    assert (
+        receipt.accepted[0].figures and [s["source"] for s in receipt.recipe_data["steps"]].count("Bold") == 0
+    )
+
+    kpt.restore(model)
+    bold_passes.BoldUntilTheCommit.error = 0.0
+    optimized(model, example, plugins=offered, level="aggressive", budget=30.0, cache=True)
+    assert {entry.name for entry in kpt.report(model).accepted} == kept
+    assert not kpt.report(model).searched
+
+
+def test_an_outcome_keeps_the_stricter_one_beneath_it_until_it_is_closed_or_replaced_by_a_strict_one():
+    class Alive:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    def outcome(level):
+        step = Candidate(Variant(level), "precision", "test", level, make=lambda: None, level=level)
+        return Outcome(Plan.of([step]), applied=Alive())
+
+    exact, half, bold, bolder = (
+        outcome(level) for level in ("exact", "production", "aggressive", "aggressive")
+    )
+    applied = [each.applied for each in (exact, half, bold, bolder)]
+    half.supersede(exact)
+    bold.supersede(half)
+    assert [each.closed for each in applied] == [True, False, False, False], "one beneath is enough"
+    bolder.supersede(bold)
+    assert [each.closed for each in applied] == [True, False, True, False] and bolder.beneath is half
+    strict = outcome("exact")
+    strict.supersede(bolder)
+    assert all(each.closed for each in applied) and strict.beneath is None

@@ -297,7 +297,23 @@ def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need
 
     _, trials = _outlined(200.0, [half, compiler, better], fate)
     keys = [key for key, _ in trials.seen]
-    assert keys.index("half + better") < keys.index("better") and "compiler" not in keys
+    assert keys.index("half + better") < keys.index("better")
+    assert "half + compiler" not in keys and keys[-1] == "compiler", "what is predicted slower comes last"
+
+
+def test_what_is_left_of_the_budget_goes_to_what_is_predicted_to_be_about_as_fast() -> None:
+    """Before steps that need a compiler each are dropped, if it promises anything; else after."""
+    half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
+    wrapped, other = _candidate("wrapped", "compile", 14.0, 1.51), _candidate("other", "compile", 10.0, 1.4)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        fewer = against is not None and names < set(against.plan.names)
+        return 11.0, "ok", 0.8 if fewer or "other" in names else 1.2
+
+    found, trials = _outlined(200.0, [half, compiler, wrapped, other], fate)
+    keys = [key for key, _ in trials.seen]
+    assert keys == ["half", "half + compiler", "half + wrapped", "wrapped", "half + other"], keys
+    assert set(found.best.plan.steps) == {half, wrapped}
 
 
 def test_a_bold_stack_without_setup_comes_after_the_cautious_one_too() -> None:
@@ -311,6 +327,32 @@ def test_a_bold_stack_without_setup_comes_after_the_cautious_one_too() -> None:
     found, trials = _outlined(90.0, [cast, graph, bold], fate)
     assert [key for key, _ in trials.seen][:2] == ["cast + graph", "bold + graph"]
     assert set(found.best.plan.steps) == {cast, graph}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_is_quick_does_not_hide_a_compiler_that_promises_more(stopped: bool) -> None:
+    """Its set-up makes it worth a little less than the captured graph, which was bought before."""
+    graph, compiler = _candidate("graph", "compile", 0.0, 1.3), _candidate("compiler", "compile", 30.0, 1.6)
+    cast = _candidate("cast", "precision", 0.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        fewer = against is not None and names < set(against.plan.names)
+        if "compiler" in names:
+            return (1e9 if stopped else 25.0), "ok", 0.7 if fewer else 1.5
+        return 1.0, "ok", 0.7 if fewer else 1.5
+
+    found, trials = _outlined(90.0, [graph, compiler, cast], fate)
+    assert [key for key, _ in trials.seen][:2] == ["cast + graph", "cast + compiler"]
+    assert set(found.best.plan.steps) == {cast, graph if stopped else compiler}
+    slow_model, trials = _outlined(90.0, [graph, compiler, cast], fate, latency=1.0)
+    assert trials.seen[0][0] == "cast + compiler"
+    assert set(slow_model.best.plan.steps) == {cast, graph if stopped else compiler}
+
+
+def test_a_compiler_that_is_not_worth_its_setup_leaves_the_place_to_what_is_quick() -> None:
+    graph, compiler = _candidate("graph", "compile", 0.0, 1.3), _candidate("compiler", "compile", 80.0, 1.6)
+    found, trials = _outlined(90.0, [graph, compiler], lambda names, against: (1.0, "ok", 1.5))
+    assert trials.seen[0][0] == "graph"
 
 
 def test_a_step_that_was_timed_with_and_without_it_is_not_dropped_again() -> None:

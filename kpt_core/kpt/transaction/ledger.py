@@ -154,6 +154,14 @@ class Ledger:
         kept = self.spare if self.slow(plan) else 0.0
         return self.time_for(self.cost(plan, best) + kept)
 
+    def supersede(self, best: Outcome | None, outcome: Outcome) -> Outcome:
+        """``outcome`` in place of ``best``; where the commit may have to fall back, time is kept for that."""
+        if best is not None:
+            outcome.supersede(best)
+        if outcome.beneath is not None:
+            self.keep_for_commit(outcome, 1.0 + _COMMIT)
+        return outcome
+
     def _learn_pace(self, outcome: Outcome) -> None:
         """Other set-ups will take as many times what they announced as this one did."""
         seconds = announced(outcome.plan)
@@ -164,10 +172,10 @@ class Ledger:
         elif outcome.setup_seconds > 0.0:
             self.pace = min(max(outcome.setup_seconds / seconds, _PACE[0]), _PACE[1])
 
-    def keep_for_commit(self, outcome: Outcome) -> None:
+    def keep_for_commit(self, outcome: Outcome, times: float = _COMMIT) -> None:
         """What is found is lost if the commit has no time: a slow model needs more than a share."""
         if outcome.right and outcome.timing is not None:
-            self._reserve = max(self._reserve, _COMMIT * (outcome.seconds - outcome.setup_seconds))
+            self._reserve = max(self._reserve, times * (outcome.seconds - outcome.setup_seconds))
 
     def _patience(self, plan: Plan, among: int | None, against: Outcome | None) -> float:
         """Seconds that a trial may take: all there is only if nothing else is open or its set-up asks for it.

@@ -96,6 +96,9 @@ class Plan:
         """The strictest level whose rules allow every step."""
         return max((step.level for step in self.steps), key=LEVELS.index, default="exact")
 
+    def stricter_than(self, other: Plan) -> bool:
+        return LEVELS.index(self.level) < LEVELS.index(other.level)
+
     @property
     def compute_dtype(self) -> str | None:
         for step in self.steps:

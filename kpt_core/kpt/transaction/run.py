@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from kpt import compiling, interruption, profiles
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
-from kpt.transaction import distributed, hooks, memory, recipe
+from kpt.transaction import conclusion, distributed, hooks, recipe
 from kpt.transaction.baseline import Baseline, free_memory
 from kpt.transaction.budget import Budget, BudgetSpent
-from kpt.transaction.commit import Committed, commit
+from kpt.transaction.commit import Committed
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
 from kpt.transaction.ledger import Found
@@ -136,7 +136,7 @@ def _execute(
     total = time.perf_counter() - started
     run.receipt.search_seconds = max(0.0, total - run.receipt.setup_seconds)
     emit("done", run.receipt.headline(), seconds=run.budget.spent(), budget=run.budget.seconds)
-    _track(run)
+    conclusion.track(run)
     return run.receipt
 
 
@@ -337,7 +337,7 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
     figures = data.get("figures", {})
     found = Found(best=outcome, gains=dict(figures.get("gains", {})))
     found.rejected = [Entry(**entry) for entry in figures.get("rejected", [])]
-    _commit(run, trials, found, timed=timed)
+    conclusion.commit_best(run, trials, found, timed=timed)
     if fixed and run.committed is None:
         _store_veto(run)
     return run.committed is not None or fixed
@@ -347,7 +347,7 @@ def _store_veto(run: Run) -> None:
     """In torch's deterministic mode, keep that a plan of the cache was refused: the clock of the next process
     might let it pass, and the bits of the two would differ."""
     if run.receipt.recipe == "hit":
-        _store(run, fixed=True)
+        conclusion.store(run, fixed=True)
 
 
 def _search(run: Run, trials: Trials) -> None:
@@ -363,127 +363,7 @@ def _search(run: Run, trials: Trials) -> None:
     receipt.notes.extend(found.notes)
     receipt.trials = [outcome.to_dict() for outcome in trials.log]
     if found.best is None:
-        receipt.reason = _why_nothing(receipt, proposals)
+        receipt.reason = conclusion.why_nothing(receipt, proposals)
     else:
-        _commit(run, trials, found)
-    _store(run, fixed=trials.observation.deterministic)
-
-
-def _why_nothing(receipt: Receipt, proposals: Proposals) -> str:
-    if not proposals.candidates:
-        return "no plugin had anything to offer here"
-    rules = [entry.rule for entry in receipt.rejected]
-    total, slow, unfuelled = len(rules), rules.count("slower"), rules.count("fuel")
-    late = rules.count("budget") + rules.count("deadline")
-    wrong = total - slow - unfuelled - late
-    counts = [f"{slow} not faster", f"{wrong} not right or not applicable"]
-    counts += [f"{late} not tried to the end for lack of budget"] if late else []
-    counts += [f"{unfuelled} beyond the fuel"] if unfuelled else []
-    return f"of {total} variants none paid for itself: {', '.join(counts)}"
-
-
-def _commit(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:
-    receipt, best = run.receipt, found.best
-    assert best is not None
-    emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
-    committed: Committed | None = None
-    timing = None
-    try:
-        with run.budget.limit():
-            committed, (rule, reason), timing = commit(run.model, best, trials, timed=timed)
-    except (BudgetSpent, compiling.DeadlinePassed):
-        best.close()
-        rule, reason = "deadline", "the budget was spent before the final judgement ended"
-    except BaseException:
-        best.close()
-        raise
-    if committed is None:
-        receipt.reason = reason
-        receipt.rejected = [
-            *found.rejected,
-            *(
-                Entry(s.name, s.phase, s.plugin, rule, reason, found.gains.get(s.name))
-                for s in best.plan.steps
-            ),
-        ]
-        found.rejected = receipt.rejected
-        found.best = None
-        return
-    run.committed, run.only_examples = committed, trials.judgement.only_examples
-    receipt.status, receipt.reason = "optimized", ""
-    applied = committed.applied.behaviours
-    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}
-    receipt.accepted = [
-        Entry(
-            step.name,
-            step.phase,
-            step.plugin,
-            "kept",
-            effect() if (effect := effects.get(step)) else step.variant.note or "right and faster",
-            found.gains.get(step.name),
-            dict(best.figures),
-        )
-        for step in best.plan.steps
-    ]
-    receipt.rejected = found.rejected
-    receipt.setup_seconds = best.setup_seconds
-    receipt.watched_tensors = committed.watch.tensors
-    receipt.derived_bytes = memory.derived_bytes(run.model, committed.applied)
-    receipt.patches = ["forward of the model"]
-    if timing is not None:
-        receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
-        receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
-    if trials.accuracy_before is not None:
-        receipt.accuracy = {
-            "before": trials.accuracy_before,
-            "after": trials.accuracy_after.get(best.plan.key, float("nan")),
-        }
-    receipt.recipe_data = recipe.to_dict(
-        best.plan,
-        run.key,
-        {
-            "gains": found.gains,
-            "rejected": [entry.to_dict() for entry in found.rejected],
-            "speedup": receipt.speedup,
-            "budget": run.budget.seconds,
-        },
-    )
-
-
-def _store(run: Run, *, fixed: bool) -> None:
-    """Keep what was found, nothing included: a second process need not search in vain.
-
-    Where the plan is ``fixed`` a lack of time is kept as well: it must not decide differently next time.
-    """
-    receipt = run.receipt
-    if receipt.recipe_data is None:
-        from kpt.transaction.plan import Plan
-
-        rejected = [asdict(entry) for entry in receipt.rejected]
-        receipt.recipe_data = recipe.to_dict(
-            Plan(),
-            run.key,
-            {"reason": receipt.reason, "rejected": rejected, "budget": run.budget.seconds},
-        )
-    if not run.request.cache or run.request.plan is not None:
-        return
-    late = any(entry.rule in ("budget", "deadline") for entry in receipt.rejected)
-    if late and not receipt.optimized and not fixed:
-        return  # a longer budget may still find something
-    problem = recipe.write(run.key, receipt.recipe_data)
-    if problem is not None:
-        receipt.notes.append(problem)
-
-
-def _track(run: Run) -> None:
-    """Give the receipt to every tracker; a tracker that raises is noted and harms nothing."""
-    from kpt import plugins
-
-    specs = {found.spec.name: found.spec for found in run.request.registry.specs("kpt_trackers")}
-    for tracker in run.request.trackers:
-        try:
-            if isinstance(tracker, str):
-                tracker = plugins.instantiate(specs[tracker].entry)
-            tracker.record(run.receipt.to_dict())
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
-            run.receipt.notes.append(f"tracker {tracker!r} failed: {type(error).__name__}: {error}")
+        conclusion.commit_best(run, trials, found)
+    conclusion.store(run, fixed=trials.observation.deterministic)

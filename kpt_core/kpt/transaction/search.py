@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from kpt.transaction.budget import Budget
     from kpt.transaction.plan import Candidate, Proposals
 
-#: Alternatives predicted to gain less than this over what is there are not tried.
+#: What would come beside the chosen steps is not tried where it is predicted to gain less than this,
 _WORTH = 1.02
+#: nor what would come in place of one of them where it is predicted below this: predictions are rough.
+_HOPELESS = 0.75
 #: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
-_PROMISING = 1.05
+_PROMISING = 1.0
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
 #: nor any where less than this share of the budget is left.
@@ -127,7 +129,7 @@ class Search:
                 best = outcome
                 continue
             better, worse = (outcome, best) if ratio(outcome) > ratio(best) else (best, outcome)
-            worse.close()
+            ledger.supersede(worse, better)
             loser = worse.plan.steps[0]
             if excludes(loser, better.plan.steps[0]) is not None:  # else it is tried beside the best
                 ledger.reject(loser, "slower", _alone(worse, better))
@@ -169,17 +171,16 @@ class Search:
                 f"{share:.2f}x in company of {reduced.plan.key}: does not pay for itself",
                 share,
             )
-            best.close()
             reduced.rule, reduced.reason = "ok", ""
-            best = reduced
+            best = ledger.supersede(best, reduced)
         if len(best.plan) == 1:
             gains[best.plan.steps[0].name] = best.over_eager
         return best
 
-    def _alternatives(self, best: Outcome, *, least: float = _WORTH) -> Outcome:
+    def _alternatives(self, best: Outcome, *, least: float = _HOPELESS) -> Outcome:
         """Try what was left out in place of (or beside) what was chosen, most promising first.
 
-        Those that promise less than ``least`` stay open.
+        Those that promise less than ``least`` stay open, where they need a set-up.
         """
         ledger = self.ledger
         for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
@@ -189,8 +190,7 @@ class Search:
             hope, plan = _hope(candidate, best), best.plan.with_(candidate)
             if ledger.fuel is not None and len(plan) > ledger.fuel:
                 continue
-            # Predictions are rough: an alternative is hopeless only if it is predicted clearly worse.
-            if candidate.gain <= 1.0 or hope < (0.75 if replaced else _WORTH):
+            if candidate.gain <= 1.0 or hope < (_HOPELESS if replaced else _WORTH):
                 ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
                 continue
             if hope < least and ledger.slow(plan):
@@ -219,8 +219,7 @@ class Search:
         ledger.found.gains[candidate.name] = ratio(outcome)
         if ledger.paid.issuperset(replaced):
             ledger.paid.add(candidate)
-        best.close()
-        return outcome
+        return ledger.supersede(best, outcome)
 
     def _gamble(self, best: Outcome | None) -> Outcome | None:
         """Give what is left to the step that promises most of those whose set-up was expected to take longer.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kpt.transaction.ledger import QUICK, ratio
-from kpt.transaction.plan import Candidate, Plan
+from kpt.transaction.plan import EXCLUSIVE, Candidate, Plan
 
 if TYPE_CHECKING:
     from kpt.transaction.ledger import Ledger
@@ -32,7 +32,7 @@ def first(ledger: Ledger) -> Outcome | None:
     A compiler may not come back in time, and a stack that quantises may take long and then be wrong. So what
     needs no set-up is bought first where that is cheap, then what is cautious, then all.
     """
-    whole = ledger.assembled(ledger.open())
+    whole = _stack(ledger, ledger.open())
     best: Outcome | None = None
     if ledger.slow(whole):
         if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
@@ -42,6 +42,23 @@ def first(ledger: Ledger) -> Outcome | None:
     if whole.level == _BOLD:
         best = _holding(ledger, _cautious, best)
     return _holding(ledger, _any, best)
+
+
+def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:
+    """The stack of best predictions, with what is slow and promises more in place of what is quick.
+
+    What a set-up costs is a reason to buy the quick one first; beside it, it would hide the slow one.
+    """
+    plan = ledger.assembled(candidates)
+    seconds = ledger.budget.seconds
+    for step in plan.steps:
+        if step.phase not in EXCLUSIVE or not _quick(step, seconds):
+            continue
+        promising = {c for c in candidates if c.phase == step.phase and c.gain > step.gain}
+        other = _stack(ledger, [c for c in candidates if c is not step])
+        if any(c in promising and not _quick(c, seconds) for c in other.steps):
+            return other
+    return plan
 
 
 def _for_singles(ledger: Ledger) -> float:
@@ -60,11 +77,12 @@ def _cautious(candidate: Candidate) -> bool:
 
 
 def _quick_for(budget: float) -> Callable[[Candidate], bool]:
-    def quick(candidate: Candidate) -> bool:
-        slow, seconds = _own_setup(candidate)
-        return _cautious(candidate) and (not slow or seconds < QUICK * budget)
+    return lambda candidate: _cautious(candidate) and _quick(candidate, budget)
 
-    return quick
+
+def _quick(candidate: Candidate, budget: float) -> bool:
+    slow, seconds = _own_setup(candidate)
+    return not slow or seconds < QUICK * budget
 
 
 def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcome | None) -> Outcome | None:
@@ -78,7 +96,7 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
     apart: dict[Candidate, Outcome] = {}
     late: set[Candidate] = set()
     while True:
-        plan = ledger.assembled(c for c in ledger.open() if admitted(c) and c not in apart and c not in late)
+        plan = _stack(ledger, [c for c in ledger.open() if admitted(c) and c not in apart and c not in late])
         added = [step for step in plan.steps if step not in known]
         if not added or ledger.failed(plan) is not None:
             return best
@@ -99,10 +117,9 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
                     if step not in plan.steps and step not in apart:
                         reason = f"{plan.key} without it gives {ratio(outcome):.2f}x of {best.plan.key}"
                         ledger.reject(step, "slower", reason)
-                best.close()
             for step, failure in apart.items():
                 ledger.reject_by(step, failure)
-            return outcome
+            return ledger.supersede(best, outcome)
         outcome.close()
         if outcome.right:
             # Final for one step among all others. What is slower in a part may be faster in the whole.
@@ -122,9 +139,7 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
                 return best
             if alone.accepted:
                 ledger.spare = 0.0
-                if best is not None:
-                    best.close()
-                return alone
+                return ledger.supersede(best, alone)
         if outcome.rule == "deadline" and best is None and _lost(ledger):
             return None  # without the compiler's help the rest is not faster together: one by one
 
@@ -206,9 +221,7 @@ def _one_by_one(ledger: Ledger, steps: list[Candidate]) -> Outcome | None:
     for step in steps:
         outcome = ledger.run(Plan.of([step]), among=4 * len(steps))
         if outcome.accepted and (best is None or ratio(outcome) > ratio(best)):
-            if best is not None:
-                best.close()
-            best = outcome
+            best = ledger.supersede(best, outcome)
             continue
         outcome.close()
         if not outcome.right:

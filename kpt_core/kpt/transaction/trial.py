@@ -49,7 +49,8 @@ class Outcome:
 
     So is ``quiet``, the same plan on the model without dropout, by which values are judged where the
     outputs depend on random numbers. ``over_eager`` is how many times faster than the untouched model it is,
-    through what it was timed against.
+    through what it was timed against. ``beneath`` is the accepted outcome of a stricter level that it took
+    the place of, alive as long as it is.
     """
 
     plan: Plan
@@ -63,6 +64,7 @@ class Outcome:
     applied: Applied | None = None
     quiet: Applied | None = None
     over_eager: float = 0.0
+    beneath: Outcome | None = None
 
     @property
     def right(self) -> bool:
@@ -88,11 +90,28 @@ class Outcome:
             "seconds": self.seconds,
         }
 
+    def supersede(self, other: Outcome) -> None:
+        """Take the place of ``other``, which is closed, or kept beneath where its level is the stricter.
+
+        What a level allows may be right on the inputs of a trial and wrong on those of the commit.
+        """
+        stack, other.beneath = [other, other.beneath], None
+        for lower in stack:
+            if lower is None:
+                continue
+            if self.beneath is None and lower.plan.stricter_than(self.plan):
+                self.beneath = lower
+            else:
+                lower.close()
+
     def close(self) -> None:
         self.hush()
         if self.applied is not None:
             self.applied.close()
             self.applied = None
+        if self.beneath is not None:
+            self.beneath.close()
+            self.beneath = None
 
     def hush(self) -> None:
         """Free the application without dropout: nothing is judged any more."""

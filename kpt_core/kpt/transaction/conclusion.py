@@ -1,0 +1,162 @@
+"""The end of a run: commit what was found, or what lies beneath it; receipt, cache and trackers say so."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from kpt import compiling, plugins
+from kpt.transaction import memory, recipe
+from kpt.transaction.budget import BudgetSpent
+from kpt.transaction.commit import Committed, commit
+from kpt.transaction.events import emit
+from kpt.transaction.plan import Plan
+from kpt.transaction.receipt import Entry, Receipt
+
+if TYPE_CHECKING:
+    from kpt.judge.clock import Timing
+    from kpt.transaction.ledger import Found
+    from kpt.transaction.plan import Proposals
+    from kpt.transaction.run import Run
+    from kpt.transaction.trial import Outcome, Trials
+
+
+def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:
+    """Commit the best plan; where the final judgement refuses it, the one of a stricter level beneath it.
+
+    What was refused is among the rejected of the receipt, and of ``found``.
+    """
+    while (best := found.best) is not None:
+        beneath, best.beneath = best.beneath, None
+        try:
+            committed, refusal, timing = _try(run, best, trials, timed=timed)
+        except BaseException:
+            if beneath is not None:
+                beneath.close()
+            raise
+        if committed is not None:
+            if beneath is not None:
+                beneath.close()
+            _describe(run, trials, found, committed, timing)
+            return
+        run.receipt.reason = refusal[1]
+        _refused(found, best, beneath, *refusal)
+        found.best = beneath
+    run.receipt.rejected = found.rejected
+
+
+def _try(
+    run: Run, best: Outcome, trials: Trials, *, timed: bool
+) -> tuple[Committed | None, tuple[str, str], Timing | None]:
+    emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    try:
+        with run.budget.limit():
+            return commit(run.model, best, trials, timed=timed)
+    except (BudgetSpent, compiling.DeadlinePassed):
+        best.close()
+        return None, ("deadline", "the budget was spent before the final judgement ended"), None
+    except BaseException:
+        best.close()
+        raise
+
+
+def _refused(found: Found, best: Outcome, beneath: Outcome | None, rule: str, reason: str) -> None:
+    """Reject what the commit of ``best`` refused: the steps that the plan ``beneath`` it does without."""
+    kept = beneath.plan.steps if beneath is not None else ()
+    again = {step.name for step in kept}
+    found.rejected = [entry for entry in found.rejected if entry.name not in again]
+    for step in best.plan.steps:
+        if step not in kept:
+            gain = found.gains.pop(step.name, None)
+            found.rejected.append(Entry(step.name, step.phase, step.plugin, rule, reason, gain))
+
+
+def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timing: Timing | None) -> None:
+    receipt, best = run.receipt, committed.outcome
+    run.committed, run.only_examples = committed, trials.judgement.only_examples
+    receipt.status, receipt.reason = "optimized", ""
+    applied = committed.applied.behaviours
+    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}
+    receipt.accepted = [
+        Entry(
+            step.name,
+            step.phase,
+            step.plugin,
+            "kept",
+            effect() if (effect := effects.get(step)) else step.variant.note or "right and faster",
+            found.gains.get(step.name),
+            dict(best.figures),
+        )
+        for step in best.plan.steps
+    ]
+    receipt.rejected = found.rejected
+    receipt.setup_seconds = best.setup_seconds
+    receipt.watched_tensors = committed.watch.tensors
+    receipt.derived_bytes = memory.derived_bytes(run.model, committed.applied)
+    receipt.patches = ["forward of the model"]
+    if timing is not None:
+        receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
+        receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
+    if trials.accuracy_before is not None:
+        receipt.accuracy = {
+            "before": trials.accuracy_before,
+            "after": trials.accuracy_after.get(best.plan.key, float("nan")),
+        }
+    receipt.recipe_data = recipe.to_dict(
+        best.plan,
+        run.key,
+        {
+            "gains": found.gains,
+            "rejected": [entry.to_dict() for entry in found.rejected],
+            "speedup": receipt.speedup,
+            "budget": run.budget.seconds,
+        },
+    )
+
+
+def why_nothing(receipt: Receipt, proposals: Proposals) -> str:
+    if not proposals.candidates:
+        return "no plugin had anything to offer here"
+    rules = [entry.rule for entry in receipt.rejected]
+    total, slow, unfuelled = len(rules), rules.count("slower"), rules.count("fuel")
+    late = rules.count("budget") + rules.count("deadline")
+    wrong = total - slow - unfuelled - late
+    counts = [f"{slow} not faster", f"{wrong} not right or not applicable"]
+    counts += [f"{late} not tried to the end for lack of budget"] if late else []
+    counts += [f"{unfuelled} beyond the fuel"] if unfuelled else []
+    return f"of {total} variants none paid for itself: {', '.join(counts)}"
+
+
+def store(run: Run, *, fixed: bool) -> None:
+    """Keep what was found, nothing included: a second process need not search in vain.
+
+    Where the plan is ``fixed`` a lack of time is kept as well: it must not decide differently next time.
+    """
+    receipt = run.receipt
+    if receipt.recipe_data is None:
+        rejected = [asdict(entry) for entry in receipt.rejected]
+        receipt.recipe_data = recipe.to_dict(
+            Plan(),
+            run.key,
+            {"reason": receipt.reason, "rejected": rejected, "budget": run.budget.seconds},
+        )
+    if not run.request.cache or run.request.plan is not None:
+        return
+    late = any(entry.rule in ("budget", "deadline") for entry in receipt.rejected)
+    if late and not receipt.optimized and not fixed:
+        return  # a longer budget may still find something
+    problem = recipe.write(run.key, receipt.recipe_data)
+    if problem is not None:
+        receipt.notes.append(problem)
+
+
+def track(run: Run) -> None:
+    """Give the receipt to every tracker; a tracker that raises is noted and harms nothing."""
+    specs = {found.spec.name: found.spec for found in run.request.registry.specs("kpt_trackers")}
+    for tracker in run.request.trackers:
+        try:
+            if isinstance(tracker, str):
+                tracker = plugins.instantiate(specs[tracker].entry)
+            tracker.record(run.receipt.to_dict())
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
+            run.receipt.notes.append(f"tracker {tracker!r} failed: {type(error).__name__}: {error}")
