@@ -11,7 +11,7 @@ import mixed_models
 import slow_models
 from fingerprints import optimized
 from kpt.specs import PolicySpec, Variant
-from kpt.transaction import events
+from kpt.transaction import events, ledger
 from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.trial import Outcome
 
@@ -97,3 +97,17 @@ def test_an_outcome_keeps_the_stricter_one_beneath_it_until_it_is_closed_or_repl
     strict = outcome("exact")
     strict.supersede(bolder)
     assert all(each.closed for each in applied) and strict.beneath is None
+
+
+def test_a_plan_that_would_crowd_the_memory_is_not_kept_beneath(monkeypatch):
+    monkeypatch.setattr(ledger, "free_memory", lambda device_type: 1000.0)
+    bold = PolicySpec(
+        "Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8"
+    )
+    offered = [slow_models.plugin(slow_models.DirectScale, policies=[CAUTIOUS, bold])]
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    optimized(model, example, plugins=offered, level="aggressive", budget=30.0)
+    receipt = kpt.report(model)
+    assert "Bold:wobbly" in {entry.name for entry in receipt.accepted}
+    (note,) = [note for note in receipt.notes if "fall back" in note]
+    assert note.startswith("Cautious:half") and "25% of the memory" in note

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kpt
-from kpt.transaction import baseline, memory
-from kpt.transaction.baseline import _free_in_control_group
+from kpt.transaction import freememory, memory
+from kpt.transaction.freememory import _free_in_control_group
 from slow_models import DirectScale, net, plugin
 
 
@@ -43,8 +43,8 @@ def test_version_1_groups_and_those_of_a_container(tmp_path: Path) -> None:
 
 
 def test_free_memory_is_the_smaller_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baseline, "_free_in_control_group", lambda: 10.0)
-    assert baseline.free_memory("cpu") == 10.0
+    monkeypatch.setattr(freememory, "_free_in_control_group", lambda: 10.0)
+    assert freememory.free_memory("cpu") == 10.0
 
 
 def test_peak_memory_of_a_model_on_the_cpu_is_that_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

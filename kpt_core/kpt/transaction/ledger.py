@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kpt.transaction import memory
 from kpt.transaction.events import emit
+from kpt.transaction.freememory import free_memory
 from kpt.transaction.plan import Candidate, Plan, assemble
 from kpt.transaction.receipt import Entry
 from kpt.transaction.trial import Outcome, Trials
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 _RESERVE = 0.1
 #: The commit judges and times again, on more inputs and for longer: as many times what a trial took for that.
 _COMMIT = 1.5
+#: Share of the free memory that a plan may hold for the commit to fall back on.
+_BENEATH = 0.25
 #: A trial may take this many times the set-up that its variants announced,
 _OVERRUN = 3.0
 #: and at least this share of what is left: more would leave nothing for the others, less would stop a
@@ -155,12 +159,29 @@ class Ledger:
         return self.time_for(self.cost(plan, best) + kept)
 
     def supersede(self, best: Outcome | None, outcome: Outcome) -> Outcome:
-        """``outcome`` in place of ``best``; where the commit may have to fall back, time is kept for that."""
-        if best is not None:
+        """``outcome`` in place of ``best``; where the commit may have to fall back, time is kept for that.
+
+        A stricter ``best`` whose copies of weights would crowd the memory is closed, and a note says so.
+        """
+        if best is not None and best.plan.stricter_than(outcome.plan) and (held := self._crowds(best)):
+            self.found.notes.append(
+                f"{best.plan.key} was not kept for the commit to fall back on: it holds "
+                f"{held / 2**20:.0f} MiB, more than {_BENEATH:.0%} of the memory that is free"
+            )
+            best.close()
+        elif best is not None:
             outcome.supersede(best)
         if outcome.beneath is not None:
             self.keep_for_commit(outcome, 1.0 + _COMMIT)
         return outcome
+
+    def _crowds(self, best: Outcome) -> int:
+        """Bytes that ``best`` holds beyond the user's model, if they are too many to be kept; else 0."""
+        if best.applied is None:
+            return 0
+        observation = self.trials.observation
+        held = memory.derived_bytes(observation.model, best.applied)
+        return held if held > _BENEATH * free_memory(observation.device_type) else 0
 
     def _learn_pace(self, outcome: Outcome) -> None:
         """Other set-ups will take as many times what they announced as this one did."""

@@ -15,11 +15,12 @@ from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import conclusion, distributed, hooks, recipe
-from kpt.transaction.baseline import Baseline, free_memory
+from kpt.transaction.baseline import Baseline
 from kpt.transaction.budget import Budget, BudgetSpent
 from kpt.transaction.commit import Committed
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
+from kpt.transaction.freememory import free_memory
 from kpt.transaction.ledger import Found
 from kpt.transaction.observe import (
     Observation,
