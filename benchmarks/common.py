@@ -95,12 +95,16 @@ def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) 
 
 
 def with_todays(
-    name: str, part: str, records: Mapping[str, Any], settings: Mapping[str, Any], folder: Path = RESULTS
+    name: str,
+    part: str,
+    records: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    folder: Path = RESULTS,
 ) -> dict[str, Any]:
     """``records`` and those that today's result file already holds, so that a long run can be done in parts.
 
-    Records of another machine or of a run with other settings are left out. Each record names the commit it
-    was measured on.
+    Records of another machine or of a run with other ``settings`` are left out; None where each record names
+    its own. Each names the commit it was measured on.
     """
     path = folder / f"{name}-{today()}.json"
     if not path.exists():
@@ -108,7 +112,7 @@ def with_todays(
     before = json.loads(path.read_text(encoding="utf-8"))
     here = rounded(machine())
     same_machine = all(before["machine"].get(key) == value for key, value in here.items())
-    if before["settings"] != rounded(settings) or not same_machine:
+    if not same_machine or (settings is not None and before["settings"] != rounded(settings)):
         return dict(records)
     return {**before[part], **records}
 

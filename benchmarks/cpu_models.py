@@ -207,8 +207,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": len(samples["eager"]),
         "contenders": records,
         "standing": standing(samples, records),
-        # Which commit this model was measured on: a result file may be completed model by model.
+        # What this model was measured on and how: a result file may be completed model by model.
         "commit": versions()["commit"],
+        "settings": {"budget": options.budget, "seconds": options.seconds},
     }
 
 
@@ -287,7 +288,7 @@ def main() -> None:
     settings = {"budget": options.budget, "seconds": options.seconds}
     # A quick look, or one at a few contenders, must not pass for the real thing.
     name = "cpu_models_partial" if options.quick or options.contenders else "cpu_models"
-    known = with_todays(name, "models", records, settings, options.results)
+    known = with_todays(name, "models", records, None, options.results)
     ordered = {model: known[model] for model in MODELS if model in known}
     path = write_result(name, {"settings": settings, "models": ordered}, options.results)
     print(f"\n{path}")

@@ -94,7 +94,9 @@ def model_section(record: dict[str, Any]) -> list[str]:
             rows.append([shown, row["status"], "", "", "", row["reason"]])
     header = ["contender", "ratio to eager", "ms", "error", "set-up, s", "accepted, or why not"]
     if "commit" in record:
-        parts.append(f"Commit {record['commit']}.")
+        how = record.get("settings")
+        times = f"; {how['budget']:g} s to optimise, {how['seconds']:g} s of calls" if how else ""
+        parts.append(f"Commit {record['commit']}{times}.")
     parts.append(table(header, rows))
     verdicts = {"ahead": "is ahead of", "level": "is level with", "behind": "is behind"}
     for level, row in record["standing"].items():
@@ -191,8 +193,12 @@ def block(folder: Path) -> str:
             cells = [ratio_of(record["contenders"].get(f"kpt {level}")) for level in LEVELS]
             peers = {n: r for n, r in record["contenders"].items() if not n.startswith("kpt") and speed(r)}
             best = max(peers, key=lambda name: speed(peers[name]))
-            rows.append([record["title"], *cells, f"{speed(peers[best]):.2f}× {best}"])
-        parts += [table(["times faster than eager fp32", *LEVELS, "best peer"], rows), origin(path, content)]
+            error = f"error {peers[best]['relative_error']:.0e}"
+            rows.append([record["title"], *cells, f"{speed(peers[best]):.2f}× {best}, {error}"])
+        parts += [
+            table(["times faster than eager fp32", *LEVELS, "fastest peer"], rows),
+            origin(path, content),
+        ]
     if families:
         parts += family_section(families[1])[:1]
     return "\n\n".join(part.strip() for part in parts) if parts else NOTHING_YET
