@@ -297,6 +297,26 @@ def test_gradients_through_a_model_optimised_for_inference(plan):
         torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad)
 
 
+@pytest.mark.parametrize("made_inside", [True, False], ids=["inference tensors", "ordinary tensors"])
+@pytest.mark.parametrize("optimised_inside", [True, False], ids=["optimised inside", "optimised outside"])
+def test_compiled_code_serves_calls_in_inference_mode(optimised_inside, made_inside):
+    model = net()
+    twin = copy.deepcopy(model)
+    with torch.inference_mode(optimised_inside):
+        optimized(model, torch.randn(32, 16), plugins=[plugin(Captured)])
+    with torch.inference_mode(made_inside):
+        examples = [torch.randn(32, 16) for _ in range(3)]
+    with torch.inference_mode():
+        for example in examples:
+            found, expected = model(example), twin(example)
+            torch.testing.assert_close(found, expected)
+            assert found.is_inference()
+    assert fast_calls(model) == 3 and not fallbacks(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(examples[0]), twin(examples[0]))
+    assert fast_calls(model) == 4 and not fallbacks(model)
+
+
 def test_compiled_code_serves_inputs_that_require_a_gradient():
     model, example = net(), torch.randn(32, 16)
     twin = copy.deepcopy(model.eval())

@@ -1,4 +1,4 @@
-"""Compiled code for inputs without a gradient, called with inputs that require one where none is recorded."""
+"""Compiled code for inputs without a gradient, called where none is recorded: in inference mode, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 def without_gradients(
     args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -16,24 +18,46 @@ def without_gradients(
 
     What is one tensor stays one. Tensors are looked for in lists, tuples and dictionaries.
     """
-    stand_ins: dict[int, torch.Tensor] = {}
-    own: dict[int, torch.Tensor] = {}
+    (plain, named), stand_ins = _exchanged(
+        args, kwargs, lambda tensor: tensor.detach() if tensor.requires_grad else tensor
+    )
+    return plain, named, {id(stand_in): tensor for tensor, stand_in in stand_ins}
 
-    def plain(value: Any) -> Any:
+
+def outside_of_inference_mode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments with ordinary tensors on the same memory in place of those made in inference mode.
+
+    They are for guards to look at. To be called outside of inference mode.
+    """
+    return _exchanged(args, kwargs, _ordinary)[0]
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_inference() or type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+        return tensor
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload, no-any-return]
+
+
+def _exchanged(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[Arguments, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The arguments with ``change(tensor)`` for each tensor, and the pairs of those that differ."""
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def visit(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if not value.requires_grad:
-                return value
-            if id(value) not in stand_ins:
-                stand_ins[id(value)] = value.detach()
-                own[id(stand_ins[id(value)])] = value
-            return stand_ins[id(value)]
+            if id(value) not in found:
+                found[id(value)] = (value, change(value))
+            return found[id(value)][1]
         if type(value) in (list, tuple):
-            return type(value)(map(plain, value))
+            return type(value)(map(visit, value))
         if type(value) is dict:
-            return {key: plain(item) for key, item in value.items()}
+            return {key: visit(item) for key, item in value.items()}
         return value
 
-    return plain(args), plain(kwargs), own
+    changed = visit(args), visit(kwargs)
+    return changed, [pair for pair in found.values() if pair[0] is not pair[1]]
 
 
 def detaching(target: Callable[..., Any]) -> Callable[..., Any]:

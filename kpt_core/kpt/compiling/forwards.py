@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from kpt.compiling.call_structure import named_tensors, negative_zeros, structure_of
-from kpt.compiling.detaching import detaching, without_gradients
+from kpt.compiling.detaching import detaching, outside_of_inference_mode, without_gradients
 from kpt.compiling.torch_compiler import (
     errors_kept,
     forget_modules,
+    loaded_modules,
     marked_dynamic,
-    module_cache,
     release_guards,
+    settings_of,
 )
 
 GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
@@ -209,18 +210,22 @@ class CompiledForward:
                 if unknown:
                     target = self._compile(args, kwargs)
         if unknown and self.sealed and target is None and not torch.is_grad_enabled():
-            target = self._for_detached(args, kwargs)
+            target = self._without_autograd(args, kwargs)
         if target is not None and key is not None:
             if len(self._table) >= TABLE_LIMIT:
                 self._table.clear()
             self._table[key] = target
         return target
 
-    def _for_detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """The compiled code for these inputs detached, where some require a gradient that nobody records."""
+    def _without_autograd(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        """The compiled code for these inputs detached and seen from outside of inference mode.
+
+        Where no gradient is recorded it computes the same for them. Dynamo's guards tell them apart.
+        """
         plain, named, own = without_gradients(args, kwargs)
-        target = self._satisfied(plain, named)[0] if own else None
-        return detaching(target) if target is not None else None
+        with torch.inference_mode(False), torch.no_grad():
+            target = self._satisfied(*outside_of_inference_mode(plain, named))[0]
+        return detaching(target) if own and target is not None else target
 
     def _satisfied(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -253,15 +258,19 @@ class CompiledForward:
         _active.append(self)
         try:
             with ExitStack() as stack:
-                self._enter_settings(stack)
+                stack.enter_context(
+                    settings_of(
+                        {"recompile_limit": GRAPH_LIMIT, **self.dynamo_config},
+                        self.inductor_config,
+                        dynamic=bool(self.dynamic_dims),
+                    )
+                )
                 if self.around_compilation is not None:
                     stack.enter_context(self.around_compilation())
-                stack.enter_context(self._tracked_modules())
-                stack.enter_context(
-                    marked_dynamic(named_tensors(self._signature, args, kwargs), self.dynamic_dims)
-                    if self.dynamic_dims
-                    else ExitStack()
-                )
+                stack.enter_context(loaded_modules(self._modules))
+                if self.dynamic_dims:
+                    tensors = named_tensors(self._signature, args, kwargs)
+                    stack.enter_context(marked_dynamic(tensors, self.dynamic_dims))
                 said = stack.enter_context(errors_kept())
                 try:
                     compiled(*args, **kwargs)
@@ -284,43 +293,6 @@ class CompiledForward:
             target = FunctionType(entry.code, self._globals, "compiled_forward")
             self._compiled.append((entry.guard_manager, target, negative_zeros((args, kwargs))))
         return target
-
-    def _enter_settings(self, stack: ExitStack) -> None:
-        import torch._dynamo.config as dynamo_config
-        import torch._functorch.config as functorch_config
-        import torch.fx.experimental._config as symbolic_config
-
-        settings = {
-            "recompile_limit": GRAPH_LIMIT,
-            "fail_on_recompile_limit_hit": True,
-            "record_runtime_overhead": False,
-            "suppress_errors": False,
-            **self.dynamo_config,
-        }
-        known = {name: value for name, value in settings.items() if hasattr(dynamo_config, name)}
-        stack.enter_context(dynamo_config.patch(**known))
-        # The backward graph is compiled with the forward one: later, these settings are gone.
-        if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
-            stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
-        if self.dynamic_dims:
-            # Two dimensions that happen to be equal in the example are not one dimension.
-            stack.enter_context(symbolic_config.patch(use_duck_shape=False))
-        if self.inductor_config:
-            import torch._inductor.config as inductor_config
-
-            stack.enter_context(inductor_config.patch(self.inductor_config))
-
-    @contextmanager
-    def _tracked_modules(self) -> Iterator[None]:
-        """Note the Python modules that inductor loads: its cache keeps them, constants included."""
-        cache = module_cache()
-        before = len(cache.modules) if cache is not None else 0
-        try:
-            yield
-        finally:
-            cache = module_cache()
-            if cache is not None:
-                self._modules.extend(cache.modules[before:])
 
     def _lower(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         context = torch._guards.TracingContext.try_get()

@@ -7,10 +7,42 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+
+@contextmanager
+def settings_of(dynamo: Mapping[str, Any], inductor: Mapping[str, Any], *, dynamic: bool) -> Iterator[None]:
+    """Compile a whole graph or raise, under these settings of dynamo's and inductor's.
+
+    Names that this version of dynamo does not know are left out; ``dynamic``: dimensions are declared.
+    """
+    import torch._dynamo.config as dynamo_config
+    import torch._functorch.config as functorch_config
+    import torch.fx.experimental._config as symbolic_config
+
+    settings = {
+        "fail_on_recompile_limit_hit": True,
+        "record_runtime_overhead": False,
+        "suppress_errors": False,
+        **dynamo,
+    }
+    with ExitStack() as stack:
+        known = {name: value for name, value in settings.items() if hasattr(dynamo_config, name)}
+        stack.enter_context(dynamo_config.patch(**known))
+        # The backward graph is compiled with the forward one: later, these settings are gone.
+        if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
+            stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        if dynamic:
+            # Two dimensions that happen to be equal in the example are not one dimension.
+            stack.enter_context(symbolic_config.patch(use_duck_shape=False))
+        if inductor:
+            import torch._inductor.config as inductor_config
+
+            stack.enter_context(inductor_config.patch(dict(inductor)))
+        yield
 
 
 @contextmanager
@@ -97,6 +129,19 @@ def module_cache() -> Any:
     """Inductor's cache of generated modules, or None while inductor isn't loaded."""
     codecache = sys.modules.get("torch._inductor.codecache")
     return codecache.PyCodeCache if codecache is not None else None
+
+
+@contextmanager
+def loaded_modules(found: list[Any]) -> Iterator[None]:
+    """Add to ``found`` the Python modules that inductor loads: its cache keeps them, constants included."""
+    cache = module_cache()
+    before = len(cache.modules) if cache is not None else 0
+    try:
+        yield
+    finally:
+        cache = module_cache()
+        if cache is not None:
+            found.extend(cache.modules[before:])
 
 
 def forget_modules(modules: list[Any]) -> None:
