@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import random
 import signal
@@ -70,6 +71,12 @@ DISTURBANCES: dict[str, Callable[[], Any]] = {
     "warning filters": lambda: warnings.simplefilter("error"),
     "environment": lambda: os.environ.update(KPT_TEST_VARIABLE="1", PATH=""),
     "working directory": lambda: os.chdir("/"),
+    "standard output": lambda: setattr(sys, "stdout", io.StringIO()),
+    "standard error": lambda: setattr(sys, "stderr", io.StringIO()),
+    "standard input": lambda: setattr(sys, "stdin", io.StringIO()),
+    "hook of uncaught errors": lambda: setattr(sys, "excepthook", print),
+    "hook of uncaught errors in threads": lambda: setattr(threading, "excepthook", print),
+    "arguments of the program": lambda: sys.argv.append("--more"),
 }
 
 

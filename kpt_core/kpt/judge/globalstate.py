@@ -235,6 +235,12 @@ def _process() -> list[Item]:
         Item("thresholds of the garbage collector", gc.get_threshold, lambda value: gc.set_threshold(*value)),
         Item("environment", lambda: dict(os.environ), _put_environment),
         Item("working directory", os.getcwd, os.chdir),
+        _attribute("standard output", sys, "stdout"),
+        _attribute("standard error", sys, "stderr"),
+        _attribute("standard input", sys, "stdin"),
+        _attribute("hook of uncaught errors", sys, "excepthook"),
+        _attribute("hook of uncaught errors in threads", threading, "excepthook"),
+        Item("arguments of the program", lambda: list(sys.argv), partial(setattr, sys, "argv")),
     ]
 
 

@@ -28,7 +28,8 @@ class Snapshot:
     Random states (Python, NumPy if imported, every device in use), default dtype and device, gradient
     mode, autocast, deterministic and precision flags, backend flags, thread counts, compiler
     configuration, modes, hooks of all modules, warning filters, logging's threshold, the garbage collector,
-    handlers of Ctrl-C and SIGTERM, environment and working directory.
+    handlers of Ctrl-C and SIGTERM, environment, working directory, standard streams, hooks of uncaught errors
+    and the program's arguments.
     """
 
     def __init__(self) -> None:
