@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
 import threading
-import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
-from kpt import compiling, interruption
+from kpt import compiling
 from kpt.compiling import CapturedForward, CompiledForward, executions_of_thread
 
 
@@ -323,163 +316,6 @@ def test_calls_from_threads_agree(model):
     assert forward.graphs == 1
 
 
-def test_deadline_stops_python_code_and_is_quiet_otherwise():
-    with interruption.deadline(30.0):
-        pass
-    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.1, interval=0.05):
-        while True:
-            try:
-                time.sleep(0.01)
-            except Exception:  # noqa: BLE001 - a foreign handler must not catch the deadline
-                pytest.fail("caught")
-    time.sleep(0.15)  # nothing arrives later
-
-
-SLOW_IMPORT = """
-import time
-started = True
-end = time.monotonic() + {seconds}
-while time.monotonic() < end:
-    time.sleep(0.01)
-whole = True
-"""
-
-
-def test_the_import_of_a_module_comes_to_its_end_past_the_deadline(tmp_path, monkeypatch):
-    """Half of a library is registered elsewhere and cannot be imported again: compilers would be lost."""
-    (tmp_path / "kpt_test_slow_import.py").write_text(SLOW_IMPORT.format(seconds=1.0))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "kpt_test_slow_import", raising=False)
-    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.2):
-        import kpt_test_slow_import
-
-        while True:
-            time.sleep(0.001)
-    assert kpt_test_slow_import.whole and sys.modules["kpt_test_slow_import"] is kpt_test_slow_import
-
-
-def test_a_module_that_hangs_is_interrupted_all_the_same(tmp_path, monkeypatch):
-    (tmp_path / "kpt_test_hanging_import.py").write_text(SLOW_IMPORT.format(seconds=1000.0))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(interruption, "_IMPORT_PATIENCE", 0.3)
-    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.2):
-        import kpt_test_hanging_import  # noqa: F401
-    assert "kpt_test_hanging_import" not in sys.modules
-
-
-def test_a_deadline_holds_in_a_program_that_is_itself_being_imported(tmp_path, monkeypatch):
-    (tmp_path / "kpt_test_importing.py").write_text(
-        "import time\nfrom kpt.interruption import DeadlinePassed, deadline\n"
-        "try:\n    with deadline(0.2):\n        while True:\n            time.sleep(0.001)\n"
-        "except DeadlinePassed:\n    stopped = True\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(interruption, "_IMPORT_PATIENCE", 1000.0)
-    import kpt_test_importing
-
-    assert kpt_test_importing.stopped
-
-
-def test_stop_workers_leaves_other_children_alone():
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as child:
-        interruption.stop_workers()
-        assert child.poll() is None
-        child.kill()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
-def test_stop_workers_ends_the_compilers_of_inductor_and_no_build_of_the_users(tmp_path, monkeypatch):
-    cache, project = tmp_path / "cache", tmp_path / "project"
-    cache.mkdir()
-    project.mkdir()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    compiler = tmp_path / "g++"  # known by its name, as the kernel tells it
-    shutil.copy(shutil.which("sleep"), compiler)
-    with (
-        subprocess.Popen([compiler, "30"], cwd=project) as theirs,
-        subprocess.Popen([compiler, "30"], cwd=cache) as ours,
-    ):
-        try:
-            while {p.name for p in interruption.descendants() if p.pid in (theirs.pid, ours.pid)} != {"g++"}:
-                time.sleep(0.01)
-            assert interruption.stop_workers(patience=0.05) == 1
-            ours.wait(timeout=10)
-            assert theirs.poll() is None
-        finally:
-            theirs.kill()
-            ours.kill()
-
-
-DRIVER = """#!/bin/sh
-# g++ -o FILE: writes half of it, and once more before it ends
-trap 'sleep 0.3; echo half > "$2"; exit 1' TERM
-echo half > "$2"
-touch "$2.begun"
-while :; do sleep 0.05; done
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
-def test_a_compiler_that_is_slow_to_end_leaves_no_half_of_a_library(tmp_path, monkeypatch):
-    """Inductor looks only whether the file is there, and would load the half of it for ever."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    compiler, library = tmp_path / "g++", tmp_path / "library.so"
-    compiler.write_text(DRIVER)
-    compiler.chmod(0o755)
-    with subprocess.Popen([compiler, "-o", library], cwd=tmp_path) as driver:
-        try:
-            while not Path(f"{library}.begun").exists():
-                time.sleep(0.01)
-            interruption.stop_workers(patience=0.05)
-            assert driver.wait(timeout=10) == 1, "it was told to end, and did by itself"
-            assert not library.exists()
-        finally:
-            driver.kill()
-
-
-@pytest.mark.slow
-def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
-    """A fresh cache makes g++ run; the deadline comes while it does; a second try succeeds."""
-    script = textwrap.dedent(
-        """
-        import torch, time
-        from kpt import interruption
-        from kpt.compiling import CompiledForward
-
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8)).eval()
-        x = torch.randn(3, 8)
-        with torch.no_grad():
-            CompiledForward(torch.nn.Tanh().forward)(x)
-            seen = []
-            for seconds in (0.3, 0.8, 1.5):
-                started = time.monotonic()
-                try:
-                    with interruption.deadline(seconds):
-                        forward = CompiledForward(model.forward)
-                        forward(x)
-                        while True:
-                            time.sleep(0.01)
-                except interruption.DeadlinePassed:
-                    seen.append(time.monotonic() - started - seconds)
-            assert len(seen) == 3 and max(seen) < 5, seen
-            forward = CompiledForward(model.forward)
-            torch.testing.assert_close(forward(x), model(x))
-            assert forward.graphs == 1
-            interruption.stop_workers()  # those of the compilation that succeeded
-            assert not interruption.descendants(), "of what was ended, zombies included, nothing is left"
-        """
-    )
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_what_torch_logs_of_a_failure_comes_with_the_error(model, capfd):
     """A search tries what may not compile: its receipt says why, and nothing is written beside it."""
 
@@ -565,29 +401,3 @@ def test_a_thread_counts_what_it_ran_itself(model):
     thread.start()
     thread.join(60)
     assert forward.executions == 2 and executions_of_thread() == before + 1
-
-
-class Freed:
-    """Runs Python code while it is collected, until that is interrupted."""
-
-    def __del__(self):
-        while True:
-            time.sleep(0.001)
-
-
-class Failing:
-    def __del__(self):
-        raise ValueError
-
-
-def test_a_deadline_that_passes_in_a_finaliser_says_nothing(monkeypatch):
-    """Python prints what a finaliser raises; the exception comes again where it is heard."""
-    printed: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
-    before = sys.unraisablehook
-    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.1, interval=0.05):
-        Freed()
-        Failing()
-        while True:
-            time.sleep(0.001)
-    assert printed == [ValueError] and sys.unraisablehook is before

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
-import random
 import signal
 import threading
 import time
@@ -98,35 +96,6 @@ def test_the_budget_holds_where_a_real_compiler_overruns_it():
     assert not interruption.descendants(), "a compiler's process outlives the budget"
     assert fingerprints.differences(before, fingerprints.of_model(model)) == []
     assert fingerprints.ours(model) == [] and torch.equal(model(example), expected)
-
-
-def test_a_deadline_ends_no_thread_that_watches_another(monkeypatch):
-    ended = []
-    monkeypatch.setattr("sys.unraisablehook", lambda raised: ended.append(raised.exc_type))
-    for step in range(200):
-        with pytest.raises(interruption.DeadlinePassed), interruption.deadline(5e-4 * (step % 7)):
-            for _ in range(200):
-                with interruption.deadline(5.0):
-                    pass
-            time.sleep(30.0)
-    time.sleep(0.05)
-    assert ended == []
-
-
-def test_a_signal_handler_of_the_users_is_left_alone():
-    heard = []
-    before = signal.signal(signal.SIGURG, lambda number, frame: heard.append(number))
-    mine = signal.getsignal(signal.SIGURG)
-    try:
-        with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05, interval=0.05):
-            while True:
-                time.sleep(0.001)
-        assert signal.getsignal(signal.SIGURG) is mine and heard == []
-    finally:
-        signal.signal(signal.SIGURG, before)
-    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05):
-        time.sleep(1000.0)
-    assert signal.getsignal(signal.SIGURG) is before
 
 
 def test_a_trial_that_overruns_does_not_take_the_others_down():
@@ -238,43 +207,3 @@ def test_one_search_at_a_time():
         for thread in threads:
             thread.join(60)
     assert most[0] == 1 and all(kpt.report(model).optimized for model in models)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
-def test_no_deadline_outlives_its_block_in_a_storm_of_signals():
-    """A watch that was never told would raise in this thread later, far away from kpt."""
-    generator, interrupted, stray = random.Random(0), 0, 0
-    threads = _thread._count()
-
-    def block(seconds: float) -> None:
-        try:
-            with interruption.contained(), interruption.deadline(seconds):
-                for _ in range(generator.randrange(20_000)):
-                    pass
-        except interruption.DeadlinePassed:
-            return
-        for _ in range(5_000):
-            pass
-
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for step in range(500):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 6e-4))
-                block(0.3 if step % 2 else 2e-4)
-            except KeyboardInterrupt:
-                interrupted += 1
-            except interruption.DeadlinePassed:
-                stray += 1
-            while True:
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.0)
-                    break
-                except KeyboardInterrupt:
-                    interrupted += 1
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    time.sleep(0.5)
-    assert interrupted > 50 and stray == 0
-    assert _thread._count() <= threads

@@ -16,8 +16,8 @@ from fingerprints import optimized
 from kpt.compiling import CompiledForward
 from kpt.specs import KernelSpec, Variant
 from kpt.transaction import dispatch, memory
+from kpt.transaction.conclusion import why_nothing
 from kpt.transaction.receipt import Entry, Receipt
-from kpt.transaction.run import _why_nothing
 from slow_models import DirectScale, SlowScale, net, plugin
 
 
@@ -38,12 +38,12 @@ def test_an_unoptimised_report_counts_what_the_budget_left_untried():
     rules = ("slower", "value", "budget", "deadline", "budget")
     receipt = Receipt("Net", "inference", "exact", "latency")
     receipt.rejected = [Entry(rule, "compile", "cpu", rule, "") for rule in rules]
-    assert _why_nothing(receipt, types.SimpleNamespace(candidates=[1])) == (
+    assert why_nothing(receipt, types.SimpleNamespace(candidates=[1])) == (
         "of 5 variants none paid for itself: 1 not faster, 1 not right or not applicable, "
         "3 not tried to the end for lack of budget"
     )
     receipt.rejected = receipt.rejected[:2]
-    assert _why_nothing(receipt, types.SimpleNamespace(candidates=[1])).endswith(
+    assert why_nothing(receipt, types.SimpleNamespace(candidates=[1])).endswith(
         "1 not right or not applicable"
     )
 

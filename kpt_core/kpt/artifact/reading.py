@@ -17,7 +17,7 @@ from kpt.artifact.folder import ArtifactError, read_manifest, read_tensors
 from kpt.transaction.api import make_request, remember, run
 from kpt.transaction.dispatch import original_forward, plan_of
 from kpt.transaction.receipt import Receipt
-from kpt.transaction.run import Request
+from kpt.transaction.request import Request
 
 
 def load(

@@ -22,7 +22,7 @@ from kpt.transaction.api import report, request_of
 from kpt.transaction.dispatch import original_forward
 
 if TYPE_CHECKING:
-    from kpt.transaction.run import Request
+    from kpt.transaction.request import Request
 
 
 def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] | None = None) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.judge import forms, tree
+from kpt.judge import fresh, tree
 from kpt.judge.calls import Call, copied_leaf
 from kpt.judge.layouts import laid_out, scaled_strides
 from kpt.judge.leafnames import leaf_name, named_leaves
@@ -78,14 +78,14 @@ class Drawing:
             return torch.where(keep, kept, torch.tensor(leaf.form.dropped, dtype=leaf.dtype))
         if leaf.role == "bool":
             if self.padding and leaf.form.mean in (0.0, 1.0):
-                flags = forms.mixed_flags(_distinct(tensor, shape), self.generator)
+                flags = fresh.mixed_flags(_distinct(tensor, shape), self.generator)
                 return flags.expand(shape) == bool(leaf.form.mean)
             mean = min(max(leaf.form.mean, 0.25), 0.75) if self.padding else leaf.form.mean
             return torch.rand(shape, generator=self.generator) < mean
         if leaf.role == "integer":
             if self.keep_integers:
-                return forms.stretch(tensor, shape)
-            return forms.draw_integers(
+                return fresh.stretch(tensor, shape)
+            return fresh.draw_integers(
                 leaf.form,
                 shape,
                 self.generator,
@@ -93,9 +93,9 @@ class Drawing:
                 keep=self.keeps.get(tuple(shape)),
                 bound=self._bound(leaf, tensor),
             )
-        values = forms.draw_floats(leaf.form, shape, self.generator)
+        values = fresh.draw_floats(leaf.form, shape, self.generator)
         if leaf.dtype.is_complex:
-            return torch.complex(values, forms.draw_floats(leaf.form, shape, self.generator))
+            return torch.complex(values, fresh.draw_floats(leaf.form, shape, self.generator))
         return values
 
     def _keep(self, leaf: LeafSpec, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -105,15 +105,15 @@ class Drawing:
         if self.padding and leaf.form.kind == "ones":
             shape = _distinct(tensor, shape)
             if not sequences:
-                return forms.mixed_flags(shape, self.generator).expand(full)
+                return fresh.mixed_flags(shape, self.generator).expand(full)
         lengths = None
         if len(shape) >= 2 and (padded or (self.padding and sequences)):
             key = (shape[0], shape[-1])
             if key not in self.lengths and (len(shape) == 2 or padded or self.padding):
                 share = leaf.form.share if padded and leaf.form.share < 1.0 else 0.4
-                self.lengths[key] = forms.ragged_lengths(*key, share, self.generator)
+                self.lengths[key] = fresh.ragged_lengths(*key, share, self.generator)
             lengths = self.lengths.get(key)
-        drawn = forms.draw_mask(
+        drawn = fresh.draw_mask(
             leaf.form, shape, self.generator, example=tensor, lengths=lengths, side=self.side
         )
         return drawn.expand(full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,18 @@ def see(value: Any) -> Any:
     if type(value) is dict:
         return {key: see(item) for key, item in value.items()}
     return value
+
+
+def seen_in(value: Any) -> Iterator[Seen]:
+    """The tensors inside ``value``, in what `see` made of it."""
+    if isinstance(value, Seen):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from seen_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from seen_in(item)
 
 
 @dataclass

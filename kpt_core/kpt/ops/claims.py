@@ -13,6 +13,7 @@ import torch
 from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.captured import Captured
 from kpt.ops.comparison import difference, tensors, versions_of
+from kpt.ops.constants import constants
 from kpt.ops.examples import Examples
 from kpt.ops.promote import Promoted
 
@@ -49,7 +50,7 @@ class Claims:
         self.straight = straight
         self.examples = Examples(captured, shrink and not straight, straight)
         self.candidates = [
-            (hypothesis, Binding(hypothesis, captured.signature, self.examples.constants(hypothesis)))
+            (hypothesis, Binding(hypothesis, captured.signature, constants(captured, hypothesis)))
             for hypothesis in hypotheses
         ]
         for hypothesis in hypotheses:

@@ -22,12 +22,12 @@ from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import untouched_randomness
 from kpt.ops.captured import Captured, Seen
 from kpt.ops.claims import OutOfTime
-from kpt.ops.examples import BIG, shrunk
 from kpt.ops.hypotheses import Literals
 from kpt.ops.proof import Outcome, prove
 from kpt.ops.recognition import GRAPH_PROOFS, Recognition
 from kpt.ops.regions import Region, example, regions, shape
 from kpt.ops.sites import Example, Site
+from kpt.ops.sizes import BIG, shrunk
 from kpt.ops.substitution import replaceable
 
 _PROOFS_LIMIT = 4096

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kpt.ops.callees import codes_of
 from kpt.ops.captured import Captured, Seen
+from kpt.ops.mentions import names_in
 
 if TYPE_CHECKING:
     import torch
@@ -111,20 +112,8 @@ def attribute_names(cls: type) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def _attribute_names(cls: type) -> frozenset[str]:
-    names: set[str] = set()
-
-    def collect(code: types.CodeType) -> None:
-        names.update(code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                collect(constant)
-            elif isinstance(constant, str):  # getattr(self, "name", ...)
-                names.add(constant)
-
-    for function in class_functions(cls):
-        for code in codes_of(function):
-            collect(code)
-    return frozenset(names)
+    codes = [code for function in class_functions(cls) for code in codes_of(function)]
+    return frozenset().union(*(names_in(code)[1] for code in codes))
 
 
 def floats(module: torch.nn.Module, low: float, high: float) -> list[tuple[str, float]]:

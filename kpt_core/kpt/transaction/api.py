@@ -17,10 +17,11 @@ from kpt import plugins
 from kpt.specs import LEVELS, OBJECTIVES
 from kpt.transaction import dispatch, distributed
 from kpt.transaction.accuracy import Accuracy
-from kpt.transaction.observe import unreachable
 from kpt.transaction.receipt import Receipt
-from kpt.transaction.run import Request, execute
+from kpt.transaction.request import Request
+from kpt.transaction.run import execute
 from kpt.transaction.serving import Plan
+from kpt.transaction.suitability import unreachable
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call

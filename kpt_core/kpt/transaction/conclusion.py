@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kpt.judge.clock import Timing
     from kpt.transaction.ledger import Found
     from kpt.transaction.plan import Proposals
-    from kpt.transaction.run import Run
+    from kpt.transaction.request import Run
     from kpt.transaction.trial import Outcome, Trials
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import copy
 import logging
 import time
 from collections import Counter
@@ -14,7 +12,6 @@ import torch
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
-from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.kernels import ops_with_kernels
 from kpt.specs import Observation
 from kpt.transaction import workspace
@@ -22,25 +19,26 @@ from kpt.transaction.ambient import ambient_state
 from kpt.transaction.arguments import never_served
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.execution import Runner, seeded
-from kpt.transaction.hooks import global_hooks, is_own
-from kpt.transaction.reading import constants_read
+from kpt.transaction.moving import moving_state
 from kpt.transaction.repeatable import state_tensors, told_by_gradients, unrepeatable
 from kpt.transaction.signature import Canonical
+from kpt.transaction.suitability import (
+    Unsuitable,
+    explain_failure,
+    foreign_kind,
+    refuse_bypassed,
+    refuse_unsuitable,
+)
 
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Level, Mode, Objective
 
-_SLOTS = frozenset(vars(torch.nn.Module()))
 #: Share of the budget that is left which recognition may take, and the seconds that it may take in any case
 #: while these are not half of it: a busy machine needs ten times what a quiet one does.
 _SHARE = 0.1
 _SECONDS = 5.0
 
 _log = logging.getLogger("kpt")
-
-
-class Unsuitable(Exception):
-    """The model cannot be optimised as it is; the message becomes the receipt's reason."""
 
 
 def proof_seconds(left: float) -> float:
@@ -71,7 +69,7 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
     calls = as_calls(example_inputs)
     for call in calls:
         for path, leaf in call.leaves():
-            if isinstance(leaf, torch.Tensor) and (kind := _foreign(leaf)):
+            if isinstance(leaf, torch.Tensor) and (kind := foreign_kind(leaf)):
                 raise Unsuitable(f"the input {tree.spell(path)} is a {kind} tensor; plain ones are expected")
     check_devices(calls, model)
     canonical = Canonical(original_forward(model))
@@ -84,82 +82,9 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
     return prepared
 
 
-def _foreign(tensor: torch.Tensor) -> str:
-    """What makes ``tensor`` other than a plain one, or an empty string."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return type(tensor).__name__
-    if tensor.is_nested:
-        return "nested"
-    if tensor.is_quantized:
-        return "quantised"
-    return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").strip("_")
-
-
 def mode_of(model: torch.nn.Module) -> Mode:
     trains = model.training and torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     return "training" if trains else "inference"
-
-
-def unreachable(model: torch.nn.Module) -> str | None:
-    """Why calls of ``model`` would never reach a forward that is set on it, or None."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return "the model is a scripted module, which has no Python forward to change"
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        return (
-            "model.compile() was called, so that calls run what torch.compile made of the model and no other "
-            "forward; set model._compiled_call_impl = None first to have it optimised instead"
-        )
-    if getattr(model.forward, "__func__", None) is torch.nn.Module.forward:
-        return f"{type(model).__name__} has no forward for kpt to replace; rename its __call__ to forward"
-    return None
-
-
-def refuse_unsuitable(model: torch.nn.Module) -> None:
-    """Refuse what cannot be copied or must not be bypassed.
-
-    Raises:
-        Unsuitable: with the reason.
-    """
-    reason = unreachable(model)
-    if reason is not None:
-        raise Unsuitable(reason)
-    if global_hooks():
-        raise Unsuitable(
-            "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
-            "optimised forward would bypass; remove it first"
-        )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if torch.nn.parameter.is_lazy(tensor):
-            raise Unsuitable(
-                f"{name} gets its shape from the first call (a lazy module); call the model once, and "
-                "optimise it then"
-            )
-    for name, module in model.named_modules():
-        if module is model:
-            continue
-        if isinstance(module, torch.jit.ScriptModule):
-            raise Unsuitable(f"{name} is a scripted module, which has no Python forward to change")
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise Unsuitable(
-                f"compile() was called on {name}, so that its calls run what torch.compile made of it and no "
-                f"other forward; set its _compiled_call_impl = None first to have it optimised instead"
-            )
-        for hooks in workspace.CALLED_HOOKS:
-            if any(not is_own(model, hook) for hook in (getattr(module, hooks, None) or {}).values()):
-                raise Unsuitable(
-                    f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
-                    "remove it, or optimise the modules inside"
-                )
-    if "fsdp" in type(model).__module__.lower() or any("FSDP" in type(m).__name__ for m in model.modules()):
-        raise Unsuitable("the model is sharded (FSDP); optimise it before it is wrapped")
-    kinds = {type(t) for t in (*model.parameters(), *model.buffers())}
-    foreign = kinds - {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-    if foreign:
-        raise Unsuitable(
-            f"parameters are {', '.join(sorted(k.__name__ for k in foreign))}; plain tensors are expected"
-        )
-    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
-        raise Unsuitable("parameters are on the meta device; load weights first")
 
 
 def observe(
@@ -183,8 +108,8 @@ def observe(
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
     seconds, writes = _warm_up(model, runner, plain, calls)
-    _refuse_bypassed(runner, plain, calls[0])
-    moving = _state_of_calls(runner, plain, calls[0])
+    refuse_bypassed(runner, plain, calls[0])
+    moving = moving_state(runner, plain, calls[0])
     looked_at = calls if 2 * len(calls) * seconds < 0.05 * deadline.left() else calls[:1]
     detached = (frozenset[str](), frozenset[str]())
     if mode == "inference":
@@ -250,7 +175,7 @@ def _warm_up(
             try:
                 output = runner.step(plain.forward, given)
             except Exception as error:
-                _explain(model, runner, plain, call, error)
+                explain_failure(model, runner, plain, call, error)
                 raise
             writes = writes or outputs.identical(call, given) is not None
             for path, leaf in tree.walk(output):
@@ -262,68 +187,6 @@ def _warm_up(
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start, writes
-
-
-def _refuse_bypassed(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
-    """Refuse a model whose class answers calls without its forward, where a plan would stand.
-
-    Raises:
-        Unsuitable: with the reason.
-    """
-    if type(plain).__call__ is torch.nn.Module.__call__:
-        return
-    own, forward, heard = plain.__dict__.get("forward"), plain.forward, []
-
-    def listening(*args: Any, **kwargs: Any) -> Any:
-        heard.append(True)
-        return forward(*args, **kwargs)
-
-    plain.__dict__["forward"] = listening
-    given = call.clone()
-    try:
-        with runner.buffers_kept(), torch.no_grad():
-            plain(*given.args, **given.kwargs)
-    except Exception as error:  # noqa: BLE001 - calls take other arguments than the forward
-        _log.debug("Calls of the model take something else than its forward: %s", error)
-        return
-    finally:
-        if own is None:
-            del plain.__dict__["forward"]
-        else:
-            plain.__dict__["forward"] = own
-    if not heard:
-        raise Unsuitable(
-            f"{type(plain).__name__} has a __call__ of its own that does not run the forward, so that no "
-            "call would reach a plan; optimise the modules inside"
-        )
-
-
-def _explain(
-    model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, call: Call, error: Exception
-) -> None:
-    """Return if ``error`` is the user's, the example being one that the model cannot run.
-
-    Raises:
-        Unsuitable: the model may well run it, and only what a run does beside the forward cannot.
-    """
-    told = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    if model._forward_pre_hooks:
-        raise Unsuitable(
-            f"the forward does not take the example itself ({told}), and the model has a forward pre-hook, "
-            "which may change what it is called with; optimise without examples, so that a call of the "
-            "forward is observed, or optimise the modules inside"
-        ) from error
-    if not runner.training or isinstance(error, torch.OutOfMemoryError):
-        return
-    try:
-        with torch.enable_grad():
-            plain.forward(*call.clone().args, **call.clone().kwargs)
-    except Exception:  # noqa: BLE001 - the forward itself fails, which the first error says
-        return
-    raise Unsuitable(
-        f"the model is in training mode, and no gradient can be taken through its outputs ({told}); "
-        "call model.eval() to optimise it for inference"
-    ) from error
 
 
 def _detached(
@@ -381,77 +244,3 @@ def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
             _log.debug("The operations of a call could not be counted: %s", error)
             return 0.0
     return float(counter.get_total_flops())
-
-
-def _state_of_calls(runner: Runner, plain: torch.nn.Module, call: Call) -> frozenset[tuple[int, str]]:
-    """Refuse a forward that assigns attributes: it would advance the copy's state and not the user's.
-
-    Objects that modules hold are shared with copies, and so are globals and classes; what a call changes of
-    them is returned, by the id of the owner and the attribute's name.
-    """
-    shared = [(value, attributes_of(value)) for value in shared_objects(plain)]
-    around = constants_read(type(module) for module in plain.modules())
-    constants = {(owner, name): copy.copy(space[name]) for owner, space, names in around for name in names}
-    before = {name: attributes_of(module) for name, module in plain.named_modules()}
-    contents = {
-        (name, key): value.copy()
-        for name, state in before.items()
-        for key, value in state.items()
-        if key not in _SLOTS and isinstance(value, (list, dict, set, collections.deque))
-    }
-    tensors = {name: dict(module._buffers) for name, module in plain.named_modules()}
-    with runner.buffers_kept():
-        runner.step(plain.forward, call.clone())
-    for name, module in plain.named_modules():
-        changed = [
-            key
-            for key, value in attributes_of(module).items()
-            if key not in before[name]
-            or (before[name][key] is not value and not _equal(before[name][key], value))
-            or ((name, key) in contents and not _same_items(contents[name, key], value))
-        ]
-        changed += [key for key, value in module._buffers.items() if tensors[name].get(key) is not value]
-        if changed:
-            raise Unsuitable(
-                f"the forward of {name or 'the model'} assigns {', '.join(sorted(changed))} on every call; "
-                "such state cannot be shared with an optimised copy (write buffers in place instead)"
-            )
-    moving = {
-        (id(value), key)
-        for value, held in shared
-        for key, now in attributes_of(value).items()
-        if key not in held or (held[key] is not now and not _equal(held[key], now))
-    }
-    moving |= {
-        (owner, name)
-        for owner, space, names in around
-        for name in names
-        if not _equal(space.get(name), constants[owner, name])
-    }
-    return frozenset(moving)
-
-
-def _same_items(before: Any, now: Any) -> bool:
-    """Whether a container holds what it held, by identity or equality of its items."""
-    if type(before) is not type(now) or len(before) != len(now):
-        return False
-    if isinstance(before, set):
-        return bool(before == now)
-    if isinstance(before, dict):
-        return all(k in now and (now[k] is v or _equal(now[k], v)) for k, v in before.items())
-    return all(a is b or _equal(a, b) for a, b in zip(before, now))
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
-        return (
-            isinstance(left, torch.Tensor)
-            and isinstance(right, torch.Tensor)
-            and left.shape == right.shape
-            and left.dtype == right.dtype
-            and bool(torch.equal(left, right))
-        )
-    try:
-        return bool(left == right)
-    except Exception:  # noqa: BLE001 - an object without a usable comparison counts as changed
-        return False

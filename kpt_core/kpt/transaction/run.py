@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +14,7 @@ from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import conclusion, distributed, hooks, recipe
 from kpt.transaction.baseline import Baseline
-from kpt.transaction.budget import Budget, BudgetSpent
-from kpt.transaction.commit import Committed
+from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
 from kpt.transaction.freememory import free_memory
@@ -26,7 +23,6 @@ from kpt.transaction.observe import (
     Observation,
     Unsuitable,
     device_of,
-    mode_of,
     observe,
     prepare_calls,
     refuse_unsuitable,
@@ -34,61 +30,13 @@ from kpt.transaction.observe import (
 from kpt.transaction.plan import Proposals
 from kpt.transaction.propose import propose, rebuild
 from kpt.transaction.receipt import Entry, Receipt
+from kpt.transaction.request import Request, Run
 from kpt.transaction.search import Search
 from kpt.transaction.trial import Trials
 from kpt.transaction.workspace import WorkspaceError
 
 if TYPE_CHECKING:
-    from kpt.specs import Level, Objective
-    from kpt.transaction.accuracy import Accuracy
-
-
-@dataclass
-class Request:
-    """What the user asked for. ``examples`` are kept (copied) for `kpt.refresh`.
-
-    ``plan`` is a recipe to apply instead of searching; ``only_plan`` forbids the search that follows
-    when it does not hold.
-    """
-
-    registry: Any
-    selection: Sequence[Any] | None
-    level: Level
-    objective: Objective
-    dynamic_shapes: Mapping[str, Mapping[int, Any]] | None
-    accuracy: Accuracy | None
-    budget: float
-    trackers: Sequence[Any]
-    cache: bool
-    fuel: int | None
-    examples: list[Call] | None = None
-    plan: dict[str, Any] | None = None
-    only_plan: bool = False
-
-    def again(self, receipt: Receipt | None) -> Request:
-        """The same request for the plan that was found before, if there was one."""
-        found = receipt.recipe_data if receipt is not None else None
-        return replace(self, plan=found)
-
-
-class Run:
-    """The state of one run; `execute` is its only user."""
-
-    def __init__(self, model: torch.nn.Module, request: Request) -> None:
-        self.model = model
-        self.request = request
-        self.budget = Budget(float(request.budget))
-        self.receipt = Receipt(
-            model=type(model).__name__,
-            mode=mode_of(model),
-            level=request.level,
-            objective=request.objective,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        self.key = ""
-        self.committed: Committed | None = None
-        #: Whether the committed plan was judged with no size but the examples', as eager refused all others.
-        self.only_examples = False
+    pass
 
 
 def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kpt_plugin_triton import norms
+from kpt_plugin_triton import norm_rows, norms
 from kpt_plugin_triton.activations import DTYPES, wide_of
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor, check_weights, refuse
 from kpt_plugin_triton.kernels import embedding as device
@@ -171,7 +171,7 @@ class _EmbeddingSumNorm(torch.autograd.Function):
         *saved, weight, bias = ctx.saved_tensors
         wants = ctx.needs_input_grad
         total, mean, rstd = ctx.held
-        dtotal, dweight, dbias = norms._run_backward(
+        dtotal, dweight, dbias = norm_rows.run_backward(
             total, dy, None, weight, bias, mean, rstd, 0.0, wants[6], wants[7]
         )
         of_tables = (wants[1], wants[3], wants[5])

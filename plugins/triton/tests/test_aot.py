@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels that are interpreted cannot be compiled", allow_module_level=True)
 
-from kpt_plugin_triton import aot, norms, tuning
+from kpt_plugin_triton import aot, norm_rows, tuning
 from kpt_plugin_triton.launch import Launch, recording
 
 HERE = Path(__file__).parent
@@ -205,7 +205,7 @@ def test_a_kernel_that_spills_is_seen() -> None:
     """The check itself: a whole row of 32768 columns in four warps cannot stay in registers."""
     with recording("sm_90") as record:
         x = torch.empty(64, 32768, dtype=torch.bfloat16, device="meta")
-        norms._run_forward(x, None, x[0], None, 1e-6, 0.0, True, True, {"ROWS": 1, "num_warps": 4})
+        norm_rows.run_forward(x, None, x[0], None, 1e-6, 0.0, True, True, {"ROWS": 1, "num_warps": 4})
     assert aot.compile_launch(record.launches[0], "sm_90").spilled > 0
 
 
@@ -219,17 +219,18 @@ def test_options_follow_the_architecture(tmp_path, monkeypatch) -> None:
     tuning.forget()
     try:
         chosen = {
-            size: norms.forward_options.choose("sm_89", 2, size)["num_warps"] for size in (4096, 6000, 16384)
+            size: norm_rows.forward_options.choose("sm_89", 2, size)["num_warps"]
+            for size in (4096, 6000, 16384)
         }
         assert chosen[4096] == chosen[6000] == 2
-        assert chosen[16384] == norms._forward_rule(2, 16384)["num_warps"]
-        assert norms.forward_options.choose("sm_80", 2, 4096) == norms._forward_rule(2, 4096)
+        assert chosen[16384] == norm_rows.forward_rule(2, 16384)["num_warps"]
+        assert norm_rows.forward_options.choose("sm_80", 2, 4096) == norm_rows.forward_rule(2, 4096)
         tuner.write(
             tmp_path / "sm_89.json",
             "sm_89",
             [{**row, "sizes": [64], "options": {"ROWS": 1, "num_warps": 1}}],
         )
-        assert len(norms.forward_options.entries("sm_89")) == 2, "rows that were not measured again stay"
+        assert len(norm_rows.forward_options.entries("sm_89")) == 2, "rows that were not measured again stay"
     finally:
         monkeypatch.undo()
         tuning.forget()
@@ -240,7 +241,7 @@ def test_a_table_of_another_schema_says_how_to_mend_it(tmp_path, monkeypatch) ->
     monkeypatch.setenv("KPT_TRITON_TUNED", str(tmp_path))
     tuning.forget()
     with pytest.raises(ValueError, match="kpt bench --tune"):
-        norms.forward_options.choose("sm_70", 2, 4096)
+        norm_rows.forward_options.choose("sm_70", 2, 4096)
     monkeypatch.undo()
     tuning.forget()
 

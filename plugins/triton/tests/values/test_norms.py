@@ -7,7 +7,7 @@ import torch
 from triton_suite import TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
-from kpt_plugin_triton import norms
+from kpt_plugin_triton import norm_rows, norms
 from kpt_plugin_triton.checks import KernelInputError
 
 KERNELS = {spec.op: spec for spec in plugin.kpt_kernels()}
@@ -101,11 +101,11 @@ def test_rows_that_are_read_twice(monkeypatch, op) -> None:
     options = {"ROWS": 0, "BLOCK": 16, "num_warps": 1}
     launched = []
     for name in ("_forward", "_forward_long"):
-        kernel = getattr(norms, name)
-        monkeypatch.setattr(norms, name, lambda *call, n=name, k=kernel: (launched.append(n), k(*call)))
+        kernel = getattr(norm_rows, name)
+        monkeypatch.setattr(norm_rows, name, lambda *call, n=name, k=kernel: (launched.append(n), k(*call)))
     for name in ("forward_options", "centred_forward_options"):
-        monkeypatch.setattr(norms, name, lambda *sizes: options)
-    monkeypatch.setattr(norms, "_forward_plan", norms._plan_forward)
+        monkeypatch.setattr(norm_rows, name, lambda *sizes: options)
+    monkeypatch.setattr(norm_rows, "_forward_plan", norm_rows.plan_forward)
     given = arguments(op, 3, 40)
     mine = outputs(getattr(norms, op)(*given))
     for value, right in zip(mine, outputs(reference(op)(*(x.double() for x in given)))):

@@ -1,52 +1,19 @@
-"""How running work is stopped when its deadline passes.
-
-A trial is Python code that calls native code and starts compilers. Four things stop it:
-
-* an exception raised asynchronously in its thread, delivered between two bytecodes;
-* a signal, where the thread is the main one: it ends a wait in the operating system (a sleep, a lock, a pipe,
-  a child process), during which there are no bytecodes;
-* the end of its compilers: their processes are killed, so that whoever waits for them fails;
-* repetition of all of it until the block is left, because foreign code may swallow the exception.
-
-What can't be interrupted is a single native call (one matrix product, one weight packing, loading a
-shared library), and a wait in another thread than the main one: the exception arrives when it returns. The
-import of a module is not interrupted either, for as long as `_IMPORT_PATIENCE`: what is imported half is
-left registered elsewhere, and the library can't be imported again in this process.
-"""
+"""Blocks that are left once their deadline has passed, and the watch that interrupts them."""
 
 from __future__ import annotations
 
 import _thread
 import ctypes
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-#: Names of the programs that a compiler driver runs.
-_COMPILERS = (
-    "g++",
-    "gcc",
-    "c++",
-    "cc1plus",
-    "cc1",
-    "as",
-    "ld",
-    "collect2",
-    "lto1",
-    "lto-wrapper",
-    "icpx",
-    "ptxas",
-)
-_COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "ptxas")
-
+from kpt.interruption.compilers import stop_workers
 
 #: Seconds past the deadline for which the import of a module is let come to its end. That of a compiler
 #: takes 2 to 6 s where nothing is cached; a module that hangs must not hang the run.
@@ -56,203 +23,12 @@ _IMPORT_PATIENCE = 10.0
 #: Wakes the main thread. Programs that do not handle it ignore it, so that one too many does no harm.
 _WAKE: signal.Signals | None = getattr(signal, "SIGURG", None)
 
-
-#: Seconds that a compiler driver gets to end by itself: removing its temporary files takes milliseconds.
-_DRIVER_PATIENCE = 2.0
-
 #: Seconds that a new thread is waited for.
 _START_PATIENCE = 1.0
 
 
 class DeadlinePassed(BaseException):
     """A block ran past its deadline. Not an `Exception`, so that foreign handlers let it through."""
-
-
-class Process(NamedTuple):
-    pid: int
-    parent: int
-    name: str
-
-
-def descendants(root: int | None = None) -> list[Process]:
-    """Processes below ``root`` (default: this process).
-
-    Empty where there is no ``/proc`` (macOS, Windows): children are then not found.
-    """
-    proc = Path("/proc")
-    if not proc.is_dir() or not sys.platform.startswith("linux"):
-        return []
-    children: dict[int, list[int]] = {}
-    names: dict[int, str] = {}
-    for entry in proc.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-        except OSError:  # it ended meanwhile
-            continue
-        pid = int(entry.name)
-        # The name is in parentheses and may itself hold some; the fields after it are fixed.
-        head, _, tail = stat.rpartition(")")
-        children.setdefault(int(tail.split()[1]), []).append(pid)
-        names[pid] = head.partition("(")[2]
-    found: list[Process] = []
-    pending = [root if root is not None else os.getpid()]
-    while pending:
-        parent = pending.pop()
-        for pid in children.get(parent, ()):
-            pending.append(pid)
-            found.append(Process(pid, parent, names[pid]))
-    return found
-
-
-def _is_compiler(name: str) -> bool:
-    return name in _COMPILERS or name.startswith(_COMPILER_PREFIXES)
-
-
-def _signal(pid: int, number: int) -> bool:
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-def _of_inductor(pid: int) -> bool:
-    """Whether a compiler works on inductor's files: it names, or runs in, inductor's cache folder.
-
-    What the compiler driver runs (cc1plus, as, ld) reads and writes some temporary files only, but has
-    the driver's working folder, which inductor makes below its cache.
-    """
-    try:
-        facts = Path(f"/proc/{pid}/cmdline").read_bytes(), os.fsencode(os.readlink(f"/proc/{pid}/cwd"))
-    except OSError:  # it ended, or is not ours to look at
-        return False
-    marks = [b"torchinductor"]
-    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # inductor itself sets it when it first looks
-        marks.append(os.fsencode(os.path.abspath(folder)) + b"/")
-    return any(mark in fact + b"/" for mark in marks for fact in facts)
-
-
-def _compilers() -> dict[int, int]:
-    """Inductor's compilers below this process, and their parents."""
-    below = {process.pid: process for process in descendants()}
-    mine: set[int] = set()
-    for process in below.values():  # parents come before their children
-        if process.parent in mine or (_is_compiler(process.name) and _of_inductor(process.pid)):
-            mine.add(process.pid)
-    return {pid: below[pid].parent for pid in mine if _is_compiler(below[pid].name)}
-
-
-def _output_of(pid: int) -> Path | None:
-    """The file that a compiler writes (its argument after ``-o``)."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        folder = os.readlink(f"/proc/{pid}/cwd")
-    except OSError:
-        return None
-    if b"-o" not in arguments[:-1]:
-        return None
-    return Path(folder) / os.fsdecode(arguments[arguments.index(b"-o") + 1])
-
-
-def _forget_failed_libraries() -> None:
-    """Drop inductor's entries for libraries that were never loaded: they keep the failure for good."""
-    codecache = sys.modules.get("torch._inductor.codecache")
-    if codecache is None:
-        return
-    pending = [codecache.CppCodeCache]
-    while pending:
-        owner = pending.pop()
-        pending.extend(owner.__subclasses__())
-        for key, load in list(owner.cache.items()):
-            code, cells = getattr(load, "__code__", None), getattr(load, "__closure__", None) or ()
-            held = dict(zip(code.co_freevars, cells)) if code is not None else {}
-            if "lib" in held and held["lib"].cell_contents is None:
-                owner.cache.pop(key, None)
-
-
-def _end_compilers(patience: float) -> int:
-    """End inductor's compilers and remove what they were writing; return how many processes were signalled.
-
-    Compilers write under the final name, and whoever waits for their lock looks only whether the file is
-    there. So it is removed before they are ended, and again once none is left that could write it.
-    """
-    ended = 0
-    outputs: set[Path] = set()
-    drivers: set[int] = set()
-    waited_until = time.monotonic() + patience
-    while running := _compilers():
-        late = time.monotonic() >= waited_until
-        if late:  # one that is stopped starts nothing more: what runs then is all that there is to end
-            for pid in running:
-                _signal(pid, signal.SIGSTOP)
-            running = _compilers()
-        outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
-        _remove(outputs)
-        ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
-        if late:
-            drivers = {pid for pid, parent in running.items() if parent not in running}
-            for pid in drivers:  # they remove their temporary files
-                ended += _signal(pid, signal.SIGTERM)
-                _signal(pid, signal.SIGCONT)
-            break
-        time.sleep(0.02)
-    waited_until = time.monotonic() + _DRIVER_PATIENCE
-    while drivers & _compilers().keys():
-        if time.monotonic() >= waited_until:
-            for pid in drivers:
-                _signal(pid, signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    _remove(outputs)
-    return ended
-
-
-def _remove(paths: set[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def stop_workers(patience: float = 0.5) -> int:
-    """End inductor's compilers below this process; return how many processes were ended.
-
-    Compilers started by inductor's threads and by its worker pool are ended and what is queued
-    behind them is cancelled. Pools and failures are forgotten, so that the next compilation starts
-    anew. Only inductor's own worker processes and compilers that work in its cache folder are touched,
-    never a build of the user's.
-
-    What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
-    seconds it is ended too. Their half-written outputs are removed: the next compilation, of any process that
-    shares the cache, would take them for finished ones.
-    """
-    module = sys.modules.get("torch._inductor.async_compile")
-    workers: set[int] = set()
-    pools: list[subprocess.Popen[bytes]] = []
-    if module is not None:
-        compiler = module.AsyncCompile
-        if compiler.pool.cache_info().currsize:
-            compiler.pool().shutdown(wait=False, cancel_futures=True)
-            compiler.pool.cache_clear()
-        for pool in list(getattr(module, "_pool_set", ())):
-            process = getattr(pool, "process", None)
-            if process is not None:
-                workers.add(process.pid)
-                pools.append(process)
-            workers.update(getattr(pool, "_processes", None) or ())
-    ended = 0
-    if module is not None and workers:
-        # Asked to shut down, a pool would finish its work first.
-        for worker in workers:
-            ended += sum(_signal(pid, signal.SIGKILL) for pid, _, _ in descendants(worker))
-            ended += _signal(worker, signal.SIGKILL)
-        module.after_fork()
-        for process in pools:  # nobody else asks for them any more: each would stay as a zombie
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2.0)
-    ended += _end_compilers(patience)
-    _forget_failed_libraries()
-    return ended
 
 
 def raise_in_thread(thread_id: int, exception: type[BaseException]) -> bool:
