@@ -35,18 +35,41 @@ class Bold(HalfWide):
 
 
 class BoldUntilTheCommit(HalfWide):
-    """Faster than the cautious one; right until ``error`` is set, and then wrong by that share."""
+    """Faster than the cautious one; right until ``error`` is set: wrong by that share, or raising it."""
 
     variant = Variant("wobbly", predicted_gain=9.0, sites=(), compute_dtype="int8", derives=True)
-    error = 0.0
+    error: float | Exception = 0.0
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
         undo = super().apply(model, variant)
         tail = inner(model).tail
-        tail.forward = types.MethodType(lambda self, x: x * (1.0 + BoldUntilTheCommit.error), tail)
+
+        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(BoldUntilTheCommit.error, Exception):
+                raise BoldUntilTheCommit.error
+            return x * (1.0 + BoldUntilTheCommit.error)
+
+        tail.forward = types.MethodType(forward, tail)
 
         def undo_both() -> None:
             undo()
             tail.__dict__.pop("forward", None)
 
         return undo_both
+
+
+class InterruptedWhenClosed(Cautious):
+    """Ctrl-C arrives while it is undone, once a plan was committed."""
+
+    committed = False
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
+        undo = super().apply(model, variant)
+
+        def undo_and_interrupt() -> None:
+            undo()
+            if InterruptedWhenClosed.committed:
+                InterruptedWhenClosed.committed = False
+                raise KeyboardInterrupt
+
+        return undo_and_interrupt

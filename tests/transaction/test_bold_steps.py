@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bold_passes
+import fingerprints
 import kpt
 import mixed_models
 import slow_models
@@ -32,23 +33,23 @@ def test_a_bold_step_that_never_ends_leaves_the_cautious_plan():
     assert bold.rule == "deadline"
 
 
-@pytest.fixture
-def wobbling():
-    """The bold policy is wrong as soon as the transaction says that it commits."""
+ERRORS = {"value": 0.3, "failed": ValueError("too long"), "memory": RuntimeError("can't allocate memory")}
+
+
+@pytest.fixture(params=ERRORS)
+def wobbling(request):
+    """The bold policy is wrong, or raises, as soon as the transaction says that it commits."""
 
     def turn(event):
         if event["kind"] == "commit":
-            bold_passes.BoldUntilTheCommit.error = 0.3
+            bold_passes.BoldUntilTheCommit.error = ERRORS[request.param]
 
     with events.listen(turn):
-        yield
+        yield request.param
     bold_passes.BoldUntilTheCommit.error = 0.0
 
 
-def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(
-    wobbling, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(wobbling):
     bold = PolicySpec(
         "Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8"
     )
@@ -60,8 +61,9 @@ def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(
     kept = {entry.name for entry in receipt.accepted}
     assert "Cautious:half" in kept and receipt.speedup > 1.0
     refused = {entry.name: entry for entry in receipt.rejected}
-    assert refused["Bold:wobbly"].rule == "value" and "final judgement" in refused["Bold:wobbly"].reason
+    assert refused["Bold:wobbly"].rule == wobbling and "final judgement" in refused["Bold:wobbly"].reason
     assert not kept & set(refused) and receipt.reason == ""
+    assert any("what it had overtaken" in note for note in receipt.notes), receipt.notes
     assert torch.allclose(model(example), expected, atol=0.05)
     assert (
         receipt.accepted[0].figures and [s["source"] for s in receipt.recipe_data["steps"]].count("Bold") == 0
@@ -111,3 +113,46 @@ def test_a_plan_that_would_crowd_the_memory_is_not_kept_beneath(monkeypatch):
     assert "Bold:wobbly" in {entry.name for entry in receipt.accepted}
     (note,) = [note for note in receipt.notes if "fall back" in note]
     assert note.startswith("Cautious:half") and "25% of the memory" in note
+
+
+def test_ctrl_c_while_the_plan_beneath_is_undone_takes_the_committed_one_back():
+    policies = [
+        PolicySpec("Late", entry="bold_passes:InterruptedWhenClosed", compute_dtype="bfloat16"),
+        PolicySpec("Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8"),
+    ]
+
+    def turn(event):
+        bold_passes.InterruptedWhenClosed.committed = event["kind"] == "commit"
+
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    before = fingerprints.of_model(model)
+    with events.listen(turn), pytest.raises(KeyboardInterrupt):
+        kpt.optimize(
+            model,
+            example,
+            plugins=[slow_models.plugin(slow_models.DirectScale, policies=policies)],
+            level="aggressive",
+            budget=30.0,
+            cache=False,
+        )
+    assert not bold_passes.InterruptedWhenClosed.committed, "it was undone after the commit"
+    assert fingerprints.of_model(model) == before
+
+
+def test_what_lies_beneath_is_the_fastest_of_its_level():
+    class Alive:
+        def close(self):
+            pass
+
+    def outcome(name, level, gain):
+        step = Candidate(Variant(name), "precision", "test", name, make=lambda: None, level=level)
+        return Outcome(Plan.of([step]), applied=Alive(), over_eager=gain)
+
+    bold, slow, fast = (
+        outcome("bold", "aggressive", 2.0),
+        outcome("slow", "exact", 1.05),
+        outcome("fast", "exact", 1.8),
+    )
+    bold.supersede(slow)
+    bold.supersede(fast)
+    assert bold.beneath is fast and slow.applied is None

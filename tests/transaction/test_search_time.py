@@ -349,6 +349,18 @@ def test_what_is_quick_does_not_hide_a_compiler_that_promises_more(stopped: bool
     assert set(slow_model.best.plan.steps) == {cast, graph if stopped else compiler}
 
 
+def test_a_compiler_that_costs_more_company_than_it_promises_does_not_take_a_place() -> None:
+    graph, kernel = _candidate("graph", "compile", 0.0, 1.3), _candidate("kernel", "kernels", 0.0, 1.2)
+    variant = Variant("compiler", predicted_gain=1.35, setup_seconds=5.0)
+    alone = Candidate(
+        variant, "compile", "test", "compiler", make=lambda: None, conflicts=frozenset({"kernel"})
+    )
+    found, trials = _outlined(
+        120.0, [graph, kernel, alone], lambda names, against: (1.0, "ok", 1.5), latency=1.0
+    )
+    assert trials.seen[0][0] == "kernel + graph"
+
+
 def test_a_compiler_that_is_not_worth_its_setup_leaves_the_place_to_what_is_quick() -> None:
     graph, compiler = _candidate("graph", "compile", 0.0, 1.3), _candidate("compiler", "compile", 80.0, 1.6)
     found, trials = _outlined(90.0, [graph, compiler], lambda names, against: (1.0, "ok", 1.5))

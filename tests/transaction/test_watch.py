@@ -40,6 +40,17 @@ def test_weights_made_in_inference_mode_are_never_copied(offered):
         torch.testing.assert_close(model(x), twin(x))
 
 
+def test_where_nothing_may_be_copied_what_copies_nothing_is_found():
+    """However much faster the other is predicted to be, and is."""
+    with torch.inference_mode():
+        model = net()
+    plugins = [plugin(DirectScale), plugin(DerivedScale, phase="compile")]
+    kpt.optimize(model, torch.randn(32, 16), plugins=plugins, budget=20, cache=False)
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+    assert {entry.name: entry.rule for entry in receipt.rejected} == {"DerivedScale:derived": "no-effect"}
+
+
 def test_an_unfrozen_parameter_gets_its_gradient():
     model, x = net(True), torch.randn(8, 16)
     model.first.weight.requires_grad_(False)

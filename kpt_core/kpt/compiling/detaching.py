@@ -33,7 +33,8 @@ def outside_of_inference_mode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_inference() or type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    if not tensor.is_inference() or not plain or tensor.is_conj() or tensor.is_neg():
         return tensor
     made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload, no-any-return]

@@ -6,15 +6,18 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kpt import compiling
 from kpt.judge import clock
+from kpt.judge.verdict import Verdict
 from kpt.transaction import dispatch
+from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.installed import plan_for
+from kpt.transaction.memory import out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
     from kpt.judge.clock import Timing
-    from kpt.judge.verdict import Verdict
     from kpt.transaction.trial import Outcome, Trials
 
 
@@ -76,7 +79,18 @@ def _judge_values(outcome: Outcome, trials: Trials) -> Verdict:
     if judged is None:
         raise ValueError("the application that values are judged on was closed before the commit")
     draws = trials.judgement.draws(touches_mask=judged.plan.touches_mask, thorough=True)
-    return trials.judgement.judge(judged, draws)
+    return _verdict(lambda: trials.judgement.judge(judged, draws))
+
+
+def _verdict(judge: Callable[[], Verdict]) -> Verdict:
+    """What ``judge`` finds; a plan that raises, on sizes that no trial drew say, is refused as if wrong."""
+    try:
+        return judge()
+    except (compiling.DeadlinePassed, BudgetSpent):
+        raise
+    except Exception as error:  # noqa: BLE001 - a plan may fail in any way
+        rule = "memory" if out_of_memory(error) else "failed"
+        return Verdict(False, rule, f"{type(error).__name__}: {str(error).strip()[:400]}", {})
 
 
 def commit(
@@ -93,7 +107,7 @@ def commit(
     with trials.untouched():
         verdicts = [_judge_values(outcome, trials)]
         if trials.observation.stochastic and verdicts[0].passed:
-            verdicts.append(trials.judgement.judge_dropout(applied))
+            verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied)))
         verdict = verdicts[-1]
         for key, value in (item for each in verdicts for item in each.figures.items()):
             outcome.figures[key] = max(outcome.figures.get(key, value), value)
@@ -108,14 +122,19 @@ def commit(
         reason = f"the final judgement on fresh inputs rejected the plan ({rule}: {detail})"
         return None, (rule, reason), None
     committed = Committed(model, outcome, trials)
-    if not timed:
-        return committed, ("ok", ""), None
     try:
-        with trials.state_kept():
-            timing = committed.time(model, trials)
+        return _proven(committed, model, trials, harmed) if timed else (committed, ("ok", ""), None)
     except BaseException:
         committed.take_back(in_run=True)
         raise
+
+
+def _proven(
+    committed: Committed, model: torch.nn.Module, trials: Trials, harmed: int
+) -> tuple[Committed | None, tuple[str, str], Timing | None]:
+    """Time what is installed; take it back where it changed the model, serves nothing, or is not faster."""
+    with trials.state_kept():
+        timing = committed.time(model, trials)
     if len(trials.damage) > harmed:
         committed.take_back(in_run=True)
         return None, ("parameter-modified", trials.damage_since(harmed)), timing

@@ -26,54 +26,74 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
 
     What was refused is among the rejected of the receipt, and of ``found``.
     """
+    refused: list[str] = []
     while (best := found.best) is not None:
         beneath, best.beneath = best.beneath, None
         try:
-            committed, refusal, timing = _try(run, best, trials, timed=timed)
+            run.committed, refusal, timing = _try(run, best, beneath, trials, timed=timed)
+            if run.committed is not None and beneath is not None:
+                with trials.state_kept():  # its undos run after the last look at the model
+                    beneath.close()
         except BaseException:
             if beneath is not None:
                 beneath.close()
             raise
-        if committed is not None:
-            if beneath is not None:
-                beneath.close()
-            _describe(run, trials, found, committed, timing)
+        if run.committed is not None:
+            _describe(run, trials, found, run.committed, timing)
+            run.receipt.notes.extend(f"{text}; committed is what it had overtaken" for text in refused)
             return
         run.receipt.reason = refusal[1]
+        refused.append(f"the commit refused {best.plan.key} ({refusal[0]})")
         _refused(found, best, beneath, *refusal)
         found.best = beneath
     run.receipt.rejected = found.rejected
 
 
 def _try(
-    run: Run, best: Outcome, trials: Trials, *, timed: bool
+    run: Run, best: Outcome, beneath: Outcome | None, trials: Trials, *, timed: bool
 ) -> tuple[Committed | None, tuple[str, str], Timing | None]:
+    """Commit ``best``, in a time that leaves enough for the commit of what is ``beneath`` it."""
     emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
+    left = run.budget.left()
+    committed: Committed | None = None
     try:
-        with run.budget.limit():
-            return commit(run.model, best, trials, timed=timed)
+        with run.budget.limit(max(left - kept, 0.5 * left)):
+            committed, refusal, timing = commit(run.model, best, trials, timed=timed)
+        return committed, refusal, timing
     except (BudgetSpent, compiling.DeadlinePassed):
-        best.close()
+        _undo(best, committed)
         return None, ("deadline", "the budget was spent before the final judgement ended"), None
     except BaseException:
-        best.close()
+        _undo(best, committed)
         raise
 
 
+def _undo(best: Outcome, committed: Committed | None) -> None:
+    if committed is not None:
+        committed.take_back(in_run=True)
+    best.close()
+
+
 def _refused(found: Found, best: Outcome, beneath: Outcome | None, rule: str, reason: str) -> None:
-    """Reject what the commit of ``best`` refused: the steps that the plan ``beneath`` it does without."""
+    """Reject what the commit of ``best`` refused: the steps that the plan ``beneath`` it does without.
+
+    Gains that were measured in its company are not those of what is left.
+    """
     kept = beneath.plan.steps if beneath is not None else ()
     again = {step.name for step in kept}
     found.rejected = [entry for entry in found.rejected if entry.name not in again]
     for step in best.plan.steps:
+        gain = found.gains.pop(step.name, None)
         if step not in kept:
-            gain = found.gains.pop(step.name, None)
             found.rejected.append(Entry(step.name, step.phase, step.plugin, rule, reason, gain))
+    if beneath is not None and len(kept) == 1:
+        found.gains[kept[0].name] = beneath.over_eager
 
 
 def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timing: Timing | None) -> None:
     receipt, best = run.receipt, committed.outcome
-    run.committed, run.only_examples = committed, trials.judgement.only_examples
+    run.only_examples = trials.judgement.only_examples
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
     effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}

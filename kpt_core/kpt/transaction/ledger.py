@@ -177,10 +177,9 @@ class Ledger:
 
     def _crowds(self, best: Outcome) -> int:
         """Bytes that ``best`` holds beyond the user's model, if they are too many to be kept; else 0."""
-        if best.applied is None:
-            return 0
         observation = self.trials.observation
-        held = memory.derived_bytes(observation.model, best.applied)
+        alive = [each for each in (best.applied, best.quiet) if each is not None]
+        held = sum(memory.derived_bytes(observation.model, each) for each in alive)
         return held if held > _BENEATH * free_memory(observation.device_type) else 0
 
     def _learn_pace(self, outcome: Outcome) -> None:

@@ -48,6 +48,11 @@ def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> f
     return float(peak)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, by Python's own error or torch's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def derived_bytes(model: torch.nn.Module, applied: Applied) -> int:
     """Bytes of the tensors that ``applied`` holds and ``model`` does not.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -34,9 +34,6 @@ from kpt.transaction.request import Request, Run
 from kpt.transaction.search import Search
 from kpt.transaction.trial import Trials
 from kpt.transaction.workspace import WorkspaceError
-
-if TYPE_CHECKING:
-    pass
 
 
 def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:

@@ -14,6 +14,7 @@ from kpt.transaction import fixed_order, gate, stacks
 from kpt.transaction.ledger import Found, Ledger, ratio
 from kpt.transaction.plan import Plan, excludes, worth
 from kpt.transaction.trial import Outcome, Trials
+from kpt.transaction.watch import why_no_copies
 
 if TYPE_CHECKING:
     from kpt.transaction.budget import Budget
@@ -61,6 +62,7 @@ class Search:
         ledger.fixed = self.trials.observation.deterministic
         if ledger.fixed:
             self._only_reproducible()
+        self._without_copies()
         self._gate()
         best = fixed_order.only(ledger) if ledger.fixed else stacks.first(ledger)
         if not ledger.fixed:  # else clocks would choose the plan, and with it the bits
@@ -83,6 +85,13 @@ class Search:
             if not candidate.variant.reproducible:
                 reason = "torch's deterministic mode is on and the variant does not promise equal bits"
                 self.ledger.reject(candidate, "nondeterministic", reason)
+
+    def _without_copies(self) -> None:
+        """No plan may hold copies of weights whose writes are not counted: none is tried, or preferred."""
+        copying = [candidate for candidate in self.ledger.open() if candidate.variant.derives]
+        reason = why_no_copies(self.trials.observation.model) if copying else None
+        for candidate in copying if reason is not None else ():
+            self.ledger.reject(candidate, "no-effect", f"not tried: {reason}")
 
     def _gate(self) -> None:
         """Kernels are judged alone first: a wrong one is named by what is wrong with it."""

@@ -6,6 +6,7 @@ the one before. What makes a stack fail is looked for, named, and left out of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,17 @@ def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:
         if step.phase not in EXCLUSIVE or not _quick(step, seconds):
             continue
         promising = {c for c in candidates if c.phase == step.phase and c.gain > step.gain}
+        if all(_quick(c, seconds) for c in promising):
+            continue
         other = _stack(ledger, [c for c in candidates if c is not step])
-        if any(c in promising and not _quick(c, seconds) for c in other.steps):
+        if any(c in promising for c in other.steps) and _promise(other) > _promise(plan):
             return other
     return plan
+
+
+def _promise(plan: Plan) -> float:
+    """What the steps are predicted to gain together."""
+    return math.prod(step.gain for step in plan.steps)
 
 
 def _for_singles(ledger: Ledger) -> float:
@@ -220,7 +228,10 @@ def _one_by_one(ledger: Ledger, steps: list[Candidate]) -> Outcome | None:
     best: Outcome | None = None
     for step in steps:
         outcome = ledger.run(Plan.of([step]), among=4 * len(steps))
-        if outcome.accepted and (best is None or ratio(outcome) > ratio(best)):
+        if outcome.accepted and best is not None and ratio(outcome) <= ratio(best):
+            ledger.supersede(outcome, best)
+            continue
+        if outcome.accepted:
             best = ledger.supersede(best, outcome)
             continue
         outcome.close()

@@ -15,6 +15,7 @@ from kpt import compiling
 from kpt.judge import clock
 from kpt.judge.codestate import CodeState
 from kpt.judge.state import ModelState, untouched
+from kpt.specs import LEVELS
 from kpt.transaction import dispatch, memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
 from kpt.transaction.arrival import load_of
@@ -95,14 +96,16 @@ class Outcome:
 
         What a level allows may be right on the inputs of a trial and wrong on those of the commit.
         """
-        stack, other.beneath = [other, other.beneath], None
-        for lower in stack:
-            if lower is None:
-                continue
-            if self.beneath is None and lower.plan.stricter_than(self.plan):
-                self.beneath = lower
+        known = [each for each in (self.beneath, other, other.beneath) if each is not None]
+        self.beneath = other.beneath = None
+        stricter = [each for each in known if each.plan.stricter_than(self.plan)]
+        # The bolder of two is the faster one by what was tried; of one level the clock says which.
+        kept = max(stricter, key=lambda each: (LEVELS.index(each.plan.level), each.over_eager), default=None)
+        for each in known:
+            if each is kept:
+                self.beneath = each
             else:
-                lower.close()
+                each.close()
 
     def close(self) -> None:
         self.hush()
@@ -198,7 +201,7 @@ class Trials:
             _close_all(applied)
             raise
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
-            outcome.rule = "memory" if _out_of_memory(error) else "failed"
+            outcome.rule = "memory" if memory.out_of_memory(error) else "failed"
             noted = [f"; logged: {note.strip()[:200]}" for note in getattr(error, "__notes__", ())]
             outcome.reason = f"{type(error).__name__}: {str(error).strip()[:400]}" + "".join(noted[:2])
         if outcome.right or outcome.judged_wrong:
@@ -456,7 +459,3 @@ def _close_all(applied: list[Applied]) -> None:
         item.close()
     applied.clear()
     gc.collect()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

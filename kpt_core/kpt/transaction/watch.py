@@ -63,11 +63,8 @@ class Watch:
         self.structure = Structure(model, self._names)
         self._undo.append(self.structure.close)
         self._tensors: list[torch.Tensor] = list(_tensors(model)) if weights else []
-        if weights and (uncounted := _uncounted(model)) is not None:
-            self.reason = (
-                f"{uncounted} was made in inference mode, where torch counts no writes, so that copies of it "
-                "could go stale (build the model outside of torch.inference_mode)"
-            )
+        if weights and (uncounted := why_no_copies(model)) is not None:
+            self.reason = uncounted
         self._versions = list(map(_version, self._tensors))
         self._parameters = list(model.parameters())
         self._trainable = list(map(_requires_grad, self._parameters))
@@ -272,10 +269,16 @@ def _tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
             yield tensor
 
 
-def _uncounted(model: torch.nn.Module) -> str | None:
-    """The name of a parameter or buffer whose version torch does not track."""
+def why_no_copies(model: torch.nn.Module) -> str | None:
+    """Why no plan may hold copies of the model's weights, if writes to one of them are not counted."""
     named = itertools.chain(model.named_parameters(), model.named_buffers())
-    return next((name for name, tensor in named if tensor.is_inference()), None)
+    name = next((name for name, tensor in named if tensor.is_inference()), None)
+    if name is None:
+        return None
+    return (
+        f"{name} was made in inference mode, where torch counts no writes, so that copies of it "
+        "could go stale (build the model outside of torch.inference_mode)"
+    )
 
 
 def _attribute_getter(
