@@ -113,18 +113,20 @@ def torch() -> Iterable[Finding]:
 
 def hardware() -> Iterable[Finding]:
     """The devices, and the probes that fail."""
+    from kpt.cli.rehearsal import loaded
     from kpt.profiles import OVERRIDE_VARIABLE, detect
     from kpt.profiles import hardware as profile_of
 
+    registry = loaded().registry
     if os.environ.get(OVERRIDE_VARIABLE):
-        replaced = attempt(profile_of, measure=False)
+        replaced = attempt(profile_of, measure=False, registry=registry)
         if isinstance(replaced.error, PluginError):
             yield Finding("fault", replaced.error.message, replaced.error.mend)
         else:
             text = f"{OVERRIDE_VARIABLE} replaces the real hardware"
             yield Finding("note", text, f"unset {OVERRIDE_VARIABLE}")
     present = 0
-    for found in detect():
+    for found in detect(registry):
         name = found.registered.spec.name
         if found.profile is not None:
             present += 1
@@ -139,16 +141,16 @@ def hardware() -> Iterable[Finding]:
         else:
             yield Finding("note", f"{name}: {found.reason}")
     if not present:
-        unknown = attempt(profile_of, measure=False).value
+        unknown = attempt(profile_of, measure=False, registry=registry).value
         name = f": {unknown.name}" if unknown is not None else ""
         yield Finding("note", f"no plugin detects hardware{name}", "kpt plugins list")
 
 
 def plugins() -> Iterable[Finding]:
     """Every installed plugin with its state."""
-    from kpt.profiles import statuses
+    from kpt.cli.rehearsal import loaded
 
-    found = statuses()
+    found = loaded().statuses
     if not found:
         yield Finding(
             "note", "no plugin is installed, so that there is nothing to try", "pip install kpt-plugin-cpu"

@@ -15,12 +15,13 @@ PLAIN = {"✓": "+", "✗": "x"}
 def command(context: typer.Context, as_json: Json = False) -> None:
     """List the installed plugins and their states.
 
-    Nothing heavy is imported: plugins name their code, and it is imported when it is used.
+    Nothing heavy is imported: plugins name their code, and it is imported when it is used. A plugin that
+    does not come to an end is named, with the command that turns it off.
     """
-    from kpt.profiles import statuses
+    from kpt.cli.rehearsal import loaded
 
     output: Output = context.obj
-    found = statuses()
+    found = loaded().statuses
     if output.json:
         output.result({"plugins": [status.to_dict() for status in found]})
         return

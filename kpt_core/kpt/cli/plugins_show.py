@@ -17,12 +17,12 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Show what one plugin offers: its state and every spec that its hooks return."""
-    from kpt.plugins import registry
+    from kpt.cli.rehearsal import loaded
     from kpt.plugins.validation import known_hooks, nearest
-    from kpt.profiles import statuses
 
     output: Output = context.obj
-    found = registry()
+    plugins = loaded()
+    found = plugins.registry
     status = found.status(name)
     if status is None:
         names = [entry.name for entry in found.statuses]
@@ -30,7 +30,7 @@ def command(
         raise CommandError(
             "unknown-plugin", f"There is no plugin {name!r}; {known}.", "See kpt plugins list."
         )
-    status = next((entry for entry in statuses(found) if _same(entry, status)), status)
+    status = next((entry for entry in plugins.statuses if _same(entry, status)), status)
     specs = {
         hook: [as_data(entry.spec) for entry in found.specs(hook) if _same(entry, status)]
         for hook in known_hooks()
