@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from kpt.judge.globalstate import seed_torch
 from kpt.judge.outputs import bitwise_equal
 from kpt.judge.poison import PoisonMode
 from kpt.judge.state import ModelState, Snapshot, untouched
@@ -294,3 +295,18 @@ def test_the_first_import_of_dynamo_is_no_change_of_code() -> None:
         "import torch._dynamo; assert state.differences() == [], state.differences()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_seed_is_left_for_no_device_that_is_used_later() -> None:
+    """The user's own would be replaced where a GPU is first used after a search."""
+    if torch.cuda.is_initialized():
+        pytest.skip("the device is in use already")
+    torch.manual_seed(5)
+    waiting = torch.cuda._lazy_seed_tracker.get_calls()
+    before = torch.get_rng_state()
+    seed_torch(7)
+    drawn = torch.rand(3)
+    seed_torch(7)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == waiting and waiting
+    torch.set_rng_state(before)

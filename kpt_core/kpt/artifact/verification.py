@@ -15,6 +15,7 @@ from kpt.artifact.folder import ArtifactError, read_tensors
 from kpt.artifact.tensors import named, pack_call, unpack_call
 from kpt.judge import outputs
 from kpt.judge.calls import Call
+from kpt.judge.globalstate import seed_torch
 from kpt.judge.state import untouched
 from kpt.transaction.dispatch import original_forward
 
@@ -92,7 +93,7 @@ def _run(
 ) -> dict[str, torch.Tensor]:
     call = call.clone()
     with untouched(), _buffers_kept(model), torch.no_grad():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return named(forward(*call.args, **call.kwargs))
 
 

@@ -59,6 +59,8 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
         if type(first) is not type(second) or len(first) != len(second):
             return False
+        if set(map(type, first)) == {int} == set(map(type, second)):  # Python's random state: 625 of them
+            return first == second
         return all(same(mine, yours) for mine, yours in zip(first, second, strict=True))
     if type(first).__module__.split(".")[0] == "numpy":
         return bool((first == second).all())
@@ -143,10 +145,8 @@ def _precision() -> list[Item]:
     put = getattr(torch._C, "_set_fp32_precision_setter", None)
     if get is None or put is None:
         return items
-    for backend, op in [
-        ("generic", "all"),
-        *itertools.product(_backends(), ("all", "matmul", "conv", "rnn")),
-    ]:
+    backends = [name for name in _backends() if not _refused(get, name)]
+    for backend, op in [("generic", "all"), *itertools.product(backends, _PRECISION_OPS)]:
         item = Item(
             f"fp32 precision of {backend} {op}",
             partial(get, backend, op),
@@ -157,10 +157,24 @@ def _precision() -> list[Item]:
     return items
 
 
+@cache
+def _refused(get: Callable[[str, str], Any], backend: str) -> bool:
+    """Whether torch keeps no precision for ``backend``, whatever is set: of 15 in 17, at 10 µs a refusal."""
+    for op in _PRECISION_OPS:
+        try:
+            get(backend, op)
+        except RuntimeError as error:
+            if "Unknown backend" in str(error):
+                continue
+        return False
+    return True
+
+
 def _backends() -> list[str]:
     return sorted(name for name, module in vars(torch.backends.m).items() if isinstance(module, ModuleType))
 
 
+_PRECISION_OPS = ("all", "matmul", "conv", "rnn")
 _SMALLEST = torch.tensor(torch.finfo(torch.float32).tiny)
 _HOOK_TABLES = (
     "_global_forward_hooks",
@@ -191,17 +205,29 @@ def _switches() -> tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...
 
 def _backend_flags() -> list[Item]:
     """Flags of torch.backends: those that its modules declare as properties, and the switches above."""
-    items = []
-    for name, module in sorted(vars(torch.backends.m).items()):
-        for flag, declared in vars(type(module)).items():
-            # The precision ones are handled above; their old names cannot always be read.
-            if type(declared).__name__ == "ContextProp" and flag not in ("allow_tf32", "fp32_precision"):
-                items.append(_attribute(f"{name}.{flag}", module, flag))
+    items = [
+        _attribute(f"{name}.{flag}", module, flag)
+        for name, module in sorted(vars(torch.backends.m).items())
+        for flag in _properties(module.__class__)
+    ]
     for name, get, put in _switches():
         item = Item(name, get, partial(_put_switch, put))
         if item.read() is not UNREADABLE:
             items.append(item)
     return items
+
+
+@cache
+def _properties(module: type) -> tuple[str, ...]:
+    """The flags that a module of torch.backends declares as properties.
+
+    The precision ones are handled above; their old names cannot always be read.
+    """
+    return tuple(
+        flag
+        for flag, declared in vars(module).items()
+        if type(declared).__name__ == "ContextProp" and flag not in ("allow_tf32", "fp32_precision")
+    )
 
 
 def _put_switch(put: Callable[..., Any], value: Any) -> None:
@@ -270,6 +296,19 @@ def _random_states() -> list[Item]:
         else:
             items.append(Item(f"random state of {kind}", module.get_rng_state, module.set_rng_state))
     return items
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generator and those of the devices in use.
+
+    `torch.manual_seed` also leaves a seed for every device that is not initialised yet, which outlives any
+    block: the user's own seed for it would be lost.
+    """
+    torch.default_generator.manual_seed(seed)
+    for kind in _device_types():
+        module: Any = torch.get_device_module(kind)
+        if getattr(module, "is_initialized", lambda: True)():
+            (getattr(module, "manual_seed_all", None) or module.manual_seed)(seed)
 
 
 def _device_types() -> list[str]:

@@ -17,6 +17,7 @@ import torch
 
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call
+from kpt.judge.globalstate import seed_torch
 
 Forward = Callable[..., Any]
 
@@ -178,7 +179,7 @@ def seeded(seed: int) -> Iterator[None]:
     state, python = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None else None
-    torch.manual_seed(seed)
+    seed_torch(seed)
     random.seed(seed)
     if numpy is not None:
         numpy.random.seed(seed % (1 << 32))
