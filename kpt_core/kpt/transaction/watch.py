@@ -270,15 +270,23 @@ def _tensors(model: torch.nn.Module) -> Iterable[torch.Tensor]:
 
 
 def why_no_copies(model: torch.nn.Module) -> str | None:
-    """Why no plan may hold copies of the model's weights, if writes to one of them are not counted."""
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    name = next((name for name, tensor in named if tensor.is_inference()), None)
+    """Why no plan may hold copies of the model's tensors, if writes to one of them are not counted."""
+    name = next((name for name, tensor in _named_tensors(model) if tensor.is_inference()), None)
     if name is None:
         return None
     return (
         f"{name} was made in inference mode, where torch counts no writes, so that copies of it "
-        "could go stale (build the model outside of torch.inference_mode)"
+        "could go stale (build the model, and call it for the first time, outside of torch.inference_mode)"
     )
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Parameters, buffers, and what modules hold as plain attributes."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for path, module in model.named_modules():
+        for _, name, tensor, _ in _held_tensors(module):
+            yield f"{path}.{name}".lstrip("."), tensor
 
 
 def _attribute_getter(
