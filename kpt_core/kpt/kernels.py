@@ -68,6 +68,8 @@ def _signature(value: Any) -> Any:
             layout,
             value.device,
             value.data_ptr() % _ALIGNMENT == 0,
+            value.is_conj(),
+            value.is_neg(),
         )
     if isinstance(value, _CONSTANTS):
         return type(value), value  # a flag or an axis that was not seen was not judged either

@@ -43,6 +43,8 @@ def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
         parts.append(value.dtype)
         parts.append(value.requires_grad)
         parts.append(value.device)
+        # Memory holds the conjugate, or the negative, of the values.
+        parts.append((value.is_conj(), value.is_neg()))
         return True
     parts.append(kind)
     if kind in _SCALARS:

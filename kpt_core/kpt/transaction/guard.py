@@ -70,7 +70,7 @@ class InputGuard:
                 if type(got) is not type(want) or got != want or _sign(got) != _sign(want):
                     return 2, f"argument {name!r} is {got!r}; proven for {want!r}"
                 continue
-            for field in ("dtype", "device", "contiguous", "kind", "conjugate"):
+            for field in ("dtype", "device", "contiguous", "kind", "conjugate", "negative"):
                 if getattr(got, field) != getattr(want, field):
                     return (
                         2,
@@ -105,7 +105,17 @@ class InputGuard:
 
 
 class _TensorForm:
-    __slots__ = ("contiguous", "device", "dtype", "kind", "conjugate", "requires_grad", "shape", "strides")
+    __slots__ = (
+        "conjugate",
+        "contiguous",
+        "device",
+        "dtype",
+        "kind",
+        "negative",
+        "requires_grad",
+        "shape",
+        "strides",
+    )
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.kind = type(tensor) if type(tensor) is not torch.nn.Parameter else torch.Tensor
@@ -116,7 +126,7 @@ class _TensorForm:
         self.strides = tensor.stride()
         self.requires_grad = tensor.requires_grad
         #: Memory holds the conjugate, or the negative, of the values.
-        self.conjugate = tensor.is_conj() or tensor.is_neg()
+        self.conjugate, self.negative = tensor.is_conj(), tensor.is_neg()
 
     def layout(self, dynamic: bool) -> Any:
         """The strides; what they are like where sizes, and strides with them, vary from call to call."""

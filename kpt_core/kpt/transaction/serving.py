@@ -263,7 +263,7 @@ class Plan:
             for name, value in kwargs.items() if not args else (*enumerate(args), *kwargs.items()):
                 if type(value) is _Tensor:
                     dtype = value.dtype
-                    plain = value.is_contiguous() and not dtype.is_complex
+                    plain = value.is_contiguous() and not dtype.is_complex and not value.is_neg()
                     layout = plain or layout_key(value)
                     key.append((name, value.shape, dtype, value.device, layout, value.requires_grad))
                 else:
