@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kpt.specs import Variant
-from mixed_models import HalfWide, inner
+from mixed_models import Compiled, HalfWide, inner
 
 
 class Cautious(HalfWide):
@@ -73,3 +73,27 @@ class InterruptedWhenClosed(Cautious):
                 raise KeyboardInterrupt
 
         return undo_and_interrupt
+
+
+class BoldAndRight(HalfWide):
+    """Needs no set-up, and is right."""
+
+    variant = Variant("right", predicted_gain=9.0, sites=(), compute_dtype="int8", derives=True)
+
+
+class BoldAndWrong(BoldAndRight):
+    """Needs no set-up, and is wrong."""
+
+    variant = Variant("wrong", predicted_gain=9.0, sites=(), compute_dtype="int8", derives=True)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
+        undo, last = super().apply(model, variant), inner(model).last
+        narrow = last.forward
+        last.forward = lambda x: 1.5 * narrow(x)
+        return undo
+
+
+class LongCompiled(Compiled):
+    """Announces a long set-up and takes none."""
+
+    variant = Variant("long", predicted_gain=2.0, sites=("",), setup_seconds=6.0)

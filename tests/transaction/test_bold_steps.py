@@ -33,6 +33,47 @@ def test_a_bold_step_that_never_ends_leaves_the_cautious_plan():
     assert bold.rule == "deadline"
 
 
+def trials_and_receipt(bold, budget):
+    """The plans that were tried, in order, with a half-precision policy, a bold one and a slow compiler."""
+    half = PolicySpec("Half", entry="mixed_models:HalfWide", compute_dtype="bfloat16")
+    policy = PolicySpec("Bold", entry=f"bold_passes:{bold}", level="aggressive", compute_dtype="int8")
+    offered = [
+        slow_models.plugin(policies=[half, policy]),
+        slow_models.plugin(bold_passes.LongCompiled, phase="compile"),
+    ]
+    model, example, tried = mixed_models.mixed(rounds=200), torch.randn(64, 64), []
+
+    def note(event):
+        if event["kind"] == "trial" and event["text"].startswith("trying "):
+            tried.append(event["text"].removeprefix("trying ").split(" + "))
+
+    with events.listen(note):
+        optimized(model, example, plugins=offered, level="aggressive", budget=budget)
+    receipt = kpt.report(model)
+    return tried, {entry.name for entry in receipt.accepted}, receipt
+
+
+def test_where_one_compiled_stack_fits_the_bold_one_is_bought_after_its_steps_were_seen_to_be_right():
+    tried, kept, _ = trials_and_receipt("BoldAndRight", budget=16.0)
+    assert {"Bold:right", "LongCompiled:long"} <= kept
+    assert tried.index(["Bold:right"]) < tried.index(["Bold:right", "LongCompiled:long"])
+    assert ["Half:half", "LongCompiled:long"] not in tried
+
+
+def test_where_one_compiled_stack_fits_and_the_bold_step_is_wrong_the_cautious_one_is_bought():
+    tried, kept, receipt = trials_and_receipt("BoldAndWrong", budget=16.0)
+    assert {"Half:half", "LongCompiled:long"} <= kept
+    assert ["Bold:wrong"] in tried and ["Bold:wrong", "LongCompiled:long"] not in tried
+    assert [entry.rule for entry in receipt.rejected if entry.name == "Bold:wrong"] == ["value"]
+
+
+def test_where_both_compiled_stacks_fit_the_cautious_one_comes_first():
+    tried, kept, _ = trials_and_receipt("BoldAndRight", budget=60.0)
+    assert "LongCompiled:long" in kept
+    both = [["Half:half", "LongCompiled:long"], ["Bold:right", "LongCompiled:long"]]
+    assert tried.index(both[0]) < tried.index(both[1])
+
+
 ERRORS = {"value": 0.3, "failed": ValueError("too long"), "memory": RuntimeError("can't allocate memory")}
 
 

@@ -28,7 +28,7 @@ _OVERRUN = 3.0
 #: compiler that is merely slow here, and what it promises is usually most of the gain.
 _PATIENCE = 0.7
 #: Share of what is left that it takes at most where something was accepted before.
-_MOST = 0.85
+_MOST = 0.9
 #: Where no set-up was announced a trial that takes long most likely hangs.
 _PATIENCE_WITHOUT_SETUP = 0.25
 #: Share of the budget up to which a set-up counts as none.
@@ -210,8 +210,8 @@ class Ledger:
         if self.slow(plan):
             left = max(0.5, left - self.spare)
             if among is None:
-                share, needed = _PATIENCE, left - self._second_chance(plan)
-            if against is not None:  # what was found has to be looked at more closely, and committed
+                share, needed = _PATIENCE, left - (self._second_chance(plan) if against is None else 0.0)
+            if against is not None:  # what was found has to be looked at more closely
                 left *= _MOST
         return min(left, max(share * left, needed))
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 #: while these are not half of it: a busy machine needs ten times what a quiet one does.
 _SHARE = 0.1
 _SECONDS = 5.0
+#: Share of the budget that is left which calls with several examples may take, three each.
+_LOOKED_AT = 0.025
 
 _log = logging.getLogger("kpt")
 
@@ -110,7 +112,7 @@ def observe(
     seconds, writes = _warm_up(model, runner, plain, calls)
     refuse_bypassed(runner, plain, calls[0])
     moving = moving_state(runner, plain, calls[0])
-    looked_at = calls if 2 * len(calls) * seconds < 0.05 * deadline.left() else calls[:1]
+    looked_at = _various(calls, int(_LOOKED_AT * deadline.left() / max(3.0 * seconds, 1e-9)))
     detached = (frozenset[str](), frozenset[str]())
     if mode == "inference":
         detached = _detached(runner, plain, looked_at, False), _detached(runner, plain, looked_at, True)
@@ -187,6 +189,20 @@ def _warm_up(
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start, writes
+
+
+def _various(calls: list[Call], number: int) -> list[Call]:
+    """``number`` of the calls, one at least: those of other structure, dtypes or shapes first."""
+    kinds: dict[Any, Call] = {}
+    for call in calls:
+        leaves = ((path, _kind(leaf)) for path, leaf in call.leaves())
+        kinds.setdefault(tuple(leaves), call)
+    others = [call for call in calls if all(call is not first for first in kinds.values())]
+    return [*kinds.values(), *others][: max(1, number)]
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf)
 
 
 def _detached(

@@ -23,6 +23,8 @@ _BOLD = "aggressive"
 _CHEAP = 0.1
 #: and share of the budget that is kept at most to find one such step when the stacks fail.
 _SPARE = 0.2
+#: Two slow stacks have room where they would have it if set-ups took this many times what is expected.
+_ROUGHLY = 1.3
 #: Share of the budget below which no other stack is begun after one that was stopped.
 _LATE = 0.2
 
@@ -31,7 +33,8 @@ def first(ledger: Ledger) -> Outcome | None:
     """The best stack that holds, or None.
 
     A compiler may not come back in time, and a stack that quantises may take long and then be wrong. So what
-    needs no set-up is bought first where that is cheap, then what is cautious, then all.
+    needs no set-up is bought first where that is cheap, then what is cautious, then all. Where there is time
+    for one of these two alone it is the bolder one, if that is seen to be right.
     """
     whole = _stack(ledger, ledger.open())
     best: Outcome | None = None
@@ -41,8 +44,41 @@ def first(ledger: Ledger) -> Outcome | None:
         if best is None:
             ledger.spare = _for_singles(ledger)
     if whole.level == _BOLD:
-        best = _holding(ledger, _cautious, best)
+        at_once, best = _bold_at_once(ledger, best)
+        if not at_once:
+            best = _holding(ledger, _cautious, best)
     return _holding(ledger, _any, best)
+
+
+def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome | None]:
+    """Whether there is time for one slow stack only, and what is bold in it was seen to be right; and the best
+    outcome then.
+
+    Whether it is right shows without the compiler, in the time of a few calls, and mostly it is faster by
+    itself, to be kept should the compiler not come back. What is wrong is rejected.
+    """
+    calls = ledger.seconds_of_calls()
+    while True:
+        whole = _stack(ledger, ledger.open())
+        cautious = _stack(ledger, [c for c in ledger.open() if _cautious(c)])
+        bold = [step for step in whole.steps if not _cautious(step)]
+        bare = Plan.of(step for step in whole.steps if not ledger.slow(Plan.of([step])))
+        if not bold or not ledger.slow(cautious) or not set(bold).issubset(bare.steps):
+            return False, best
+        both = _ROUGHLY * (ledger.setup(whole) + ledger.setup(cautious)) + 2.0 * calls
+        if ledger.time_for(both) or not ledger.time_for(ledger.setup(whole) + 2.0 * calls):
+            return False, best
+        outcome = ledger.run(bare, against=best)
+        if outcome.accepted:
+            ledger.spare = 0.0
+            return True, ledger.supersede(best, outcome)
+        outcome.close()
+        if outcome.right:
+            return True, best
+        wrong = outcome.culprit or (bold[0] if outcome.judged_wrong and len(bold) == 1 else None)
+        if wrong is None:
+            return False, best
+        ledger.reject_by(wrong, outcome)
 
 
 def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:
