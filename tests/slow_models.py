@@ -62,6 +62,20 @@ def net(training: bool = False, **options: Any) -> Net:
     return Net(**options).train(training)
 
 
+class Many(torch.nn.Module):
+    """A forward with optional arguments, nested inputs and several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, extra: dict | None = None, scale: float = 1.0, flag: bool = False):
+        y = self.net(x) * scale
+        if extra is not None:
+            y = y + extra["bias"]
+        return (y, x) if flag else y
+
+
 def fast_forward(self: SlowScale, x: torch.Tensor) -> torch.Tensor:
     return x * self.weight + self.bias
 

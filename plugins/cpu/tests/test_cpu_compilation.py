@@ -1,0 +1,120 @@
+"""Compiled and captured graphs: the values, the bits of samples, live weights, and when none is offered."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from observing import applied, observe, relative, skips, variants
+
+from kpt_plugin_cpu.captured import Captured
+from kpt_plugin_cpu.estimates import compile_seconds
+from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+def test_frozen_inductor_computes_the_same_and_its_undo_restores(mlp):
+    x = torch.randn(4, 128)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(mlp, x))}
+    assert offers["frozen"].derives and not offers["live"].derives
+    assert offers["frozen"].predicted_gain > offers["live"].predicted_gain > 1.0
+    weights = [parameter.clone() for parameter in mlp.parameters()]
+    behaviour, space, undo = applied(Inductor, mlp, offers["frozen"])
+    assert not behaviour.verify_applied(space)
+    assert relative(space.forward(x), mlp(x)) < 1e-6
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+    assert all(torch.equal(a, b) for a, b in zip(weights, mlp.parameters()))
+
+
+class Sampling(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.encode(x)
+        return mean + torch.randn_like(mean) * mean.exp()
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["live", "frozen"])
+def test_a_model_that_samples_gives_what_eager_gives_of_the_same_seed(name: str) -> None:
+    model, x = Sampling().eval(), torch.randn(4, 16)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(model, x))}
+    _, space, undo = applied(Inductor, model, offers[name])
+    space.forward(x)
+    torch.manual_seed(3)
+    true = model(x)
+    torch.manual_seed(3)
+    assert relative(space.forward(x), true) < 1e-6
+    undo()
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@torch.no_grad()
+def test_templates_compete_with_the_library(mlp, capfd):
+    """Inductor's autotuner asks for torch's precision, which oneDNN's permission made an error."""
+    x = torch.randn(4, 128)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(mlp, x))}
+    behaviour, space, undo = applied(Inductor, mlp, offers["max-autotune"])
+    assert relative(space.forward(x), mlp(x)) < 1e-6
+    assert behaviour.verify_applied(space)
+    undo()
+    written = "".join(capfd.readouterr()).lower()
+    assert "autotune" not in written, "what torch writes about the contest is on the user's screen"
+
+
+@torch.no_grad()
+def test_permission_for_reduced_precision_ends_with_compilation():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError, match="inside"), packing_for_onednn():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        raise RuntimeError("inside")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@torch.no_grad()
+def test_a_captured_graph_computes_the_same_bits_and_follows_the_weights(mlp):
+    x = torch.randn(4, 128)
+    (offer,) = variants(Captured(), observe(mlp, x, baseline_seconds=1e-3))
+    assert not offer.derives and offer.predicted_gain > 1.0
+    assert offer.setup_seconds < 0.5 * compile_seconds(observe(mlp, x))
+    behaviour, space, undo = applied(Captured, mlp, offer)
+    assert not behaviour.verify_applied(space)
+    assert torch.equal(space.forward(x), mlp(x))
+    mlp[0].weight.mul_(2.0)
+    assert torch.equal(space.forward(x), mlp(x))
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+
+
+def test_a_graph_is_not_captured_where_hardly_any_time_is_between_operations(mlp):
+    (reason,) = skips(Captured(), observe(mlp, torch.randn(4, 128), baseline_seconds=1.0))
+    assert "too little" in reason
+
+
+def test_training_is_offered_live_weights_only(mlp):
+    names = [offer.name for offer in variants(Inductor(), observe(mlp, torch.randn(2, 128), mode="training"))]
+    assert names == ["live"]
+
+
+def test_repeated_blocks_are_the_outermost_layers_of_one_class():
+    layer = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+    assert repeated_blocks(nn.TransformerEncoder(layer, 3)) == ["layers.0", "layers.1", "layers.2"]
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []
+
+
+def test_without_a_compiler_the_reason_is_given(mlp, monkeypatch):
+    monkeypatch.setattr("kpt_plugin_cpu.inductor.compiler", lambda: None)
+    assert "C++ compiler" in skips(Inductor(), observe(mlp, torch.randn(2, 128)))[0]
