@@ -75,7 +75,13 @@ class PassSpec:
 
 @runtime_checkable
 class Pass(Protocol):
-    """The behaviour behind a `PassSpec` or a `PolicySpec`."""
+    """The behaviour behind a `PassSpec` or a `PolicySpec`.
+
+    It may have a further method, ``calibrate(model, variant, run)``, which is called before ``apply`` with
+    the same workspace: ``run()`` calls the model on up to four of the user's examples, so that hooks put on
+    its modules see what flows through them (ranges of activations, for scales). The hooks have to be off
+    again when it returns.
+    """
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterable[Variant | Skip]:
         """Variants worth a trial, each with its predicted gain, or a `Skip` with the reason."""

@@ -36,14 +36,24 @@ class Applied:
     `close` undoes the plan, frees compiled code and drops the workspace; an undo that raises, or does not
     come back in a run, is noted in ``undo_errors``.
 
+    ``run`` calls the forward that it is given on some of the examples: a variant that measures what flows
+    through the model does it on these.
+
     Raises:
-        StepFailed: a variant's ``apply`` raised or returned no undo.
+        StepFailed: a variant's ``apply`` or ``calibrate`` raised, or ``apply`` returned no undo.
     """
 
     def __init__(
-        self, model: torch.nn.Module, plan: Plan, *, training: bool, undo_errors: list[str] | None = None
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        *,
+        training: bool,
+        run: Callable[[Callable[..., Any]], None],
+        undo_errors: list[str] | None = None,
     ) -> None:
         self.plan = plan
+        self._run = run
         self._threads = StartedThreads()
         self.module: torch.nn.Module | None = workspace.clone(model)
         self.compiled: list[compiling.CompiledForward] = []
@@ -65,15 +75,21 @@ class Applied:
             module.training = flag
 
     def _apply(self, step: Candidate) -> None:
+        method = "apply"
         try:
             behaviour = step.make()
             if step.left_out:
                 behaviour.leave_out(step.left_out)
+            calibrate = getattr(behaviour, "calibrate", None)
+            if calibrate is not None:
+                method = "calibrate"
+                calibrate(self.module, step.variant, lambda: self._run(self.forward))
+                method = "apply"
             undo = behaviour.apply(self.module, step.variant)
         except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
             raise
         except BaseException as error:
-            raise StepFailed(step, "failed", f"apply raised {type(error).__name__}: {error}") from error
+            raise StepFailed(step, "failed", f"{method} raised {type(error).__name__}: {error}") from error
         if not callable(undo):
             raise StepFailed(
                 step, "failed", f"apply returned {type(undo).__name__}; expected a function that undoes it"

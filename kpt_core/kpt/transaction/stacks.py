@@ -51,8 +51,7 @@ def first(ledger: Ledger) -> Outcome | None:
 
 
 def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome | None]:
-    """Whether there is time for one slow stack only, and what is bold in it was seen to be right; and the best
-    outcome then.
+    """Whether there is time for one slow stack only and what is bold in it was seen right; and the best.
 
     Whether it is right shows without the compiler, in the time of a few calls, and mostly it is faster by
     itself, to be kept should the compiler not come back. What is wrong is rejected.

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _LONGER_LOOK = 0.2
 #: but for at most this share of the time that it has left, since one that is stopped has no verdict at all.
 _SHARE_TIMED = 0.8
+#: Examples that a variant calibrates on.
+_CALIBRATED = 4
 #: Rules that compare values within a tolerance; a user's metric outranks these and no others.
 _TOLERANCES = frozenset({"value", "size", "mask"})
 _RULES_THAT_JUDGE = frozenset(
@@ -258,7 +260,13 @@ class Trials:
     def _prepared(self, source: torch.nn.Module, plan: Plan) -> Applied:
         """``plan`` on a workspace of ``source``: warmed up, sealed, and seen to have an effect."""
         started = time.perf_counter()
-        applied = Applied(source, plan, training=self.observation.training, undo_errors=self.undo_errors)
+        applied = Applied(
+            source,
+            plan,
+            training=self.observation.training,
+            run=self._run_examples,
+            undo_errors=self.undo_errors,
+        )
         try:
             runner = self.baseline.runner
             # What compiling leaves changed is put back here already: a judged call has to leave nothing.
@@ -272,6 +280,13 @@ class Trials:
             applied.close()
             raise
         return applied
+
+    def _run_examples(self, forward: Callable[..., Any]) -> None:
+        """Call ``forward`` on the first examples, as the mode demands."""
+        runner = self.baseline.runner
+        with untouched(), runner.buffers_kept():
+            for call in self.observation.calls[:_CALIBRATED]:
+                runner.step(forward, call.clone())
 
     def warm_up_calls(self, plan: Plan) -> list[Call]:
         """Calls of every kind that the plan will serve: what compiles or packs does it on these.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -18,6 +19,10 @@ _SMALLEST = 128 * 128
 
 class Int8:
     """The `Pass` of the policy."""
+
+    def __init__(self) -> None:
+        #: The largest absolute input of each channel, by the path of the linear.
+        self._largest: dict[str, torch.Tensor] = {}
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         paths = tuple(_large_linears(observation.model))
@@ -47,6 +52,25 @@ class Int8:
                     derives=True,
                 )
 
+    def calibrate(self, model: torch.nn.Module, variant: Variant, run: Callable[[], None]) -> None:
+        """Note how wide each channel of the linears' inputs is."""
+
+        def note(path: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].numel():
+                rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+                before, largest = self._largest.get(path), rows.abs().amax(0)
+                self._largest[path] = largest if before is None else torch.maximum(before, largest)
+
+        hooks = [
+            model.get_submodule(path).register_forward_pre_hook(functools.partial(note, path))
+            for path in _large_linears(model)
+        ]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         undos: list[Callable[[], None]] = []
         wide = wide_dtype(model) or torch.float32
@@ -54,7 +78,7 @@ class Int8:
             parent, _, name = path.rpartition(".")
             children = (model.get_submodule(parent) if parent else model)._modules
             linear = children[name]
-            children[name] = Int8Linear(linear)  # type: ignore[arg-type]
+            children[name] = Int8Linear(linear, self._largest.get(path))  # type: ignore[arg-type]
             undos.append(functools.partial(children.__setitem__, name, linear))
         if variant.params["rest"] != "float32":
             rest = getattr(torch, variant.params["rest"])

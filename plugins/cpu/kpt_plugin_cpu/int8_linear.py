@@ -3,7 +3,12 @@
 y[r, n] = sum_k x[r, k] w[n, k] + b[n], with x[r, :] ~ s[r] (u[r, :] - 128) and w[n, :] ~ t[n] q[n, :].
 The integer product (VNNI or AMX, through oneDNN) yields sum_k (u - 128) q scaled by t; the row scales s
 and the bias are applied to its output, where the compiler fuses them with what follows. Scales of
-activations come from each row of each call, so no calibration is needed.
+activations come from each row of each call.
+
+A few channels of an activation are often a hundred times larger than the others, which then are rounded
+coarsely in their company. So each channel k may be divided by a factor f[k], which the weights are multiplied
+by: f[k] = sqrt(max |x[:, k]| / max |w[:, k]|) makes both equally wide (Xiao et al., "SmoothQuant", 2023). The
+maxima of x come from a few calls; another call is right with any factors, only less finely rounded.
 
 The activations are unsigned with a zero point because oneDNN multiplies u8 by s8 natively; signed
 activations fall into a reference path that is slower by orders of magnitude.
@@ -36,17 +41,39 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+def smoothing(weight: Tensor, largest: Tensor) -> Tensor:
+    """The factors f [K] float32 for weights [N, K] and the ``largest`` absolute activations [K].
+
+    A channel that is zero in either, or not finite, is left as it is. The factors are scaled so that their
+    geometric mean is 1, and are powers of two: dividing by them rounds nothing.
+    """
+    columns = weight.detach().float().abs().amax(0)
+    factors = (largest.float() / columns).sqrt()
+    usable = torch.isfinite(factors) & (factors > 0.0)
+    if not usable.any():
+        return torch.ones_like(columns)
+    exponents = torch.where(usable, factors, 1.0).log2()
+    exponents = exponents - exponents[usable].mean()
+    return torch.where(usable, exponents.round().clamp(-30, 30), 0.0).exp2()
+
+
 class Int8Linear(nn.Module):
     """Replaces an `nn.Linear` in a workspace; holds copies derived from its weights.
 
-    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype.
+    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype. ``largest`` is the
+    largest absolute value that each channel of the input had in a few calls, [K], if that is known.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, largest: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        quantized, scale = quantize_weight(linear.weight)
+        weight = linear.weight.detach()
+        self.inverse: Tensor | None = None
+        if largest is not None:
+            factors = smoothing(weight, largest)
+            weight, self.inverse = weight.float() * factors, 1.0 / factors
+        quantized, scale = quantize_weight(weight)
         self.quantized = quantized
         self.scale = scale
         self.bias = None if linear.bias is None else linear.bias.detach().float()
@@ -58,7 +85,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        wide = rows.float()
+        wide = rows.float() if self.inverse is None else rows.float() * self.inverse
         scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
         codes = (wide * (1 / scale) + ZERO_POINT).round().clamp(1, 255).to(torch.uint8)
         if torch.compiler.is_compiling():
