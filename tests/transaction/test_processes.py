@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,13 +17,24 @@ import mixed_models
 JOBS = Path(__file__).resolve().parent.parent / "jobs.py"
 
 
+def at_once(number: int, name: str, folder: Path) -> list[Any]:
+    """What ``number`` processes print that do the same job; they are ended after five minutes."""
+    command = [sys.executable, str(JOBS), name, str(folder)]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for _ in range(number):
+            job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            started.append(stack.enter_context(job))
+            stack.callback(job.kill)
+        printed = [job.communicate(timeout=300) for job in started]
+        for job, (_, errors) in zip(started, printed, strict=True):
+            assert job.returncode == 0, errors[-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in printed]
+
+
 def run_job(name: str, folder: Path) -> Any:
-    """What the job prints; it is ended after five minutes."""
-    done = subprocess.run(
-        [sys.executable, str(JOBS), name, str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What one process prints that does the job."""
+    return at_once(1, name, folder)[0]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
@@ -66,13 +78,14 @@ def test_two_data_parallel_processes_with_a_compiled_a_precision_and_a_kernel_va
 
 
 def test_three_processes_under_deterministic_algorithms_agree_bit_for_bit(tmp_path):
-    first, second, third = (run_job("deterministic", tmp_path) for _ in range(3))
+    first, second, third = at_once(3, "deterministic", tmp_path)
     assert first == second == third
     assert first["accepted"] == [["DirectScale:direct"], ["DirectScale:direct"]]
 
 
 def test_three_processes_agree_bit_for_bit_on_compiled_code_kernels_and_a_recipe(tmp_path):
-    first, *others = (run_job("deterministic_mixed", tmp_path) for _ in range(3))
+    first = run_job("deterministic_mixed", tmp_path)
+    others = at_once(2, "deterministic_mixed", tmp_path)
     assert first["recipe"] == ["miss", "miss"] and first["searched"] == [True, True]
     for found in others:
         assert found["recipe"] == ["hit", "hit"] and found["searched"] == [False, False]
