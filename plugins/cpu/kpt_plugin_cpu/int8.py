@@ -11,18 +11,29 @@ import torch
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
-from kpt_plugin_cpu.int8_linear import Int8Linear
+from kpt_plugin_cpu.int8_linear import Int8Linear, smoothing
 
 #: Smaller weights gain nothing: quantising the activations costs more than the product saves.
 _SMALLEST = 128 * 128
+
+
+class _Range:
+    """The largest absolute weights and inputs of each channel, [K], of linears that share an input."""
+
+    def __init__(self) -> None:
+        self.weights = self.inputs = torch.zeros(())
+
+    def include(self, weight: torch.Tensor, x: torch.Tensor) -> None:
+        self.weights = torch.maximum(self.weights, weight.float().abs().amax(0))
+        self.inputs = torch.maximum(self.inputs, x.reshape(-1, x.shape[-1]).float().abs().amax(0))
 
 
 class Int8:
     """The `Pass` of the policy."""
 
     def __init__(self) -> None:
-        #: The largest absolute input of each channel, by the path of the linear.
-        self._largest: dict[str, torch.Tensor] = {}
+        #: What each linear's input is multiplied by, by path; the same tensor where the input is the same.
+        self._inverses: dict[str, torch.Tensor] = {}
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         paths = tuple(_large_linears(observation.model))
@@ -53,23 +64,35 @@ class Int8:
                 )
 
     def calibrate(self, model: torch.nn.Module, variant: Variant, run: Callable[[], None]) -> None:
-        """Note how wide each channel of the linears' inputs is."""
+        """Choose factors by how wide each channel of the linears' inputs is.
+
+        Linears that are called with one tensor after another (queries, keys and values, say) get the same, so
+        that the tensor is divided and rounded once in compiled code.
+        """
+        ranges: dict[str, _Range] = {}
+        last: list[Any] = [None, _Range()]
 
         def note(path: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], torch.Tensor) and args[0].numel():
-                rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                before, largest = self._largest.get(path), rows.abs().amax(0)
-                self._largest[path] = largest if before is None else torch.maximum(before, largest)
+            x = args[0] if args else None
+            if not isinstance(x, torch.Tensor) or not x.numel():
+                return
+            if x is not last[0]:
+                last[:] = x, _Range()
+            mine = ranges.setdefault(path, last[1])
+            mine.include(module.weight.detach(), x.detach())  # type: ignore[operator]
 
+        paths = _large_linears(model)
         hooks = [
             model.get_submodule(path).register_forward_pre_hook(functools.partial(note, path))
-            for path in _large_linears(model)
+            for path in paths
         ]
         try:
             run()
         finally:
             for hook in hooks:
                 hook.remove()
+        chosen = {id(each): 1.0 / smoothing(each.weights, each.inputs) for each in ranges.values()}
+        self._inverses = {path: chosen[id(each)] for path, each in ranges.items()}
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         undos: list[Callable[[], None]] = []
@@ -78,7 +101,7 @@ class Int8:
             parent, _, name = path.rpartition(".")
             children = (model.get_submodule(parent) if parent else model)._modules
             linear = children[name]
-            children[name] = Int8Linear(linear, self._largest.get(path))  # type: ignore[arg-type]
+            children[name] = Int8Linear(linear, self._inverses.get(path))  # type: ignore[arg-type]
             undos.append(functools.partial(children.__setitem__, name, linear))
         if variant.params["rest"] != "float32":
             rest = getattr(torch, variant.params["rest"])

@@ -41,17 +41,16 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def smoothing(weight: Tensor, largest: Tensor) -> Tensor:
-    """The factors f [K] float32 for weights [N, K] and the ``largest`` absolute activations [K].
+def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:
+    """The factors f [K] float32 for the largest absolute ``weights`` and ``inputs`` of each channel, [K].
 
     A channel that is zero in either, or not finite, is left as it is. The factors are scaled so that their
     geometric mean is 1, and are powers of two: dividing by them rounds nothing.
     """
-    columns = weight.detach().float().abs().amax(0)
-    factors = (largest.float() / columns).sqrt()
+    factors = (inputs.float() / weights.float()).sqrt()
     usable = torch.isfinite(factors) & (factors > 0.0)
     if not usable.any():
-        return torch.ones_like(columns)
+        return torch.ones_like(factors)
     exponents = torch.where(usable, factors, 1.0).log2()
     exponents = exponents - exponents[usable].mean()
     return torch.where(usable, exponents.round().clamp(-30, 30), 0.0).exp2()
@@ -60,19 +59,18 @@ def smoothing(weight: Tensor, largest: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """Replaces an `nn.Linear` in a workspace; holds copies derived from its weights.
 
-    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype. ``largest`` is the
-    largest absolute value that each channel of the input had in a few calls, [K], if that is known.
+    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype. the channels of
+    the input are multiplied by ``inverse`` [K] first, and the weights are made to fit.
     """
 
-    def __init__(self, linear: nn.Linear, largest: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, inverse: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         weight = linear.weight.detach()
-        self.inverse: Tensor | None = None
-        if largest is not None:
-            factors = smoothing(weight, largest)
-            weight, self.inverse = weight.float() * factors, 1.0 / factors
+        self.inverse = inverse
+        if inverse is not None:
+            weight = weight.float() / inverse
         quantized, scale = quantize_weight(weight)
         self.quantized = quantized
         self.scale = scale

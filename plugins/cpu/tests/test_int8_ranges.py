@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compile_utils import fx_graph_cse
 
 from kpt.specs import Variant
 from kpt_plugin_cpu.int8 import Int8
@@ -31,14 +33,16 @@ def test_wide_channels_do_not_cost_the_others_their_digits():
     linear, x = nn.Linear(128, 64).eval(), torch.randn(256, 128) * WIDE
     linear.weight.mul_(1.0 / WIDE)  # so that all channels matter alike
     plain = relative(Int8Linear(linear)(x), linear(x))
-    even = relative(Int8Linear(linear, x.abs().amax(0))(x), linear(x))
+    even = relative(
+        Int8Linear(linear, 1 / smoothing(linear.weight.abs().amax(0), x.abs().amax(0)))(x), linear(x)
+    )
     assert even < 0.25 * plain and even < 0.02
 
 
 @torch.no_grad()
 def test_channels_are_divided_by_powers_of_two_of_mean_one():
     torch.manual_seed(0)
-    factors = smoothing(torch.randn(64, 128), torch.rand(128) * WIDE + 0.1)
+    factors = smoothing(torch.rand(128) + 0.1, torch.rand(128) * WIDE + 0.1)
     assert torch.equal(factors.log2(), factors.log2().round())
     assert abs(float(factors.log2().mean())) < 0.5
     assert float(factors[:4].mean()) > 4 * float(factors[4:].mean())
@@ -47,11 +51,11 @@ def test_channels_are_divided_by_powers_of_two_of_mean_one():
 @torch.no_grad()
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_channels_without_a_range_are_left_as_they_are(value):
-    weight, largest = torch.randn(64, 128), torch.rand(128) + 0.5
-    largest[5], weight[:, 7] = value, 0.0
-    factors = smoothing(weight, largest)
+    weights, largest = torch.rand(128) + 0.5, torch.rand(128) + 0.5
+    largest[5], weights[7] = value, 0.0
+    factors = smoothing(weights, largest)
     assert factors[5] == 1.0 and factors[7] == 1.0 and torch.isfinite(factors).all() and (factors > 0).all()
-    assert torch.equal(smoothing(weight, torch.zeros(128)), torch.ones(128))
+    assert torch.equal(smoothing(weights, torch.zeros(128)), torch.ones(128))
 
 
 @torch.no_grad()
@@ -88,3 +92,35 @@ def test_a_linear_that_no_example_reaches_has_no_factors():
     behaviour.calibrate(model, None, lambda: model["used"](torch.randn(4, 128)))  # type: ignore[arg-type]
     behaviour.apply(model, FLOAT32)
     assert model["used"].inverse is not None and model["idle"].inverse is None
+
+
+class Heads(nn.Module):
+    """Two linears of one input, and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = (nn.Linear(128, 128) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.left(x) + self.right(x))
+
+
+@torch.no_grad()
+def test_linears_of_one_input_divide_and_round_it_once_in_compiled_code():
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.randn(64, 128) * WIDE
+    expected = model(x)
+    behaviour = calibrated(model, x)
+    behaviour.apply(model, FLOAT32)
+    assert model.left.inverse is model.right.inverse and model.left.inverse is not model.last.inverse
+    assert relative(model(x), expected) < 0.02
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=backend))
+    assert torch.allclose(compiled(x), model(x), atol=1e-4)
+    common = fx_graph_cse(graphs[0].graph)  # as inductor does it when it freezes
+    assert sum(str(node.target).startswith("aten.amax") for node in common.nodes) == 2
