@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -126,6 +127,17 @@ class Compiled(slow_models.DirectScale):
         return self.compiled.executions > 0
 
 
+@functools.cache
+def started_inductor() -> None:
+    """Compile something once, so that no trial pays for what inductor does once in a process.
+
+    It is imported, and probes the instruction sets: torch 2.11 starts an interpreter for each, which imports
+    torch. With the CUDA build on two cores that took 17 to 25 s, and a deadline for half a second of set-up
+    passed.
+    """
+    CompiledForward(torch.nn.Tanh().forward, backend="inductor")(torch.zeros(4, 4))
+
+
 class CompiledByInductor(Compiled):
     """Compiles the last layer only: of the whole model, inductor would take every detour out by itself."""
 
@@ -137,6 +149,8 @@ class CompiledByInductor(Compiled):
 
 def plugins(compiled: type = Compiled, *, training: bool = False) -> list[Any]:
     """Inline plugins that offer a layout pass, a kernel, a precision policy and a compiler pass."""
+    if compiled is CompiledByInductor:
+        started_inductor()
     kernel = KernelSpec(
         op="rms_norm",
         name="right",
