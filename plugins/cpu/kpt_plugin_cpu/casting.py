@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from kpt_plugin_cpu.attributes import attributes
+
 _FLOATS = (torch.float32, torch.float64)
 #: How deep tensors are looked for inside objects that a model returns (a cache of layers of keys).
 _DEPTH = 4
@@ -95,38 +97,39 @@ def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
     """``output`` with ``narrow`` tensors in ``wide``; what holds some is copied: the model may keep it."""
 
     def leaf(value: Any) -> Any:
-        return _widened_inside(value, narrow, wide, _DEPTH)
+        return _widened_inside(value, narrow, wide, _DEPTH)[0]
 
     return pytree.tree_map(leaf, output)
 
 
-def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> Any:
+def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> tuple[Any, bool]:
     """A tensor in ``wide``, or a copy of an object that holds ``narrow`` ones (a cache, say) within ``depth``
-    levels; ``value`` itself where nothing changes."""
+    levels, and True; or ``value`` itself and False: dynamo of torch 2.11 can't ask whether it is the same."""
     if isinstance(value, torch.Tensor):
-        return value.to(wide) if value.dtype == narrow else value
+        return (value.to(wide), True) if value.dtype == narrow else (value, False)
     if depth == 0 or value is None or isinstance(value, (int, float, str, bytes, torch.nn.Module, type)):
-        return value
+        return value, False
     if isinstance(value, (list, tuple)):
         items = [_widened_inside(item, narrow, wide, depth - 1) for item in value]
-        if all(new is old for new, old in zip(items, value)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    held = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        if not any(differs for _, differs in items):
+            return value, False
+        parts = [item for item, _ in items]
+        return (type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)), True
+    held = value if isinstance(value, dict) else attributes(value)
     changed = {}
     for name, item in list(held.items()):
         if isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
-            new = _widened_inside(item, narrow, wide, depth - 1)
-            if new is not item:
+            new, differs = _widened_inside(item, narrow, wide, depth - 1)
+            if differs:
                 changed[name] = new
     if not changed:
-        return value
+        return value, False
     if type(value) is dict:
-        return {**value, **changed}
+        return {**value, **changed}, True
     if isinstance(value, dict):
         copied = copy.copy(value)
         copied.update(changed)
-        return copied
+        return copied, True
     cls: Any = type(value)
     try:
         twin = object.__new__(cls)
@@ -135,4 +138,4 @@ def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: i
     for name, item in list(held.items()):
         # A frozen dataclass refuses what goes through its own interface.
         object.__setattr__(twin, name, changed.get(name, item))
-    return twin
+    return twin, True
