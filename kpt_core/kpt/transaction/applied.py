@@ -37,7 +37,7 @@ class Applied:
     come back in a run, is noted in ``undo_errors``.
 
     ``run`` calls the forward that it is given on some of the examples: a variant that measures what flows
-    through the model does it on these.
+    through the model does it on these. It is not kept: it holds the model, which a committed plan must not.
 
     Raises:
         StepFailed: a variant's ``apply`` or ``calibrate`` raised, or ``apply`` returned no undo.
@@ -53,7 +53,6 @@ class Applied:
         undo_errors: list[str] | None = None,
     ) -> None:
         self.plan = plan
-        self._run = run
         self._threads = StartedThreads()
         self.module: torch.nn.Module | None = workspace.clone(model)
         self.compiled: list[compiling.CompiledForward] = []
@@ -65,7 +64,7 @@ class Applied:
         try:
             with compiling.collect() as created:
                 for step in plan.steps:
-                    self._apply(step)
+                    self._apply(step, run)
             self.compiled = list(created)
         except BaseException:
             self.compiled = list(created)
@@ -74,7 +73,7 @@ class Applied:
         for module, flag in flags.items():
             module.training = flag
 
-    def _apply(self, step: Candidate) -> None:
+    def _apply(self, step: Candidate, run: Callable[[Callable[..., Any]], None]) -> None:
         method = "apply"
         try:
             behaviour = step.make()
@@ -83,7 +82,7 @@ class Applied:
             calibrate = getattr(behaviour, "calibrate", None)
             if calibrate is not None:
                 method = "calibrate"
-                calibrate(self.module, step.variant, lambda: self._run(self.forward))
+                calibrate(self.module, step.variant, lambda: run(self.forward))
                 method = "apply"
             undo = behaviour.apply(self.module, step.variant)
         except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
