@@ -49,8 +49,7 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 # run beside them, at the lowest priority, and after them what hangs on no close timing.
 AOT := plugins/triton/tests/test_aot.py
 BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py tests/cli/test_plugins_commands.py \
-  tests/artifact tests/ops tests/test_compiling.py tests/transaction/test_recipe_key.py tests/test_repository.py \
-  tests/test_tutorial.py
+  tests/artifact tests/test_repository.py tests/test_tutorial.py
 test: setup  ## every test that needs no accelerator
 	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
 	( kernels=0; \

@@ -17,6 +17,8 @@ from kpt.transaction import dispatch
 from slow_models import DirectScale, Many, net, plugin
 
 PLUGINS = [plugin(DirectScale)]
+#: Who keeps a forward is found in everything that is in memory.
+pytestmark = pytest.mark.usefixtures("whole_heap")
 
 
 def ready(**options: object) -> tuple[slow_models.Net, torch.Tensor]:
