@@ -94,6 +94,20 @@ def test_copies_in_closures_are_counted():
     assert "holds 128 bytes of copies" in str(receipt)
 
 
+def test_copies_are_counted_beside_whatever_the_model_refers_to(monkeypatch):
+    """Of a large data set not every object is looked at; then copies are taken to be there."""
+    monkeypatch.setattr(memory, "_MOST_OBJECTS", 3000)
+    monkeypatch.setattr(slow_models, "Hidden", Hidden, raising=False)
+    model = net()
+    model.samples = [[index] for index in range(5000)]
+    model.samples[-1].append(torch.zeros(100))
+    optimized(model, torch.randn(32, 16), plugins=[plugin(Hidden)])
+    assert kpt.report(model).derived_bytes == 2 * 16 * 4
+    applied = dispatch.plan_of(model).committed.applied
+    assert memory.holds_copies(model, applied)
+    assert memory.holds_copies(net(), types.SimpleNamespace(module=model, behaviours=[], undos=()))
+
+
 def test_a_plan_that_reads_the_users_weights_holds_nothing():
     model = optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)])
     assert kpt.report(model).derived_bytes == 0 and "copies" not in str(kpt.report(model))

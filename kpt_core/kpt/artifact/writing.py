@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -59,7 +60,8 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
             "Name another folder.",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    scratch = target.parent / f".{target.name}-{secrets.token_hex(8)}"
+    scratch.mkdir()
     try:
         weights, aliases = untied(model.state_dict())
         save_file(weights, str(scratch / layout.WEIGHTS))
@@ -94,11 +96,20 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
             },
         }
         (scratch / layout.RECIPE).write_text(json.dumps(manifest, indent=2, default=str), encoding="utf-8")
+        _as_the_umask_has_it(scratch)
         _put(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return target
+
+
+def _as_the_umask_has_it(scratch: Path) -> None:
+    """Let others read the files as any file that the user writes: some libraries make private ones."""
+    mode = (scratch / layout.RECIPE).stat().st_mode & 0o777
+    for file in scratch.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _put(scratch: Path, target: Path) -> None:

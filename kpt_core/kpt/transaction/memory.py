@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from kpt.transaction.applied import Applied
 
 _ATOMS = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.dtype, torch.device)
-#: A model may refer to anything, its data set included; what lies beyond so many objects is not looked at.
+#: A model may refer to anything, its data set included: of its objects, and of the plan's, so many are looked
+#: at, the nearest first and what containers hold that are larger than `_LARGE` last.
 _MOST_OBJECTS = 1_000_000
+_LARGE = 1000
 
 
 def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> float:
@@ -62,10 +64,7 @@ def derived_bytes(model: torch.nn.Module, applied: Applied) -> int:
     their elements. What native code allocates for itself is out of sight: scratch memory of libraries,
     pools of captured graphs, the machine code, objects that are no tensors to torch.
     """
-    walk = _Walk()
-    walk.visit(model)
-    walk.total = 0
-    walk.visit([applied.module, applied.behaviours, applied.undos])
+    walk = _beside(model, applied)
     for compiled in applied.compiled:
         walk.visit(compiled.constants())
     return walk.total
@@ -75,29 +74,45 @@ def holds_copies(model: torch.nn.Module, applied: Applied) -> bool:
     """Whether a plan keeps tensors that are not the model's, whatever it says about them.
 
     They may be copies made from weights: a plan that does not say so must not serve stale ones. Constants
-    of compiled code are left out, since compilers lift every literal into one.
+    of compiled code are left out, since compilers lift every literal into one. Where there is too much to
+    look at, copies are taken to be there.
     """
+    walk = _beside(model, applied)
+    return walk.total > 0 or not walk.complete
+
+
+def _beside(model: torch.nn.Module, applied: Applied) -> _Walk:
+    """What ``applied`` holds and ``model`` does not."""
     walk = _Walk()
     walk.visit(model)
     walk.total = 0
     walk.visit([applied.module, applied.behaviours, applied.undos])
-    return walk.total > 0
+    return walk
 
 
 class _Walk:
-    """Adds up the storages of what is visited; nothing is entered or counted twice."""
+    """Adds up the storages of what is visited; nothing is entered or counted twice.
+
+    ``complete`` says whether everything was looked at.
+    """
 
     def __init__(self) -> None:
         self.total = 0
+        self.complete = True
         self._seen: set[Any] = set()
         self._kept: list[Any] = []  # what is only made by looking at it must not leave its id to another
 
     def visit(self, value: Any) -> None:
-        pending = [value]
-        while pending and len(self._seen) < _MOST_OBJECTS:
-            item = pending.pop()
+        pending, later = collections.deque([value]), collections.deque[Any]()
+        left = _MOST_OBJECTS
+        while pending or later:
+            item = (pending or later).popleft()
             if isinstance(item, _ATOMS) or id(item) in self._seen:
                 continue
+            if left == 0:
+                self.complete = False
+                return
+            left -= 1
             self._seen.add(id(item))
             self._kept.append(item)
             if isinstance(item, torch.Tensor):
@@ -105,7 +120,8 @@ class _Walk:
             elif _is_array(item):
                 pending.extend(self._array(item))
             else:
-                pending.extend(_parts(item))
+                parts = _parts(item)
+                (pending if len(parts) <= _LARGE else later).extend(parts)
 
     def _tensor(self, tensor: torch.Tensor) -> list[Any]:
         if hasattr(tensor, "__tensor_flatten__"):  # a subclass around others: quantised weights, say
