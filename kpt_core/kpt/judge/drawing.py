@@ -31,9 +31,10 @@ class Drawing:
         sizes: dict[str, int],
         padding: bool,
         keep_integers: bool,
+        mix_integers: bool,
     ) -> None:
         self.parameters, self.example, self.generator = parameters, example, generator
-        self.padding, self.keep_integers = padding, keep_integers
+        self.padding, self.keep_integers, self.mix_integers = padding, keep_integers, mix_integers
         self.leaves = {leaf.name: leaf for leaf in leaves}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.bounds: dict[int, list[tuple[str, int]]] = {}
@@ -83,6 +84,9 @@ class Drawing:
             mean = min(max(leaf.form.mean, 0.25), 0.75) if self.padding else leaf.form.mean
             return torch.rand(shape, generator=self.generator) < mean
         if leaf.role == "integer":
+            if self.mix_integers and leaf.may_flag:
+                flags = fresh.mixed_flags(_distinct(tensor, shape), self.generator)
+                return flags.expand(shape) == bool(leaf.form.values[0])
             if self.keep_integers:
                 return fresh.stretch(tensor, shape)
             return fresh.draw_integers(

@@ -101,6 +101,7 @@ class InputSpec:
         sizes: Mapping[str, int] | None = None,
         padding: bool = False,
         keep_integers: bool = False,
+        mix_integers: bool = False,
     ) -> Call:
         """A fresh call like one of the examples, on the examples' devices, with their strides.
 
@@ -110,6 +111,8 @@ class InputSpec:
             padding: pad every sequence mask raggedly, even if no example was padded, and mix other masks
                 and flags that are alike in the examples.
             keep_integers: leave integers as in the example, for models that accept few combinations.
+            mix_integers: draw zeros and ones where the examples hold one of them everywhere. Eager may refuse
+                that, and on an accelerator it may not be tried: a 1 may be no row of a table.
 
         Raises:
             ValueError: an unknown dimension, or a spec from `from_dict` with values that cannot be drawn.
@@ -121,7 +124,14 @@ class InputSpec:
             )
         example = self._examples[int(torch.randint(len(self._examples), (1,), generator=generator))]
         return Drawing(
-            self.leaves, self._parameters, example, generator, dict(sizes or {}), padding, keep_integers
+            self.leaves,
+            self._parameters,
+            example,
+            generator,
+            dict(sizes or {}),
+            padding,
+            keep_integers,
+            mix_integers,
         ).call()
 
     def sizes(self, generator: torch.Generator, number: int) -> list[dict[str, int]]:
@@ -156,6 +166,11 @@ class InputSpec:
             for leaf in self.leaves
             if leaf.role in ("mask", "bool")
         )
+
+    @property
+    def has_constant_integers(self) -> bool:
+        """Whether some integers are all 0 or all 1 in the examples and may stand for something else."""
+        return any(leaf.may_flag for leaf in self.leaves)
 
     def padding_masks(self, call: Call) -> dict[str, torch.Tensor]:
         """The [batch, sequence] masks of ``call`` by name, as flags of the positions that count."""

@@ -7,6 +7,7 @@ nothing is recognised, a form keeps values to resample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,6 +98,13 @@ def observe_integers(
         vectors = torch.cat([t.reshape(-1, t.shape[-1]).cpu().to(torch.int64) for t in tensors])[:POOL]
         return replace(plain, kind="vectors", values=tuple(tuple(row) for row in vectors.tolist()))
     return _tokens(tensors, masks, plain)
+
+
+def may_flag(name: str, form: Form, shape: Sequence[int]) -> bool:
+    """Whether an integer input may hold flags or kinds: several integers, all 0 or all 1 in the examples, and
+    no name of numbers that count or point."""
+    numbers = any(part in name.lower() for part in (*_ORDERED_NAMES, *_LENGTH_NAMES))
+    return form.kind == "constant" and form.values in ((0,), (1,)) and math.prod(shape) > 1 and not numbers
 
 
 def _tokens(tensors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], plain: Form) -> Form:

@@ -41,6 +41,11 @@ class LeafSpec:
     def high(self) -> float:
         return self.form.high
 
+    @property
+    def may_flag(self) -> bool:
+        """Whether these are integers that are all 0 or all 1 and may be flags or kinds."""
+        return self.role == "integer" and forms.may_flag(self.name, self.form, self.shape)
+
     def to_dict(self) -> dict[str, Any]:
         """The leaf as JSON values."""
         return {

@@ -154,12 +154,13 @@ class Baseline:
                 return None
         return expected.casts[dtype]
 
-    def draw(
-        self, *, sizes: dict[str, int] | None = None, padding: bool = False, keep_integers: bool | None = None
-    ) -> Call:
-        """A fresh call like the examples; integers are the examples' own where eager refused others."""
+    def draw(self, *, keep_integers: bool | None = None, **options: Any) -> Call:
+        """A fresh call like the examples; integers are the examples' own where eager refused others.
+
+        ``options`` are those of the spec's own `draw`.
+        """
         keep = self.keep_integers if keep_integers is None else keep_integers
-        return self.observation.spec.draw(self.generator, sizes=sizes, padding=padding, keep_integers=keep)
+        return self.observation.spec.draw(self.generator, keep_integers=keep, **options)
 
     def runs(self, call: Call) -> bool:
         """Whether eager accepts ``call`` at all (a length beyond a table of positions, say)."""

@@ -2,7 +2,7 @@
 
 Fresh inputs for every judgement: like the examples, then odd and boundary sizes of the declared
 dimensions, then padded ones for a plan that touches a mask, and where a mask or a flag of the examples is
-the same everywhere.
+the same everywhere. So are integers that may be flags, where eager takes others.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Judgement:
         #: and those that moved when the plan was that is judged now.
         self._moved_by_plan: set[str] = set()
         self.dropped = 0
+        #: Whether integers that are all 0 or all 1 in the examples are drawn otherwise. On an accelerator an
+        #: index that is out of range would end the process's use of it.
+        self._mixes = observation.device_type == "cpu" and observation.spec.has_constant_integers
         #: Whether eager refused every other size of the declared dimensions that the last draws tried.
         self.only_examples = False
 
@@ -63,9 +66,11 @@ class Judgement:
         """Fresh calls with their expected results. What eager cannot run is dropped; of a padded call the
         unpadded form takes the place."""
         observation = self.observation
+        mixed = self._mixed()
+        # In a first look, what is drawn otherwise takes the place of the second draw.
         kinds: list[tuple[str, str, dict[str, int] | None, bool]] = [
             ("value", "like the example", None, False)
-        ] * 2
+        ] * (2 if thorough or mixed is None else 1)
         if observation.dynamic:
             # Odd ones, then both bounds of each dimension.
             number = 1 + 2 * len(observation.spec.dimensions) if thorough else 2
@@ -77,9 +82,10 @@ class Judgement:
                 other = observation.spec.sizes(self.baseline.generator, 1)
                 kinds.append(("mask", "padded, other sizes", other[0] if other else None, True))
         elif observation.spec.has_constant_flags:
-            # The guard lets other values pass. In a first look they take the place of the second draw.
+            # The guard lets other values pass.
             kinds[2 if thorough else 1 : 2] = [("mask", "padded", None, True)]
         found = [draw for kind in kinds if (draw := self._draw(*kind)) is not None]
+        found += [mixed] if mixed is not None else []
         if observation.dynamic and not any(draw.rule == "size" for draw in found):
             # Eager refuses sizes that do not fit together.
             for fitting in observation.spec.sizes_in_proportion():
@@ -97,6 +103,25 @@ class Judgement:
         if expected is None and padding and sizes is None:
             return self._draw("value", "like the example", None, False)
         return None if expected is None else Draw(expected, rule, label, self._seed)
+
+    def _mixed(self) -> Draw | None:
+        """A call with zeros and ones where the examples hold one of them everywhere; None where there is no
+        such input, or where eager refused one, for a 1 that is no row of a table, say."""
+        if not self._mixes:
+            return None
+        self._seed += 1
+        for keep_integers in (False, True):
+            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers)
+            try:
+                expected = self.baseline.expected(call, seed=self._seed)
+            except _STOPS:
+                raise
+            except Exception:  # noqa: BLE001 - whatever eager says of it: nobody promised to take others
+                self.dropped += 1
+                continue
+            return Draw(expected, "value", "with other flags", self._seed)
+        self._mixes = False
+        return None
 
     def _expected(self, sizes: dict[str, int] | None, padding: bool, *, required: bool) -> Expected | None:
         """A fresh call that eager can run. Where resampled integers are refused (placeholders that must
