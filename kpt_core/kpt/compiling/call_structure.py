@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
@@ -22,10 +24,38 @@ def _is_negative_zero(value: Any) -> bool:
     return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0.0
 
 
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """The parts of a named tuple or a dataclass by name.
+
+    None for all else, and for those that hold more or less than their fields (a cached property, slots).
+    """
+    if isinstance(value, (type, Mapping, torch.Tensor, torch.nn.Module)):
+        return None
+    held: dict[str, Any] = getattr(value, "__dict__", {})
+    if isinstance(value, tuple):
+        names = getattr(type(value), "_fields", ())
+        return dict(zip(names, value)) if names and len(names) == len(value) and not held else None
+    if not dataclasses.is_dataclass(value):
+        return None
+    names = tuple(field.name for field in dataclasses.fields(value))
+    return {name: held[name] for name in names} if held.keys() == set(names) else None
+
+
+def with_fields(value: Any, fields: dict[str, Any]) -> Any:
+    """One like ``value`` with these `fields_of` it, made without the code that checks or derives fields."""
+    if isinstance(value, tuple):
+        return tuple.__new__(type(value), fields.values())
+    duplicate = copy.copy(value)
+    duplicate.__dict__.update(fields)
+    return duplicate
+
+
 def negative_zeros(value: Any, path: tuple[Any, ...] = ()) -> frozenset[tuple[Any, ...]]:
     """Where in the arguments of a call -0.0 is."""
-    if isinstance(value, (tuple, list)):
-        items: Any = enumerate(value)
+    if fields := fields_of(value):
+        items: Any = fields.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
     elif isinstance(value, dict):
         items = value.items()
     else:
@@ -56,6 +86,8 @@ def _structure(value: Any, parts: list[Any], identities: list[int]) -> bool:
     if kind is dict:
         parts.append(tuple(value))
         return all(_structure(item, parts, identities) for item in value.values())
+    if (fields := fields_of(value)) is not None:
+        return all(_structure(item, parts, identities) for item in fields.values())
     return False
 
 
@@ -85,6 +117,9 @@ def named_tensors(
     def visit(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             found[name] = value
+        elif fields := fields_of(value):
+            for key, item in fields.items():
+                visit(f"{name}.{key}", item)
         elif isinstance(value, (tuple, list)):
             for index, item in enumerate(value):
                 visit(f"{name}[{index}]", item)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from kpt.compiling.call_structure import fields_of, with_fields
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -16,7 +18,7 @@ def without_gradients(
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, torch.Tensor]]:
     """The arguments with every tensor that requires a gradient detached, and those by their stand-ins' ids.
 
-    What is one tensor stays one. Tensors are looked for in lists, tuples and dictionaries.
+    What is one tensor stays one. Tensors are looked for in lists, tuples, dictionaries and dataclasses.
     """
     (plain, named), stand_ins = _exchanged(
         args, kwargs, lambda tensor: tensor.detach() if tensor.requires_grad else tensor
@@ -55,6 +57,8 @@ def _exchanged(
             return type(value)(map(visit, value))
         if type(value) is dict:
             return {key: visit(item) for key, item in value.items()}
+        if (fields := fields_of(value)) is not None:
+            return with_fields(value, {name: visit(item) for name, item in fields.items()})
         return value
 
     changed = visit(args), visit(kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kpt.compiling.call_structure import fields_of
 from kpt.judge.aliasing import overlap
 
 _Tensor = torch.Tensor
@@ -24,7 +25,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return [tensor for item in value for tensor in tensors_in(item)]
     if type(value) is dict:
         return [tensor for item in value.values() for tensor in tensors_in(item)]
-    return []
+    return [tensor for item in (fields_of(value) or {}).values() for tensor in tensors_in(item)]
 
 
 def share_memory(values: tuple[Any, ...]) -> bool:
@@ -62,4 +63,7 @@ def key_of(value: Any) -> Any:
     if type(value) is dict:
         parts = tuple((k, key_of(v)) for k, v in value.items())
         return MISSING if any(part[1] is MISSING for part in parts) else (dict, parts)
+    if (fields := fields_of(value)) is not None:
+        parts = tuple(map(key_of, fields.values()))
+        return MISSING if MISSING in parts else (type(value), parts)
     return MISSING

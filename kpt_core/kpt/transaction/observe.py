@@ -79,7 +79,8 @@ def prepare_calls(model: torch.nn.Module, example_inputs: Any) -> list[Call]:
     refusals = [never_served(call.args, call.kwargs) for call in prepared]
     if None not in refusals:
         raise Unsuitable(
-            f"the {refusals[0]}; plans serve tensors, numbers, strings, and lists, tuples and dicts of these"
+            f"the {refusals[0]}; plans serve tensors, numbers, strings, and lists, tuples, dicts, named "
+            "tuples and dataclasses (without slots) of these"
         )
     return prepared
 
