@@ -25,6 +25,7 @@ BESIDE = {
     "hookspecs": "specs",
     "plugins": "specs",
     "profiles": "specs",
+    "globalstate": "specs",
     "user_cache": "specs",
     "interruption": "specs",
     "compiling": "specs",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kpt import user_cache
 from kpt.plugins import PluginError, PluginStatus, Registry, instantiate
 from kpt.plugins import registry as installed_plugins
-from kpt.plugins.isolation import attempt, named_if_interrupted
+from kpt.plugins.isolation import attempt, foreign
 from kpt.plugins.status import disable_command, one_line, upgrade_or_disable
 from kpt.specs import HardwareProfile
 
@@ -169,8 +169,7 @@ def _usable(kind: str) -> bool:
 
 
 def _ask(registered: Registered[HardwareSpec]) -> Detection:
-    mend = disable_command(registered.plugin)
-    with named_if_interrupted(registered.owner, "looked for its device", mend):
+    with foreign(registered.owner, "looked for its device", disable_command(registered.plugin)):
         outcome = attempt(lambda: instantiate(registered.spec.probe).detect())
     if outcome.error is not None:
         return Detection(registered, reason=f"its probe raised {one_line(outcome.error)}", broken=True)
@@ -255,7 +254,8 @@ def _with_rates(
 
 
 def _measure(registered: Registered[HardwareSpec], profile: HardwareProfile) -> HardwareProfile:
-    answer = instantiate(registered.spec.probe).measure(profile)
+    with foreign(registered.owner, "measured its device", disable_command(registered.plugin)):
+        answer = instantiate(registered.spec.probe).measure(profile)
     if not isinstance(answer, HardwareProfile):
         raise TypeError(f"measure returned {type(answer).__name__}; expected a HardwareProfile")
     fault = _fault(answer, profile.device_type)

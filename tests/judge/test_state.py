@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kpt.judge.globalstate import seed_torch
+from kpt.globalstate import seed_torch
 from kpt.judge.outputs import bitwise_equal
 from kpt.judge.poison import PoisonMode
 from kpt.judge.state import ModelState, Snapshot, untouched

@@ -13,9 +13,9 @@ import torch
 from kpt.artifact import folder as layout
 from kpt.artifact.folder import ArtifactError, read_tensors
 from kpt.artifact.tensors import named, pack_call, unpack_call
+from kpt.globalstate import seed_torch
 from kpt.judge import outputs
 from kpt.judge.calls import Call
-from kpt.judge.globalstate import seed_torch
 from kpt.judge.state import untouched
 from kpt.transaction.dispatch import original_forward
 

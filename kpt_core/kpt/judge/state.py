@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kpt.judge.globalstate import UNREADABLE, global_items, same
+from kpt.globalstate import global_items, put_back, same
 from kpt.judge.modelstate import ModelState
 
 __all__ = ["Changes", "ModelState", "Snapshot", "untouched"]
@@ -49,17 +49,9 @@ class Snapshot:
 
     def restore(self) -> Changes:
         """Put everything back and report what had changed."""
-        changes = Changes(stuck=self._stuck())
-        for item, value in zip(self._items, self._values, strict=True):
-            if value is UNREADABLE:
-                continue
-            now = item.read()
-            if not same(now, value):
-                changes.names.append(item.name)
-                item.write(value)
-                if not same(item.read(), value):
-                    changes.stuck.append(item.name)
-        return changes
+        stuck = self._stuck()
+        changed, still = put_back(self._items, self._values)
+        return Changes(changed, stuck + still)
 
     def _stuck(self) -> list[str]:
         stuck = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kpt.plugins.isolation import attempt, named_if_interrupted
+from kpt.plugins.isolation import attempt, foreign
 from kpt.plugins.registered import Registered, Registry
 from kpt.plugins.stamps import stamp
 from kpt.plugins.status import (
@@ -105,7 +105,7 @@ def _build(selection: Sequence[str | object] | None) -> Registry:
         cached = (candidate.name, candidate.distribution, candidate.version, candidate.entry_point.value)
         if cached not in _imported:
             owner = f"{status.name} ({status.distribution} {status.version})"
-            with named_if_interrupted(owner, "was loaded", disable_command(status.name)):
+            with foreign(owner, "was loaded", disable_command(status.name)):
                 _imported[cached] = _import(status, candidate.entry_point.load)
         plugins.append(_imported[cached])
     plugins.extend(_inline(selection or ()))
@@ -139,7 +139,8 @@ def _inline(selection: Iterable[str | object]) -> Iterable[_Plugin]:
         name = str(getattr(plugin, "__name__", None) or type(plugin).__name__)
         names[name] = names.get(name, 0) + 1
         label = f"inline:{name}" if names[name] == 1 else f"inline:{name}-{names[name]}"
-        loaded = examine(plugin, PluginStatus(label))
+        with foreign(label, "was asked what it offers", upgrade_or_disable(label, "")):
+            loaded = examine(plugin, PluginStatus(label))
         yield replace(loaded, status=replace(loaded.status, version="inline"))
 
 

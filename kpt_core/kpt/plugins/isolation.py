@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,13 +46,34 @@ def attempt(call: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
 
 
 @contextmanager
-def named_if_interrupted(owner: str, doing: str, mend: str) -> Iterator[None]:
-    """Say whose code Ctrl-C ended in the block: what hangs cannot say so itself."""
-    try:
+def foreign(owner: str, doing: str, mend: str) -> Iterator[None]:
+    """Run a plugin's code outside of trials.
+
+    What it changes of torch's flags and of random states, which decide what the user's own code computes,
+    is put back, with a warning. Of what Ctrl-C ends it is said whose code it was: what hangs cannot say so.
+    """
+    with _results_kept(owner, doing, mend):
+        try:
+            yield
+        except KeyboardInterrupt:
+            _log.warning("Interrupted while %s %s. If it hangs: %s", owner, doing, mend)
+            raise
+
+
+@contextmanager
+def _results_kept(owner: str, doing: str, mend: str) -> Iterator[None]:
+    if "torch" not in sys.modules:  # the first to import it is asked nothing: what was before is not known
         yield
-    except KeyboardInterrupt:
-        _log.warning("Interrupted while %s %s. If it hangs: %s", owner, doing, mend)
-        raise
+        return
+    from kpt.globalstate import results_kept
+
+    with results_kept() as changed:
+        yield
+    if changed:
+        _log.warning(
+            "%s changed %s while it %s; that was put back. To do without it: %s",
+            *(owner, ", ".join(changed), doing, mend),
+        )
 
 
 def load(reference: str) -> Any:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from kpt.globalstate import seed_torch
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call
-from kpt.judge.globalstate import seed_torch
 
 Forward = Callable[..., Any]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kpt.globalstate import same
 from kpt.judge import tree
-from kpt.judge.globalstate import same
 from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.judge.state import untouched
 from kpt.transaction.counts import Counts, plain_name

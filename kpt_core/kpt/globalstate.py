@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
@@ -70,15 +71,46 @@ def same(first: Any, second: Any) -> bool:
 def global_items() -> list[Item]:
     """Everything that is remembered, in the order in which it is put back."""
     return [
-        *_modes(),
-        *_numerics(),
-        *_precision(),
-        *_backend_flags(),
+        Item("hooks of all modules", _hook_tables, _put_hook_tables),
+        *_flags(),
         *_compiler(),
         *_process(),
         # Last: putting other things back may consume random numbers.
         *_random_states(),
     ]
+
+
+def _flags() -> list[Item]:
+    return [*_modes(), *_numerics(), *_precision(), *_backend_flags()]
+
+
+@contextmanager
+def results_kept() -> Iterator[list[str]]:
+    """Put torch's flags and the random states back after the block, and yield a list to name what it changed.
+
+    They decide what later calls compute. For code that is trusted with all else: with streams, loggers,
+    handlers and environment variables, which trackers set on purpose.
+    """
+    items = [*_flags(), *_random_states()]
+    values = [item.read() for item in items]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        changed += put_back(items, values)[0]
+
+
+def put_back(items: Sequence[Item], values: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Write each item's value where it differs; the names of those that did, and of those that still do."""
+    changed: list[str] = []
+    stuck: list[str] = []
+    for item, value in zip(items, values, strict=True):
+        if value is not UNREADABLE and not same(item.read(), value):
+            changed.append(item.name)
+            item.write(value)
+            if not same(item.read(), value):
+                stuck.append(item.name)
+    return changed, stuck
 
 
 def _modes() -> list[Item]:
@@ -93,7 +125,6 @@ def _modes() -> list[Item]:
             torch._C._is_multithreading_enabled,
             torch._C._set_multithreading_enabled,
         ),
-        Item("hooks of all modules", _hook_tables, _put_hook_tables),
         Item("autocast cache", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     ]
     for kind in {"cpu", *_device_types()}:
