@@ -56,7 +56,11 @@ class TrackerSpec:
 
 class Tracker(Protocol):
     def record(self, receipt: Mapping[str, Any]) -> None:
-        """Store one receipt, as `Receipt.to_dict` gives it."""
+        """Store one receipt, as `Receipt.to_dict` gives it.
+
+        It is called after the search, whose budget does not count it: where it takes long, the receipt says
+        so, and which of torch's flags and of random states it changed, which are put back.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kpt import compiling, plugins
+from kpt.globalstate import results_kept
 from kpt.transaction import memory, recipe
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.commit import Committed, commit
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from kpt.transaction.plan import Proposals
     from kpt.transaction.request import Run
     from kpt.transaction.trial import Outcome, Trials
+
+#: Seconds that a tracker may take without a word in the receipt.
+_MOMENT = 1.0
 
 
 def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:
@@ -171,12 +176,26 @@ def store(run: Run, *, fixed: bool) -> None:
 
 
 def track(run: Run) -> None:
-    """Give the receipt to every tracker; a tracker that raises is noted and harms nothing."""
+    """Give the receipt to every tracker; one that raises is noted and harms nothing.
+
+    The search is over, and its budget does not count what a tracker takes: where that is more than a moment,
+    it is noted. What a tracker changes of torch's flags and of random states is put back and noted.
+    """
     specs = {found.spec.name: found.spec for found in run.request.registry.specs("kpt_trackers")}
     for tracker in run.request.trackers:
-        try:
-            if isinstance(tracker, str):
-                tracker = plugins.instantiate(specs[tracker].entry)
-            tracker.record(run.receipt.to_dict())
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
-            run.receipt.notes.append(f"tracker {tracker!r} failed: {type(error).__name__}: {error}")
+        label = f"tracker {tracker!r}"
+        started = time.perf_counter()
+        with results_kept() as changed:
+            try:
+                if isinstance(tracker, str):
+                    tracker = plugins.instantiate(specs[tracker].entry)
+                tracker.record(run.receipt.to_dict())
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
+                run.receipt.notes.append(f"{label} failed: {type(error).__name__}: {error}")
+        seconds = time.perf_counter() - started
+        if changed:
+            run.receipt.notes.append(f"put back after {label} had changed it: {', '.join(changed)}")
+        if seconds >= _MOMENT:
+            run.receipt.notes.append(
+                f"{label} took {seconds:.1f} s, which the budget of the search does not count"
+            )

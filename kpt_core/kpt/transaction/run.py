@@ -82,7 +82,11 @@ def _execute(
     total = time.perf_counter() - started
     run.receipt.search_seconds = max(0.0, total - run.receipt.setup_seconds)
     emit("done", run.receipt.headline(), seconds=run.budget.spent(), budget=run.budget.seconds)
-    conclusion.track(run)
+    try:
+        conclusion.track(run)
+    except BaseException:  # a Ctrl-C, which leaves no receipt behind
+        _take_back(run)
+        raise
     return run.receipt
 
 
