@@ -22,7 +22,8 @@ class Variant:
     """A pass with its parameters chosen.
 
     ``predicted_gain`` is the expected ratio latency before / after; ``setup_seconds`` what
-    applying and warming it up is expected to cost. ``sites`` are the paths of the modules whose
+    applying and warming it up is expected to cost, and ``compile_ratio`` how many times longer compilers
+    take beside it. ``sites`` are the paths of the modules whose
     ``forward`` it owns ("" is the root). ``compute_dtype`` names the dtype that the arithmetic drops to,
     ``None`` when dtypes stay. ``derives`` says that copies made from weights are held, so that the
     weights have to be watched. ``touches_mask`` asks the referee to judge with padding, and
@@ -33,6 +34,7 @@ class Variant:
     params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     predicted_gain: float = 1.0
     setup_seconds: float = 0.0
+    compile_ratio: float = 1.0
     sites: tuple[str, ...] = ("",)
     compute_dtype: str | None = None
     level: Level | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -231,7 +232,8 @@ def announced(plan: Plan) -> float:
 
     Other shapes have none of their own: for each of them a compiler beside them is set up again.
     """
-    compilers = sum(step.variant.setup_seconds for step in plan.steps if step.phase == "compile")
+    longer = math.prod(step.variant.compile_ratio for step in plan.steps)
+    compilers = longer * sum(step.variant.setup_seconds for step in plan.steps if step.phase == "compile")
     again = sum(min(step.variant.setup_seconds, compilers) for step in plan.steps if step.phase == "shapes")
     others = sum(s.variant.setup_seconds for s in plan.steps if s.phase not in ("compile", "shapes"))
     return compilers + again + others

@@ -150,6 +150,10 @@ def _fault(offer: Variant | Skip) -> str:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             right = number and math.isfinite(value) and value >= 0
             fault = "" if right else f"setup_seconds={value!r} is not a number of seconds"
+        elif field.name == "compile_ratio":
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            right = number and math.isfinite(value) and value > 0
+            fault = "" if right else f"compile_ratio={value!r} is not a positive number"
         else:
             fault = field_fault(field.name, str(field.type), value)
         if fault:

@@ -23,7 +23,7 @@ _BOLD = "aggressive"
 _CHEAP = 0.1
 #: and share of the budget that is kept at most to find one such step when the stacks fail.
 _SPARE = 0.2
-#: Two slow stacks have room where they would have it if set-ups took this many times what is expected.
+#: Slow stacks have room where they would have it if set-ups took this many times what is expected.
 _ROUGHLY = 1.3
 #: Share of the budget below which no other stack is begun after one that was stopped.
 _LATE = 0.2
@@ -64,8 +64,8 @@ def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome |
         bare = Plan.of(step for step in whole.steps if not ledger.slow(Plan.of([step])))
         if not bold or not ledger.slow(cautious) or not set(bold).issubset(bare.steps):
             return False, best
-        both = _ROUGHLY * (ledger.setup(whole) + ledger.setup(cautious)) + 2.0 * calls
-        if ledger.time_for(both) or not ledger.time_for(ledger.setup(whole) + 2.0 * calls):
+        one = _ROUGHLY * ledger.setup(whole) + 2.0 * calls
+        if ledger.time_for(one + _ROUGHLY * ledger.setup(cautious)) or not ledger.time_for(one):
             return False, best
         outcome = ledger.run(bare, against=best)
         if outcome.accepted:

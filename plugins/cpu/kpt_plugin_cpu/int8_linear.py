@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kpt_plugin_cpu import native_int8
+
 #: Rows of an activation are stored around this zero point.
 ZERO_POINT = 128
 
@@ -59,16 +61,18 @@ def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:
 class Int8Linear(nn.Module):
     """Replaces an `nn.Linear` in a workspace; holds copies derived from its weights.
 
-    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype. the channels of
-    the input are multiplied by ``inverse`` [K] first, and the weights are made to fit.
+    Inputs of any floating dtype and shape [..., K]; the output has the input's dtype. The channels of
+    the input are multiplied by ``inverse`` [K] first, and the weights are made to fit. ``native`` has rows
+    rounded, and products scaled, by C++ of our own where no compiler does it.
     """
 
-    def __init__(self, linear: nn.Linear, inverse: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, inverse: Tensor | None = None, *, native: bool = False) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         weight = linear.weight.detach()
         self.inverse = inverse
+        self.native = native
         if inverse is not None:
             weight = weight.float() / inverse
         quantized, scale = quantize_weight(weight)
@@ -83,9 +87,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        wide = rows.float() if self.inverse is None else rows.float() * self.inverse
-        scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-        codes = (wide * (1 / scale) + ZERO_POINT).round().clamp(1, 255).to(torch.uint8)
+        # A compiler makes one loop of what is written out, and of what comes before and after it.
+        native = self.native and x.dtype in native_int8.DTYPES and not torch.compiler.is_compiling()
+        if native:
+            codes, scale = native_int8.quantize_rows(rows, self.inverse)
+        else:
+            codes, scale = self._quantized_rows(rows)
         if torch.compiler.is_compiling():
             packed = torch.ops.kpt_cpu.pack_int8(self.quantized)
         else:
@@ -102,12 +109,22 @@ class Int8Linear(nn.Module):
             None,
             1.0,
             0,
-            x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32,
+            x.dtype if x.dtype in native_int8.DTYPES else torch.float32,
             "none",
             [],
             "",
         )
-        result = product.float() * scale
-        if self.bias is not None:
-            result = result + self.bias
+        if native:
+            result = native_int8.rescale_rows(product, scale, self.bias)
+        else:
+            result = product.float() * scale
+            if self.bias is not None:
+                result = result + self.bias
         return result.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _quantized_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `native_int8.quantize_rows`, in operations of torch; the scales are [R, 1]."""
+        wide = rows.float() if self.inverse is None else rows.float() * self.inverse
+        scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        codes = (wide * (1 / scale) + ZERO_POINT).round().clamp(1, 255).to(torch.uint8)
+        return codes, scale

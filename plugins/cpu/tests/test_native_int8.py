@@ -1,0 +1,119 @@
+"""The C++ before and after an int8 product: the values of the operations that it stands for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from observing import observe, variants
+
+from kpt.compiling import CompiledForward
+from kpt.specs import Variant
+from kpt_plugin_cpu import int8
+from kpt_plugin_cpu.inductor import compiler, settings
+from kpt_plugin_cpu.int8 import Int8
+from kpt_plugin_cpu.int8_linear import Int8Linear
+from kpt_plugin_cpu.native_int8 import quantize_rows, rescale_rows
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def written_out(x: torch.Tensor, inverse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return Int8Linear(nn.Linear(x.shape[1], 8), inverse)._quantized_rows(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (7, 128), (300, 1000)])
+def test_rows_are_rounded_as_written_out(dtype, even, rows, width):
+    torch.manual_seed(rows)
+    x = (torch.randn(rows, width) * torch.logspace(-6, 6, rows)[:, None]).to(dtype)
+    inverse = torch.rand(width) + 0.5 if even else None
+    codes, scales = quantize_rows(x, inverse)
+    expected, wide = written_out(x, inverse)
+    assert codes.dtype is torch.uint8 and scales.shape == (rows,)
+    assert torch.allclose(scales, wide[:, 0], rtol=1e-6)
+    off = (codes.int() - expected.int()).abs()
+    assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.01  # halves are rounded up here
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_finite_stay_by_themselves(dtype):
+    x = torch.randn(5, 40).to(dtype)
+    x[1, 3], x[2, 39], x[3] = float("nan"), float("-inf"), 0.0
+    layer = Int8Linear(nn.Linear(40, 16), native=True)
+    output = layer(x)
+    assert output[1].isnan().all() and output[2].isnan().all()
+    assert torch.equal(output[3].float(), layer.bias.to(dtype).float())
+    assert output[0].isfinite().all() and output[4].isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_scaled_and_rounded_as_torch_rounds(dtype, bias):
+    torch.manual_seed(1)
+    product, scales = (1e3 * torch.randn(50, 333)).to(dtype), torch.rand(50)
+    product[7, 5] = float("inf")
+    product[8, 6] = float("nan")
+    added = torch.randn(333) if bias else None
+    expected = product.float() * scales[:, None] + (added if bias else 0.0)
+    assert torch.equal(rescale_rows(product, scales, added).nan_to_num(), expected.to(dtype).nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_no_rows(dtype):
+    x = torch.randn(64, 6).to(dtype).t()
+    assert torch.equal(quantize_rows(x)[0], quantize_rows(x.contiguous())[0])
+    assert quantize_rows(x[:0])[0].shape == (0, 64)
+    assert rescale_rows(x[:0], torch.rand(0), None).shape == (0, 64)
+    assert torch.equal(rescale_rows(x, torch.ones(6), None), x)
+
+
+def test_compilers_know_the_shapes_of_both():
+    x, inverse = torch.randn(8, 32), torch.rand(32)
+    torch.library.opcheck(torch.ops.kpt_cpu.quantize_rows.default, (x, inverse))
+    torch.library.opcheck(torch.ops.kpt_cpu.rescale_rows.default, (x, torch.rand(8), torch.rand(32)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rest", ["float32", "bfloat16"])
+def test_the_policy_uses_it_and_compiled_code_agrees(rest):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).eval()
+    x = torch.randn(2, 16, 128)
+    expected = model(x)
+    behaviour = Int8()
+    variant = Variant(rest, params={"rest": rest, "native": True})
+    behaviour.calibrate(model, variant, lambda: model(x))
+    behaviour.apply(model, variant)
+    with torch.profiler.profile() as profile:
+        output = model(x)
+    names = {event.key for event in profile.key_averages()}
+    assert {"kpt_cpu::quantize_rows", "kpt_cpu::rescale_rows"} <= names
+    assert float((output - expected).norm() / expected.norm()) < 0.03
+    compiled = CompiledForward(model.forward, **settings({"freeze": True, "onednn": True}))
+    assert torch.allclose(compiled(x), output, atol=0.02)
+    with torch.profiler.profile() as profile:
+        compiled(x)
+    assert not any("rows" in event.key for event in profile.key_averages()), (
+        "inductor fuses what is written out"
+    )
+    compiled.dispose()
+
+
+def test_without_a_compiler_it_is_written_out(monkeypatch):
+    monkeypatch.setattr(int8, "compiler", lambda: None)
+    model = nn.Sequential(nn.Linear(128, 128)).eval()
+    offers = variants(Int8(), observe(model, torch.randn(2, 128)))
+    assert offers and all(offer.params["native"] is False for offer in offers)
+    behaviour = Int8()
+    behaviour.apply(model, offers[0])
+    assert not any(module.native for module in model if isinstance(module, Int8Linear))
