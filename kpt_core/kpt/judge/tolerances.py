@@ -179,6 +179,7 @@ def _production(
                 f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); "
                 f"eager in {terms.compute_dtype} has {theirs.error:.3g} and {limit:.3g} is allowed",
                 figures,
+                excess=figures["limit_ratio"],
             )
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
     if measured.error <= bound:
@@ -191,11 +192,12 @@ def _production(
         if figures["kl"] <= PRODUCTION_KL and figures["top1"] >= PRODUCTION_TOP1:
             return passed(figures=figures)
         detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
-        return rejected(terms.rule, detail, figures)
+        return rejected(terms.rule, detail, figures, excess=_ratio(measured.error, bound))
     return rejected(
         terms.rule,
         f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed",
         figures,
+        excess=_ratio(measured.error, bound),
     )
 
 
@@ -208,7 +210,8 @@ def _aggressive(
     terms: Terms,
 ) -> Verdict:
     figures["cosine"], figures["norm_ratio"] = measured.cosine, measured.norm_ratio
-    negligible = measured.error <= AGGRESSIVE_RELATIVE * max(measured.scale, terms.floor)
+    bound = AGGRESSIVE_RELATIVE * max(measured.scale, terms.floor)
+    negligible = measured.error <= bound
     if measured.elements < 16:  # the cosine of few elements is nearly a sign
         wrong = not negligible
     else:
@@ -220,12 +223,16 @@ def _aggressive(
             f"{name} has cosine {measured.cosine:.4f} (at least {AGGRESSIVE_COSINE}), norm ratio "
             f"{measured.norm_ratio:.3f}, relative error {measured.relative:.3g}",
             figures,
+            excess=_ratio(measured.error, bound),
         )
     if terms.is_logits(name, candidate):
         figures["kl"] = outputs.kl_divergence(candidate, reference)
         if figures["kl"] > AGGRESSIVE_KL:
             return rejected(
-                terms.rule, f"{name} has KL {figures['kl']:.3g}; {AGGRESSIVE_KL} is allowed", figures
+                terms.rule,
+                f"{name} has KL {figures['kl']:.3g}; {AGGRESSIVE_KL} is allowed",
+                figures,
+                excess=figures["kl"] / AGGRESSIVE_KL,
             )
     return passed(figures=figures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,12 +31,16 @@ RULES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement. ``rule`` is "ok" or the `RULES` entry that rejected; ``figures`` are what was measured."""
+    """A judgement. ``rule`` is "ok" or the `RULES` entry that rejected; ``figures`` are what was measured.
+
+    ``excess`` is how many times the error that was allowed a rejected one has, where that can be said.
+    """
 
     passed: bool
     rule: str = "ok"
     detail: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    excess: float = math.inf
 
     def __bool__(self) -> bool:
         return self.passed
@@ -47,11 +52,13 @@ class Verdict:
         return replace(self, rule=rule, detail=f"{detail}: {self.detail}" if detail else self.detail)
 
 
-def rejected(rule: str, detail: str, figures: Mapping[str, float] | None = None) -> Verdict:
+def rejected(
+    rule: str, detail: str, figures: Mapping[str, float] | None = None, *, excess: float = math.inf
+) -> Verdict:
     """A rejection under one of `RULES`."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; the rules are {', '.join(RULES)}")
-    return Verdict(False, rule, detail, dict(figures or {}))
+    return Verdict(False, rule, detail, dict(figures or {}), excess)
 
 
 def passed(detail: str = "", figures: Mapping[str, float] | None = None) -> Verdict:

@@ -1,0 +1,78 @@
+"""A plan in lower precision that misses its tolerance narrowly on one call is judged on others like it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kpt.judge import referee
+from kpt.judge.verdict import Verdict, passed, rejected
+from kpt.transaction.judgement import Draw, Judgement
+
+NEAR = rejected("size", "near", {"relative_error": 0.055}, excess=1.1)
+FAR = rejected("size", "far", {"relative_error": 0.5}, excess=10.0)
+
+
+class Scripted(Judgement):
+    """Answers the draws that it is asked for with ``verdicts``, one after another."""
+
+    def __init__(self, *verdicts: Verdict) -> None:
+        self.verdicts = list(verdicts)
+        self.drawn: list[tuple] = []
+        self._moved_by_plan: set[str] = set()
+        self._moved_by_eager: set[str] = set()
+
+    def _one(self, applied, draw, given=None):
+        return self.verdicts.pop(0), torch.zeros(1)
+
+    def _draw(self, rule, label, sizes, padding):
+        self.drawn.append((rule, label, sizes, padding))
+        expected = SimpleNamespace(eager=SimpleNamespace(output=torch.zeros(1)))
+        return Draw(expected, rule, label, len(self.drawn), sizes, padding)
+
+    def _leaves_unwritten(self, applied, draw):
+        return False
+
+
+def judged(*verdicts: Verdict, dtype: str | None = "bfloat16") -> tuple[Verdict, Scripted]:
+    judgement = Scripted(*verdicts)
+    draw = judgement._draw("size", "rows=17", {"rows": 17}, True)
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype=dtype))
+    return judgement.judge(applied, [draw]), judgement
+
+
+def test_two_more_calls_of_the_same_kind_have_to_hold():
+    verdict, judgement = judged(NEAR, passed(), passed())
+    assert verdict.passed and not judgement.verdicts
+    assert judgement.drawn == [("size", "rows=17", {"rows": 17}, True)] * 3
+
+
+@pytest.mark.parametrize("others", [(NEAR,), (passed(), NEAR), (FAR,)])
+def test_what_is_wrong_there_too_is_rejected(others):
+    verdict, _ = judged(NEAR, *others)
+    assert not verdict.passed and verdict.rule == "size" and verdict.detail.startswith("rows=17")
+
+
+def test_what_misses_by_far_is_rejected_at_once():
+    verdict, judgement = judged(FAR)
+    assert not verdict.passed and len(judgement.drawn) == 1
+
+
+def test_plans_that_keep_dtypes_have_no_second_chance():
+    verdict, judgement = judged(NEAR, dtype=None)
+    assert not verdict.passed and len(judgement.drawn) == 1
+
+
+@pytest.mark.parametrize(("level", "dtype"), [("production", "bfloat16"), ("aggressive", "int8")])
+@pytest.mark.parametrize(("error", "near"), [(1.2, True), (3.0, False)])
+def test_rejections_say_how_many_times_the_allowed_error_they_have(level, dtype, error, near):
+    torch.manual_seed(0)
+    reference = torch.randn(64, 64, dtype=torch.float64)
+    bound = {"production": 0.05, "aggressive": 0.1414}[level]
+    noise = torch.randn(64, 64, dtype=torch.float64)
+    wrong = (reference + error * bound * noise / noise.norm() * reference.norm()).float()
+    verdict = referee.judge(wrong, reference, reference.float(), level=level, compute_dtype=dtype)
+    assert not verdict.passed and (verdict.excess <= 1.5) is near
+    assert verdict.excess == pytest.approx(error, rel=0.05)
