@@ -63,10 +63,10 @@ def prepare_kpt(level: str) -> Callable[..., tuple[Run, dict[str, Any]]]:
             cache=False,
         )
         receipt = kpt.report(optimised)
-        return (lambda call: optimised(**call)), {
-            "accepted": [entry.name for entry in receipt.accepted],
-            "claimed": receipt.speedup,
-        }
+        facts = {"accepted": [entry.name for entry in receipt.accepted], "claimed": receipt.speedup}
+        if not receipt.optimized:
+            facts["unoptimised"] = receipt.reason
+        return (lambda call: optimised(**call)), facts
 
     return prepare
 

@@ -87,8 +87,10 @@ def optimised_by_kpt(model: Any, family: Any, options: argparse.Namespace) -> tu
         cache=False,
     )
     receipt = kpt.report(optimised)
-    accepted = [entry.name for entry in receipt.accepted]
-    return (lambda call: optimised(**call)), {"accepted": accepted, "claimed": receipt.speedup}
+    facts = {"accepted": [entry.name for entry in receipt.accepted], "claimed": receipt.speedup}
+    if not receipt.optimized:
+        facts["unoptimised"] = receipt.reason
+    return (lambda call: optimised(**call)), facts
 
 
 def compiled_by_torch(model: Any, family: Any, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

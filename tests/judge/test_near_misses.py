@@ -49,6 +49,16 @@ def test_two_more_calls_of_the_same_kind_have_to_hold():
     assert judgement.drawn == [("size", "rows=17", {"rows": 17}, True)] * 3
 
 
+def test_what_comes_after_is_judged_on_the_calls_that_held():
+    judgement = Scripted(NEAR, passed(), passed(), passed())
+    judgement.refilled = []
+    judgement._refilled = lambda applied, *draws: judgement.refilled.extend(d.seed for d in draws) or passed()
+    draws = [judgement._draw("value", "like the example", None, False) for _ in range(2)]
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+    assert judgement.judge(applied, draws).passed
+    assert judgement.refilled == [4, 2]
+
+
 @pytest.mark.parametrize("others", [(NEAR,), (passed(), NEAR), (FAR,)])
 def test_what_is_wrong_there_too_is_rejected(others):
     verdict, _ = judged(NEAR, *others)

@@ -182,11 +182,12 @@ class Judgement:
             held = handover.judge_held(output, draw.expected.eager.output)
             if not held.passed:
                 return Verdict(False, held.rule, f"{draw.label}: {held.detail}", figures)
-        counted = self._counts_otherwise(applied, draws[0]) if draws else None
+        judged = [draw for draw, *_ in kept]
+        counted = self._counts_otherwise(applied, judged[0]) if judged else None
         if counted is not None:
             return Verdict(False, "global-state", counted, figures)
-        if len(draws) > 1:
-            verdict = self._refilled(applied, draws[0], draws[1])
+        if len(judged) > 1:
+            verdict = self._refilled(applied, *judged[:2])
             if not verdict.passed:
                 detail = f"the same memory or the same tensors with new values: {verdict.detail}"
                 return Verdict(False, "replay", detail, figures)
