@@ -11,6 +11,7 @@ import torch
 
 import kpt
 from fingerprints import fallbacks, fast_calls, optimized
+from kpt.compiling import call_structure
 from slow_models import DirectScale, SlowScale, plugin
 from subtle_passes import Captured
 
@@ -126,3 +127,11 @@ def test_a_dataclass_with_slots_is_named():
     model = Structured().eval()
     kpt.optimize(model, (Slots(torch.randn(32, 16)),), plugins=[plugin(DirectScale)], budget=20, cache=False)
     assert "'given' has an unsupported type Slots" in kpt.report(model).reason
+
+
+def test_a_dataclass_that_is_a_list_too_is_no_structure_of_its_fields():
+    @dataclasses.dataclass
+    class Tagged(list):
+        tag: int
+
+    assert call_structure.fields_of(Tagged(3)) is None

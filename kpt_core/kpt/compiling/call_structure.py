@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import inspect
@@ -20,6 +21,10 @@ _inference_enabled = torch.is_inference_mode_enabled
 _NEGATIVE_ZERO = "-0.0"
 
 
+#: What a dataclass that inherits from it holds beside its fields.
+_HOLDERS = (list, dict, set, frozenset, collections.deque, str, bytes, int, float, complex)
+
+
 def _is_negative_zero(value: Any) -> bool:
     return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0.0
 
@@ -27,9 +32,10 @@ def _is_negative_zero(value: Any) -> bool:
 def fields_of(value: Any) -> dict[str, Any] | None:
     """The parts of a named tuple or a dataclass by name.
 
-    None for all else, and for those that hold more or less than their fields (a cached property, slots).
+    None for all else, and for those that hold more or less than their fields (a cached property, slots, the
+    items of a list).
     """
-    if isinstance(value, (type, Mapping, torch.Tensor, torch.nn.Module)):
+    if isinstance(value, (type, Mapping, torch.Tensor, torch.nn.Module, *_HOLDERS)):
         return None
     held: dict[str, Any] = getattr(value, "__dict__", {})
     if isinstance(value, tuple):

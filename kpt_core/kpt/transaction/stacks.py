@@ -74,10 +74,14 @@ def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome |
         outcome.close()
         if outcome.right:
             return True, best
-        wrong = outcome.culprit or (bold[0] if outcome.judged_wrong and len(bold) == 1 else None)
-        if wrong is None:
+        if outcome.culprit is not None:
+            ledger.reject_by(outcome.culprit, outcome)
+        elif outcome.judged_wrong and len(bold) == 1:
+            company = bare.without(bold[0]).key if len(bare) > 1 else ""
+            reason = f"in company of {company}: {outcome.reason}" if company else outcome.reason
+            ledger.reject(bold[0], outcome.rule, reason, figures=outcome.figures)
+        else:
             return False, best
-        ledger.reject_by(wrong, outcome)
 
 
 def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt_plugin_cpu import native_int8
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype
 from kpt_plugin_cpu.inductor import compiler
@@ -18,6 +19,8 @@ from kpt_plugin_cpu.int8_linear import Int8Linear, smoothing
 _SMALLEST = 128 * 128
 #: A decoder of 30 layers took inductor 72 s in int8 and 40 s in bfloat16: each linear is a dozen operations.
 _COMPILE_RATIO = 1.8
+#: To compile the C++, once in a process: 2 to 4 s on a Zen 4.
+_NATIVE_SECONDS = 3.0
 
 
 class _Range:
@@ -26,8 +29,10 @@ class _Range:
     def __init__(self) -> None:
         self.weights = self.inputs = torch.zeros(())
 
-    def include(self, weight: torch.Tensor, x: torch.Tensor) -> None:
+    def include_weight(self, weight: torch.Tensor) -> None:
         self.weights = torch.maximum(self.weights, weight.float().abs().amax(0))
+
+    def include_input(self, x: torch.Tensor) -> None:
         self.inputs = torch.maximum(self.inputs, x.reshape(-1, x.shape[-1]).float().abs().amax(0))
 
 
@@ -47,6 +52,7 @@ class Int8:
         elif not hasattr(torch.ops.onednn, "qlinear_prepack"):
             yield Skip("this torch has no int8 linear")
         else:
+            native = 0.0 if compiler() is None or native_int8.ready() else _NATIVE_SECONDS
             for rest in ("bfloat16", "float32"):
                 if rest not in hardware.native_dtypes:
                     continue
@@ -57,9 +63,9 @@ class Int8:
                     continue
                 yield Variant(
                     f"linears, {rest} between",
-                    params={"rest": rest, "native": compiler() is not None},
+                    params={"rest": rest},
                     predicted_gain=gain_of_dtype(observation, hardware, "int8", rest=rest),
-                    setup_seconds=3.0 * observation.parameter_bytes / max(hardware.bandwidth, 1e9),
+                    setup_seconds=3.0 * observation.parameter_bytes / max(hardware.bandwidth, 1e9) + native,
                     compile_ratio=_COMPILE_RATIO,
                     sites=("", *paths),
                     # Without one, the plan would be judged by the rule of those that keep dtypes.
@@ -76,18 +82,22 @@ class Int8:
         ranges: dict[str, _Range] = {}
         last: list[Any] = [None, _Range()]
 
-        def note(path: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0] if args else None
+        def note(path: str, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = args[0] if args else named.get("input")
             if not isinstance(x, torch.Tensor) or not x.numel():
                 return
             if x is not last[0]:
                 last[:] = x, _Range()
-            mine = ranges.setdefault(path, last[1])
-            mine.include(module.weight.detach(), x.detach())  # type: ignore[operator]
+            if path not in ranges:
+                ranges[path] = last[1]
+                last[1].include_weight(module.weight.detach())
+            ranges[path].include_input(x.detach())
 
         paths = _large_linears(model)
         hooks = [
-            model.get_submodule(path).register_forward_pre_hook(functools.partial(note, path))
+            model.get_submodule(path).register_forward_pre_hook(
+                functools.partial(note, path), with_kwargs=True
+            )
             for path in paths
         ]
         try:
@@ -106,8 +116,10 @@ class Int8:
             children = (model.get_submodule(parent) if parent else model)._modules
             linear = children[name]
             children[name] = Int8Linear(
-                linear, self._inverses.get(path), native=bool(variant.params.get("native"))
-            )  # type: ignore[arg-type]
+                linear,  # type: ignore[arg-type]
+                self._inverses.get(path),
+                native=compiler() is not None,
+            )
             undos.append(functools.partial(children.__setitem__, name, linear))
         if variant.params["rest"] != "float32":
             rest = getattr(torch, variant.params["rest"])

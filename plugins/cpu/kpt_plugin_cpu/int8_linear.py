@@ -23,6 +23,8 @@ from kpt_plugin_cpu import native_int8
 
 #: Rows of an activation are stored around this zero point.
 ZERO_POINT = 128
+#: Powers of two that a channel is divided by, at most: one that is tiny in the examples may not be in a call.
+_MOST = 6
 
 
 @torch.library.custom_op("kpt_cpu::pack_int8", mutates_args=())
@@ -47,7 +49,7 @@ def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:
     """The factors f [K] float32 for the largest absolute ``weights`` and ``inputs`` of each channel, [K].
 
     A channel that is zero in either, or not finite, is left as it is. The factors are scaled so that their
-    geometric mean is 1, and are powers of two: dividing by them rounds nothing.
+    geometric mean is 1, and are powers of two from 1/64 to 64: dividing by them rounds nothing.
     """
     factors = (inputs.float() / weights.float()).sqrt()
     usable = torch.isfinite(factors) & (factors > 0.0)
@@ -55,7 +57,7 @@ def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:
         return torch.ones_like(factors)
     exponents = torch.where(usable, factors, 1.0).log2()
     exponents = exponents - exponents[usable].mean()
-    return torch.where(usable, exponents.round().clamp(-30, 30), 0.0).exp2()
+    return torch.where(usable, exponents.round().clamp(-_MOST, _MOST), 0.0).exp2()
 
 
 class Int8Linear(nn.Module):
@@ -68,6 +70,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, inverse: Tensor | None = None, *, native: bool = False) -> None:
         super().__init__()
+        self._linear = (linear,)  # in a tuple, so that it is no child
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         weight = linear.weight.detach()
@@ -85,7 +88,13 @@ class Int8Linear(nn.Module):
         self._packed: Tensor | None = None
         self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """The weight that it stands for: some forwards ask for its dtype."""
+        return self._linear[0].weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         rows = x.reshape(-1, self.in_features)
         # A compiler makes one loop of what is written out, and of what comes before and after it.
         native = self.native and x.dtype in native_int8.DTYPES and not torch.compiler.is_compiling()

@@ -38,6 +38,11 @@ def _compiled() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
     return functions
 
 
+def ready() -> bool:
+    """Whether the functions are compiled in this process."""
+    return _compiled.cache_info().currsize > 0
+
+
 def _threads(elements: int) -> int:
     """Threads for so many elements: waking others costs more than few elements do."""
     return min(torch.get_num_threads(), 1 + elements // 16384)
@@ -58,8 +63,19 @@ def _quantize_meta(x: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
 
 
+def _check(name: str, tensor: Tensor | None, elements: int) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype is not torch.float32 or tensor.shape != (elements,) or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}; expected "
+            f"contiguous float32 ({elements},)"
+        )
+
+
 def _quantize(x: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
+    _check("inverse", inverse, x.shape[1])
     codes, scales = _quantize_meta(x, inverse)
     rows, width = x.shape
     if x.numel():
@@ -75,6 +91,8 @@ def _rescale_meta(product: Tensor, scales: Tensor, bias: Tensor | None) -> Tenso
 
 def _rescale(product: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     product = product.contiguous()
+    _check("scales", scales, product.shape[0])
+    _check("bias", bias, product.shape[1])
     out = torch.empty_like(product)
     rows, width = product.shape
     if product.numel():
@@ -94,11 +112,18 @@ def quantize_rows(x: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Ten
     """(uint8 codes [R, K] around 128, float32 scales [R]) of ``x`` [R, K], float32 or bfloat16.
 
     x[r, k] inverse[k] ~ scales[r] (codes[r, k] - 128), with the largest of a row at 127. A row with a NaN or
-    an infinity has a scale of NaN. ``inverse`` is float32, contiguous.
+    an infinity has a scale of NaN. ``inverse`` [K] is float32, contiguous.
+
+    Raises:
+        ValueError: ``inverse`` is something else.
     """
     return torch.ops.kpt_cpu.quantize_rows(x, inverse)  # type: ignore[no-any-return]
 
 
 def rescale_rows(product: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """product[r, n] scales[r] + bias[n] in the dtype of ``product`` [R, N]; scales and bias are float32."""
+    """product[r, n] scales[r] + bias[n] in the dtype of ``product`` [R, N].
+
+    Raises:
+        ValueError: ``scales`` [R] or ``bias`` [N] is not contiguous float32.
+    """
     return torch.ops.kpt_cpu.rescale_rows(product, scales, bias)  # type: ignore[no-any-return]

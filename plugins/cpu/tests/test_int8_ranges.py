@@ -124,3 +124,36 @@ def test_linears_of_one_input_divide_and_round_it_once_in_compiled_code():
     assert torch.allclose(compiled(x), model(x), atol=1e-4)
     common = fx_graph_cse(graphs[0].graph)  # as inductor does it when it freezes
     assert sum(str(node.target).startswith("aten.amax") for node in common.nodes) == 2
+
+
+class Unusual(nn.Module):
+    """Calls a linear by keyword, and asks another for its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(input=x).to(self.second.weight.dtype))
+
+
+@torch.no_grad()
+def test_linears_called_by_keyword_or_asked_for_their_weight():
+    torch.manual_seed(0)
+    model, x = Unusual().eval(), torch.randn(64, 128) * WIDE
+    expected = model(x)
+    behaviour = calibrated(model, x)
+    undo = behaviour.apply(model, FLOAT32)
+    assert model.first.inverse is not None and model.second.weight.dtype is torch.float32
+    assert relative(model(x), expected) < 0.02
+    undo()
+
+
+@torch.no_grad()
+def test_a_channel_that_is_tiny_in_the_examples_takes_no_digits_from_the_others_later():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(128, 64).eval(), torch.randn(64, 128)
+    x[:, 5] *= 1e-9
+    layer = Int8Linear(linear, 1 / smoothing(linear.weight.abs().amax(0), x.abs().amax(0)))
+    later = torch.randn(64, 128)
+    assert relative(layer(later), linear(later)) < 0.2

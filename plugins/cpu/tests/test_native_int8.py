@@ -91,7 +91,7 @@ def test_the_policy_uses_it_and_compiled_code_agrees(rest):
     x = torch.randn(2, 16, 128)
     expected = model(x)
     behaviour = Int8()
-    variant = Variant(rest, params={"rest": rest, "native": True})
+    variant = Variant(rest, params={"rest": rest})
     behaviour.calibrate(model, variant, lambda: model(x))
     behaviour.apply(model, variant)
     with torch.profiler.profile() as profile:
@@ -112,8 +112,26 @@ def test_the_policy_uses_it_and_compiled_code_agrees(rest):
 def test_without_a_compiler_it_is_written_out(monkeypatch):
     monkeypatch.setattr(int8, "compiler", lambda: None)
     model = nn.Sequential(nn.Linear(128, 128)).eval()
-    offers = variants(Int8(), observe(model, torch.randn(2, 128)))
-    assert offers and all(offer.params["native"] is False for offer in offers)
-    behaviour = Int8()
-    behaviour.apply(model, offers[0])
-    assert not any(module.native for module in model if isinstance(module, Int8Linear))
+    (offer, *_) = variants(Int8(), observe(model, torch.randn(2, 128)))
+    Int8().apply(model, offer)
+    assert [module.native for module in model] == [False]
+
+
+@pytest.mark.parametrize("wrong", [torch.rand(7), torch.rand(8).double(), torch.rand(16)[::2]])
+def test_what_is_no_contiguous_float32_of_the_size_is_refused(wrong):
+    x = torch.randn(8, 8)
+    with pytest.raises(ValueError, match="inverse is"):
+        quantize_rows(x, wrong)
+    with pytest.raises(ValueError, match="scales is"):
+        rescale_rows(x, wrong, None)
+    with pytest.raises(ValueError, match="bias is"):
+        rescale_rows(x, torch.rand(8), wrong)
+
+
+def test_the_first_use_is_announced(monkeypatch):
+    model = nn.Sequential(nn.Linear(128, 128)).eval()
+    seconds = []
+    for ready in (False, True):
+        monkeypatch.setattr(int8.native_int8, "ready", lambda ready=ready: ready)
+        seconds.append(variants(Int8(), observe(model, torch.randn(2, 128)))[0].setup_seconds)
+    assert seconds[0] - seconds[1] >= 2.0
