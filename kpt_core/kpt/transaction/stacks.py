@@ -23,6 +23,8 @@ _BOLD = "aggressive"
 _CHEAP = 0.1
 #: and share of the budget that is kept at most to find one such step when the stacks fail.
 _SPARE = 0.2
+#: A set-up that takes this many times as long as another is of another kind.
+_BY_FAR = 2.0
 #: Slow stacks have room where they would have it if set-ups took this many times what is expected.
 _ROUGHLY = 1.3
 #: Share of the budget below which no other stack is begun after one that was stopped.
@@ -85,17 +87,18 @@ def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome |
 
 
 def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:
-    """The stack of best predictions, with what is slow and promises more in place of what is quick.
+    """The stack of best predictions, with what is slow and promises more in place of what is quicker by far.
 
     What a set-up costs is a reason to buy the quick one first; beside it, it would hide the slow one.
     """
     plan = ledger.assembled(candidates)
     seconds = ledger.budget.seconds
     for step in plan.steps:
-        if step.phase not in EXCLUSIVE or not _quick(step, seconds):
+        if step.phase not in EXCLUSIVE:
             continue
-        promising = {c for c in candidates if c.phase == step.phase and c.gain > step.gain}
-        if all(_quick(c, seconds) for c in promising):
+        dearer = [c for c in candidates if not _quick(c, seconds) and _setup(c) >= _BY_FAR * _setup(step)]
+        promising = {c for c in dearer if c.phase == step.phase and c.gain > step.gain}
+        if not promising:
             continue
         other = _stack(ledger, [c for c in candidates if c is not step])
         if any(c in promising for c in other.steps) and _promise(other) > _promise(plan):
