@@ -12,7 +12,7 @@ import mixed_models
 import slow_models
 from fingerprints import optimized
 from kpt.specs import PolicySpec, Variant
-from kpt.transaction import events, ledger
+from kpt.transaction import events, ledger, stacks
 from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.trial import Outcome
 
@@ -197,3 +197,26 @@ def test_what_lies_beneath_is_the_fastest_of_its_level():
     bold.supersede(slow)
     bold.supersede(fast)
     assert bold.beneath is fast and slow.applied is None
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_what_is_set_up_sooner_by_far_does_not_stand_for_a_compiler_that_promises_more(share):
+    def step(name, phase, gain, seconds):
+        variant = Variant(name, predicted_gain=gain, setup_seconds=seconds)
+        return Candidate(variant, phase, "test", name, make=lambda: None)
+
+    class Budget:
+        seconds = 120.0
+
+        def left(self):
+            return 120.0
+
+    captured, compiler = (
+        step("captured", "compile", 1.15, share * 120.0),
+        step("compiler", "compile", 1.4, 36.0),
+    )
+    wrapped = step("wrapped", "compile", 1.41, 43.0)
+    for offered in ([captured, compiler], [captured, compiler, wrapped]):
+        book = ledger.Ledger(None, offered, Budget())
+        (chosen,) = stacks._stack(book, offered).steps
+        assert chosen is compiler
