@@ -12,7 +12,7 @@ from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, che
 from kpt_plugin_triton.kernels import activations as device
 from kpt_plugin_triton.kernels.norms import column_sums
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import dense, rows_of, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -134,10 +134,13 @@ class _BiasActivation(torch.autograd.Function):
         return _run_forward(x, bias, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, bias = ctx.saved_tensors
         return *_run_backward(x, dy, bias, ctx.activation, ctx.needs_input_grad[1]), None
+
+
+_apply = applier(_BiasActivation)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def bias_activation(
     _check(x, bias, activation)
     bias = _side_by_side(bias)
     if needs_grad(x, bias):
-        return _BiasActivation.apply(x, bias, activation)  # type: ignore[no-any-return]
+        return _apply(x, bias, activation)  # type: ignore[no-any-return]
     return _run_forward(x, bias, activation)
 
 

@@ -34,7 +34,7 @@ from kpt_plugin_triton.attention_forward import (
 )
 from kpt_plugin_triton.block_lists import lists_of
 from kpt_plugin_triton.checks import FLOATS, dtype_name
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, register
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options
 
@@ -83,6 +83,9 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, dsinks = run_backward(dout, q, k, v, sinks, out, stats, form, how, parts)
         grads = (dq, dk, dv, dsinks)
         return *(grad if wanted else None for grad, wanted in zip(grads, wants)), None, None
+
+
+_apply = applier(_Attention)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def call(
         return out  # type: ignore[no-any-return]
     form = _form(q, k, v, mask, starts, longest, block_mask, how)
     if needs_grad(q, k, v, sinks):
-        return _Attention.apply(q, k, v, sinks, form, how)  # type: ignore[no-any-return]
+        return _apply(q, k, v, sinks, form, how)  # type: ignore[no-any-return]
     return _run(q, k, v, sinks, form, how, False)[0]
 
 

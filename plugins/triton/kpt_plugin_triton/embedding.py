@@ -12,7 +12,7 @@ from kpt_plugin_triton.activations import DTYPES, wide_of
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor, check_weights, refuse
 from kpt_plugin_triton.kernels import embedding as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import contiguous, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -166,7 +166,7 @@ class _EmbeddingSumNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         *saved, weight, bias = ctx.saved_tensors
         wants = ctx.needs_input_grad
@@ -177,6 +177,9 @@ class _EmbeddingSumNorm(torch.autograd.Function):
         of_tables = (wants[1], wants[3], wants[5])
         words, positions, types = _gradients(tuple(saved), dtotal, ctx.padding_idx, of_tables)
         return None, words, None, positions, None, types, dweight, dbias, None
+
+
+_apply = applier(_EmbeddingSumNorm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ def embedding_sum_norm(
     _check(*arguments, weight, bias)
     weight, bias = contiguous(weight), contiguous(bias)
     if needs_grad(words, positions, types, weight, bias):
-        return _EmbeddingSumNorm.apply(*arguments, weight, bias, (eps, padding_idx))  # type: ignore[no-any-return]
+        return _apply(*arguments, weight, bias, (eps, padding_idx))  # type: ignore[no-any-return]
     return _run(*arguments, weight, bias, eps, False)[0]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kpt_plugin_triton.activations import DTYPES, check_activation
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor
 from kpt_plugin_triton.glu import check, glu_op, run_backward, run_forward
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 
 
 def _joined(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
@@ -68,7 +68,7 @@ class _GatedMLP(torch.autograd.Function):
         return F.linear(run_forward(gate, up, activation), down_weight, down_bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         x, gate, up, gate_weight, up_weight, down_weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
@@ -110,6 +110,9 @@ class _GatedMLP(torch.autograd.Function):
             dout.sum(0) if wants[6] else None,
             None,
         )
+
+
+_apply = applier(_GatedMLP)
 
 
 def _gate_and_up(
@@ -244,7 +247,7 @@ def gated_mlp(
         return F.linear(glu_op(gate, up, activation), tensors["down_weight"], tensors["down_bias"])
     _check_mlp(x, tensors, activation)
     if needs_grad(x, *tensors.values()):
-        return _GatedMLP.apply(x, *tensors.values(), activation)  # type: ignore[no-any-return]
+        return _apply(x, *tensors.values(), activation)  # type: ignore[no-any-return]
     gate, up = _gate_and_up(
         x, tensors["gate_weight"], tensors["up_weight"], tensors["gate_bias"], tensors["up_bias"]
     )

@@ -13,11 +13,11 @@ import torch
 from kpt_plugin_triton.activations import DTYPES, check_activation, tile, wide_of
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor
 from kpt_plugin_triton.kernels import glu as device
-from kpt_plugin_triton.launch import Kernel, ceil_div
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.launch import Bound, Kernel, ceil_div
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import dense, rows_of
 from kpt_plugin_triton.tuner import Workload, work_device
-from kpt_plugin_triton.tuning import Options, Tuned
+from kpt_plugin_triton.tuning import Options, Tuned, remembered
 
 _forward = Kernel(device.glu_forward)
 _backward = Kernel(device.glu_backward)
@@ -39,27 +39,44 @@ forward_options = Tuned("glu_forward", (), _rule, _candidates)
 backward_options = Tuned("glu_backward", (), _rule, _candidates)
 
 
+def _plan(
+    kernel: Kernel,
+    table: Tuned,
+    device: int | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    activation: str,
+    options: Options | None = None,
+) -> Bound:
+    if options is None:
+        options = table(device, dtype.itemsize)
+    each, block = tile(options["ELEMENTS"], columns)
+    grid = ceil_div(rows, each) * ceil_div(columns, block), 1, 1
+    return Bound(kernel, grid, (each, block, activation, wide_of(dtype)), options["num_warps"])
+
+
+_remembered_plan = remembered(_plan)
+
+
 def run_forward(
     gate: torch.Tensor, up: torch.Tensor, activation: str, options: Options | None = None
 ) -> torch.Tensor:
     out = dense(gate)
-    if gate.numel() == 0:
+    elements = gate.numel()
+    if elements == 0:
         return out
-    flat, rows, stride = rows_of(gate)
-    other, _, other_stride = rows_of(up)
-    columns = gate.shape[-1]
-    if stride == columns and other_stride == columns:  # one long row leaves no tile half empty
-        rows, columns = 1, rows * columns
-        stride = other_stride = columns
-    if options is None:
-        options = forward_options(gate.device.index, gate.element_size())
-    each, block = tile(options["ELEMENTS"], columns)
-    _forward(
-        (ceil_div(rows, each) * ceil_div(columns, block), 1, 1),
-        (flat, other, out, rows, columns, stride, other_stride),
-        (each, block, activation, wide_of(gate.dtype)),
-        options["num_warps"],
-    )
+    if gate.is_contiguous() and up.is_contiguous():  # one long row leaves no tile half empty
+        flat, other, rows, columns, stride, other_stride = gate, up, 1, elements, elements, elements
+    else:
+        columns = gate.shape[-1]
+        flat, rows, stride = rows_of(gate)
+        other, _, other_stride = rows_of(up)
+        if stride == other_stride == columns:
+            rows, columns, stride, other_stride = 1, elements, elements, elements
+    shape = _forward, forward_options, gate.device.index, gate.dtype, rows, columns, activation
+    plan = _remembered_plan(*shape) if options is None else _plan(*shape, options)
+    plan.start(flat, other, out, rows, columns, stride, other_stride)
     return out
 
 
@@ -75,25 +92,24 @@ def run_backward(
     """(activation(gate) * up or None, dgate, dup), the gradients written ``into`` evenly spaced rows."""
     hidden = dense(gate) if want_hidden else None
     dgate, dup = (dense(gate), dense(up)) if into is None else into
-    if gate.numel() == 0:
+    elements = gate.numel()
+    if elements == 0:
         return hidden, dgate, dup
-    flat, rows, stride = rows_of(gate)
-    other, _, other_stride = rows_of(up)
-    grad, _, grad_stride = rows_of(dout)
-    columns = gate.shape[-1]
-    strides = [stride, other_stride, grad_stride, rows_of(dgate)[2], rows_of(dup)[2]]
-    if all(each == columns for each in strides):
-        rows, columns = 1, rows * columns
-        strides = [columns] * 5
-    if options is None:
-        options = backward_options(gate.device.index, gate.element_size())
-    each, block = tile(options["ELEMENTS"], columns)
-    _backward(
-        (ceil_div(rows, each) * ceil_div(columns, block), 1, 1),
-        (flat, other, grad, dgate, dup, hidden, rows, columns, *strides),
-        (each, block, activation, wide_of(gate.dtype)),
-        options["num_warps"],
-    )
+    given = gate.is_contiguous() and up.is_contiguous() and dout.is_contiguous()
+    if given and dgate.is_contiguous() and dup.is_contiguous():
+        flat, other, grad, rows, columns = gate, up, dout, 1, elements
+        strides = (elements,) * 5
+    else:
+        columns = gate.shape[-1]
+        flat, rows, stride = rows_of(gate)
+        other, _, other_stride = rows_of(up)
+        grad, _, grad_stride = rows_of(dout)
+        strides = stride, other_stride, grad_stride, rows_of(dgate)[2], rows_of(dup)[2]
+        if all(each == columns for each in strides):
+            rows, columns, strides = 1, elements, (elements,) * 5
+    shape = _backward, backward_options, gate.device.index, gate.dtype, rows, columns, activation
+    plan = _remembered_plan(*shape) if options is None else _plan(*shape, options)
+    plan.start(flat, other, grad, dgate, dup, hidden, rows, columns, *strides)
     return hidden, dgate, dup
 
 
@@ -105,11 +121,14 @@ class _Glu(torch.autograd.Function):
         return run_forward(gate, up, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
         _, dgate, dup = run_backward(gate, up, dout, ctx.activation)
         return dgate, dup, None
+
+
+_apply = applier(_Glu)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,7 +196,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
         return glu_op(gate, up, activation)  # type: ignore[no-any-return]
     check("glu", gate, up, activation)
     if needs_grad(gate, up):
-        return _Glu.apply(gate, up, activation)  # type: ignore[no-any-return]
+        return _apply(gate, up, activation)  # type: ignore[no-any-return]
     return run_forward(gate, up, activation)
 
 

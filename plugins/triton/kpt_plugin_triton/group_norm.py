@@ -15,7 +15,7 @@ from kpt_plugin_triton.checks import check_same_device, check_shape, check_tenso
 from kpt_plugin_triton.kernels import group_norm as device
 from kpt_plugin_triton.kernels.norms import column_sums
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -96,6 +96,11 @@ def _warps(elements: int) -> int:
     return max(1, min(16, elements // 512))
 
 
+def _pair(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors; the halves of one would take the host longer."""
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
 def _run_forward(
     x: torch.Tensor,
     groups: int,
@@ -113,7 +118,7 @@ def _run_forward(
     wide = wide_dtype(x.dtype)
     mean = rstd = None
     if statistics:
-        mean, rstd = (torch.empty(batch * groups, dtype=wide, device=x.device) for _ in range(2))
+        mean, rstd = _pair(x, (batch * groups,), wide)
     if x.numel() == 0:
         return y, mean, rstd
     group, spots = channels // groups, x.numel() // (batch * channels)
@@ -132,16 +137,16 @@ def _run_forward(
     down, across = _tile(options["ELEMENTS"], group, spots, steps[2])
     programs = batch * groups * ceil_div(group, down)
     parts = _parts(options, index, programs, spots, across)
-    sums = torch.empty((2, batch, parts, channels), dtype=wide, device=x.device)
+    sums = _pair(x, (batch, parts, channels), wide)
     _forward_sums(
         (programs, parts, 1),
-        (x, sums[0], sums[1], groups, spots, *steps),
+        (x, *sums, groups, spots, *steps),
         (group, down, across, accumulate),
         options["num_warps"],
     )
     _forward_apply(
         (programs, parts, 1),
-        (x, sums[0], sums[1], weight, bias, y, mean, rstd, groups, spots, *steps, eps),
+        (x, *sums, weight, bias, y, mean, rstd, groups, spots, *steps, eps),
         (group, down, across, _merge(parts * group), silu, accumulate),
         options["num_warps"],
     )
@@ -180,7 +185,7 @@ def _run_backward(
     by_weight = by_bias = None
     if whole <= _LARGEST_BACKWARD and options is None:
         if dweight is not None or dbias is not None:
-            by_weight, by_bias = torch.empty((2, batch, channels), dtype=wide, device=x.device)
+            by_weight, by_bias = _pair(x, (batch, channels), wide)
         _backward(
             (batch * groups, 1, 1),
             (x, dy, weight, bias, mean, rstd, dx, by_weight, by_bias, groups, spots, *steps),
@@ -193,7 +198,7 @@ def _run_backward(
         down, across = _tile(options["ELEMENTS"], group, spots, steps[2])
         programs = batch * groups * ceil_div(group, down)
         parts = _parts(options, index, programs, spots, across)
-        by_weight, by_bias = torch.empty((2, batch, parts, channels), dtype=wide, device=x.device)
+        by_weight, by_bias = _pair(x, (batch, parts, channels), wide)
         _backward_sums(
             (programs, parts, 1),
             (x, dy, weight, bias, mean, rstd, by_weight, by_bias, groups, spots, *steps),
@@ -239,13 +244,16 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         mean, rstd, groups, silu = ctx.held
         wants = ctx.needs_input_grad
         grads = _run_backward(x, dy, groups, weight, bias, mean, rstd, silu, wants[1], wants[2])
         return *grads, None
+
+
+_apply = applier(_GroupNorm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,7 +373,7 @@ def group_norm(
     weight, bias = _dense(weight), _dense(bias)
     silu = activation == "silu"
     if needs_grad(x, weight, bias):
-        return _GroupNorm.apply(x, weight, bias, (groups, eps, silu))  # type: ignore[no-any-return]
+        return _apply(x, weight, bias, (groups, eps, silu))  # type: ignore[no-any-return]
     return _run_forward(x, groups, weight, bias, eps, silu, False)[0]
 
 

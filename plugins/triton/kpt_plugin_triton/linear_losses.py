@@ -21,7 +21,7 @@ from kpt_plugin_triton.launch import Kernel, ceil_div, processors
 from kpt_plugin_triton.linear_loss_chunks import run_backward, run_forward
 from kpt_plugin_triton.loss_rows import Terms, accumulator
 from kpt_plugin_triton.losses import check_options, check_target
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import wide_dtype
 
 _DTYPES = (*FLOATS, torch.float64)
@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         hidden, weight, target, bias, lses = ctx.saved_tensors
         wants = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
@@ -83,6 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     scaled_in_place(values, upstream)
         dbias = None if found[2] is None else found[2].to(hidden.dtype)
         return found[0], found[1], None, dbias, None, None, None
+
+
+_apply = applier(_LinearCrossEntropy)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ def linear_cross_entropy(
             labels = labels.contiguous()
         terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
         if needs_grad(hidden, weight, bias):
-            loss = _LinearCrossEntropy.apply(rows, weight, labels, bias, terms, reduction, rows_at_once)
+            loss = _apply(rows, weight, labels, bias, terms, reduction, rows_at_once)
         else:
             with torch.no_grad():
                 loss = run_forward(rows, weight, labels, bias, terms, reduction, (False,) * 3, rows_at_once)[

@@ -35,7 +35,7 @@ from kpt_plugin_triton.loss_rows import (
     rows_gradient,
     shared,
 )
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import dense, wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options
@@ -100,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         # Handed out once, because the caller may write to it; a second pass computes it again.
         gradient, ctx.gradient = ctx.gradient, None
@@ -112,6 +112,9 @@ class _CrossEntropy(torch.autograd.Function):
                 rows_forward(logits, target, ctx.common, gradient=gradient)
         rows_gradient(logits, target, ctx.common, lses, upstream, gradient, unless_one=single)
         return gradient, None, None, None, None
+
+
+_apply = applier(_CrossEntropy)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def cross_entropy(
         target = target.contiguous()
     terms = Terms(ignore_index, label_smoothing, z_loss)
     if needs_grad(logits):
-        return _CrossEntropy.apply(logits, target, weight, terms, reduction)  # type: ignore[no-any-return]
+        return _apply(logits, target, weight, terms, reduction)  # type: ignore[no-any-return]
     return _run_forward(logits, target, weight, terms, reduction, False, False)[0]
 
 

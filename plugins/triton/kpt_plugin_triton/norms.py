@@ -181,11 +181,16 @@ def _check(op: str, x: Any, residual: Any, weight: Any, bias: Any) -> None:
         check_tensor(op, "residual", residual, (x.dtype,))
         check_shape(op, "residual", residual, x.shape)
         check_same_device(op, "residual", residual, x)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_tensor(op, name, vector, _DTYPES)
-            check_shape(op, name, vector, x.shape[-1:])
-            check_same_device(op, name, vector, x)
+    if weight is not None:
+        _check_vector(op, "weight", weight, x)
+    if bias is not None:
+        _check_vector(op, "bias", bias, x)
+
+
+def _check_vector(op: str, name: str, vector: Any, x: torch.Tensor) -> None:
+    check_tensor(op, name, vector, _DTYPES)
+    check_shape(op, name, vector, (x.shape[-1],))
+    check_same_device(op, name, vector, x)
 
 
 def _norm(
@@ -200,8 +205,8 @@ def _norm(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if needs_grad(x, residual, weight, bias):
-        return _apply(x, residual, weight, bias, (eps, offset, centred))
-    y, total, _, _ = run_forward(x, residual, weight, bias, eps, offset, centred, False)
+        return _apply(x, residual, weight, bias, (float(eps), float(offset), centred))
+    y, total, _, _ = run_forward(x, residual, weight, bias, float(eps), float(offset), centred, False)
     return y if residual is None else (y, total)
 
 

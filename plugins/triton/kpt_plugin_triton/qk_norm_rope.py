@@ -11,7 +11,7 @@ import triton.language as tl
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor
 from kpt_plugin_triton.kernels import qk_norm_rope as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rope import (
     DTYPES,
     WIDTHS,
@@ -212,7 +212,7 @@ class _QkNormRope(torch.autograd.Function):
         return _run_forward(q, k, q_weight, k_weight, cos, sin, *how)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor) -> Any:
         saved, how = ctx.saved_tensors, ctx.how
         q, k, *rest = saved
@@ -220,6 +220,9 @@ class _QkNormRope(torch.autograd.Function):
         learned = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         by_tables = _of_tables(saved, (dq_out, dk_out), *how) if learned else (None, None)
         return *grads, *by_tables, None
+
+
+_apply = applier(_QkNormRope)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, cos, sin)
     q_weight, k_weight = _dense(q_weight), _dense(k_weight)
     if needs_grad(q, k, q_weight, k_weight, cos, sin):
-        return _QkNormRope.apply(q, k, q_weight, k_weight, cos, sin, (eps, offset, interleaved))  # type: ignore[no-any-return]
+        return _apply(q, k, q_weight, k_weight, cos, sin, (eps, offset, interleaved))  # type: ignore[no-any-return]
     return _run_forward(q, k, q_weight, k_weight, cos, sin, eps, offset, interleaved)
 
 

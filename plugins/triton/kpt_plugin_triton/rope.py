@@ -14,7 +14,7 @@ import triton.language as tl
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
 from kpt_plugin_triton.kernels import rope as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -199,13 +199,16 @@ class _Rope(torch.autograd.Function):
         return _run(q, k, cos, sin, interleaved, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
         cos, sin, *rotated = ctx.saved_tensors
         dcos = dsin = None
         if rotated:
             dcos, dsin = table_gradients(tuple(zip(rotated, (dq, dk))), cos, sin, ctx.interleaved)
         return *_run(dq, dk, cos, sin, ctx.interleaved, True), dcos, dsin, None
+
+
+_apply = applier(_Rope)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ def rope(
         return rope_op(q, k, cos, sin, interleaved, False)  # type: ignore[no-any-return]
     check_rotation("rope", q, k, cos, sin)
     if needs_grad(q, k, cos, sin):
-        return _Rope.apply(q, k, cos, sin, interleaved)  # type: ignore[no-any-return]
+        return _apply(q, k, cos, sin, interleaved)  # type: ignore[no-any-return]
     return _run(q, k, cos, sin, interleaved, False)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from kpt_plugin_triton.checks import FLOATS, check_tensor, refuse
 from kpt_plugin_triton.kernels import softmax as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
-from kpt_plugin_triton.registration import needs_grad, register
+from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
 from kpt_plugin_triton.rows import dense, rows_of
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -103,10 +103,13 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (y,) = ctx.saved_tensors
         return _run_backward(y, dy)
+
+
+_apply = applier(_Softmax)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def _last(x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return softmax_forward(x)  # type: ignore[no-any-return]
     if needs_grad(x):
-        return _Softmax.apply(x)  # type: ignore[no-any-return]
+        return _apply(x)  # type: ignore[no-any-return]
     return _run_forward(x)
 
 
