@@ -7,9 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kpt import profiles
 from kpt.judge import referee
+from kpt.judge.calls import as_calls
+from kpt.judge.draws import InputSpec
 from kpt.judge.verdict import Verdict, passed, rejected
+from kpt.plugins import registry
+from kpt.transaction.baseline import Baseline
+from kpt.transaction.budget import Budget
 from kpt.transaction.judgement import Draw, Judgement
+from kpt.transaction.observe import observe
 
 NEAR = rejected("size", "near", {"relative_error": 0.055}, excess=1.1)
 FAR = rejected("size", "far", {"relative_error": 0.5}, excess=10.0)
@@ -59,6 +66,13 @@ def test_what_comes_after_is_judged_on_the_calls_that_held():
     assert judgement.refilled == [4, 2]
 
 
+def test_the_worst_figures_of_all_calls_are_told():
+    closest = passed(figures={"relative_error": 0.01, "cosine": 0.999})
+    worst = passed(figures={"relative_error": 0.02, "cosine": 0.99})
+    verdict, _ = judged(NEAR, worst, closest)
+    assert verdict.passed and verdict.figures == {"relative_error": 0.055, "cosine": 0.99}
+
+
 @pytest.mark.parametrize("others", [(NEAR,), (passed(), NEAR), (FAR,)])
 def test_what_is_wrong_there_too_is_rejected(others):
     verdict, _ = judged(NEAR, *others)
@@ -86,3 +100,57 @@ def test_rejections_say_how_many_times_the_allowed_error_they_have(level, dtype,
     verdict = referee.judge(wrong, reference, reference.float(), level=level, compute_dtype=dtype)
     assert not verdict.passed and (verdict.excess <= 1.5) is near
     assert verdict.excess == pytest.approx(error, rel=0.05)
+
+
+def test_the_worst_output_says_how_far_off_a_call_is():
+    reference = torch.ones(64, dtype=torch.float64)
+    near, lost = (reference * 1.06).float(), torch.full((64,), torch.nan)
+    eager = [reference.float(), reference.float()]
+    for candidate in ([near, lost], [near, (reference * 2.0).float()]):
+        verdict = referee.judge(
+            candidate, [reference] * 2, eager, level="production", compute_dtype="bfloat16"
+        )
+        assert not verdict.passed and verdict.excess > 10.0
+
+
+def test_who_misses_both_bounds_is_as_far_off_as_the_worse_one_says():
+    torch.manual_seed(0)
+    reference, noise = torch.randn(2, 64, 64, dtype=torch.float64)
+    cast, wrong = ((reference + share * noise).float() for share in (0.4, 0.8))  # bf16 eager is no better
+    verdict = referee.judge(
+        wrong, reference, reference.float(), level="production", cast_eager=cast, compute_dtype="bfloat16"
+    )
+    assert not verdict.passed and verdict.excess > 10.0
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_a_near_miss_excuses_no_lost_gradient():
+    calls = as_calls(torch.randn(4, 64))
+    budget = Budget(60.0)
+    observation, plain = observe(
+        Weighted(),
+        calls,
+        InputSpec.from_calls(calls, None, Weighted().forward),
+        level="production",
+        objective="latency",
+        hardware=profiles.hardware("cpu", measure=False),
+        registry=registry([]),
+        deadline=budget,
+    )
+    judgement = Judgement(observation, Baseline(observation, plain, seed=0), budget)
+    draw = judgement.draws(touches_mask=False, thorough=False)[0]
+    plan = SimpleNamespace(level="production", compute_dtype="bfloat16", touches_mask=False)
+    right = plain.forward
+    near = SimpleNamespace(plan=plan, forward=lambda x: right(x) - 0.0037 * right(x).detach())
+    lost = SimpleNamespace(plan=plan, forward=lambda x: near.forward(x).detach())
+    assert judgement._may_be_chance(near, judgement._one(near, draw)[0])
+    verdict, _ = judgement._one(lost, draw)
+    assert verdict.rule == "gradient" and not judgement._may_be_chance(lost, verdict)

@@ -7,6 +7,7 @@ the same everywhere. So are integers that may be flags, where eager takes others
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from kpt.judge import handover, outputs, referee, tree
 from kpt.judge.calls import copied_leaf
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
+from kpt.judge.tolerances import keep_worst
 from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.transaction.counts import Counts, plain_name, same_step, spelled
 from kpt.transaction.execution import seeded
@@ -167,10 +169,9 @@ class Judgement:
             return Verdict(False, "unwritten", f"{draws[0].label}: {detail}", figures)
         for draw in draws:
             verdict, output = self._one(applied, draw)
+            keep_worst(figures, verdict.figures)
             if self._may_be_chance(applied, verdict):
-                draw, verdict, output = self._twice_more(applied, draw, verdict)
-            for key, value in verdict.figures.items():
-                figures[key] = max(figures.get(key, value), value)
+                draw, verdict, output = self._twice_more(applied, draw, verdict, figures)
             if not verdict.passed:
                 return Verdict(False, verdict.rule, f"{draw.label}: {verdict.detail}", figures)
             kept.append((draw, output, _copied(output)))
@@ -201,8 +202,12 @@ class Judgement:
         """
         return not verdict.passed and applied.plan.compute_dtype is not None and verdict.excess <= _NEAR
 
-    def _twice_more(self, applied: Applied, draw: Draw, missed: Verdict) -> tuple[Draw, Verdict, Any]:
+    def _twice_more(
+        self, applied: Applied, draw: Draw, missed: Verdict, figures: dict[str, float]
+    ) -> tuple[Draw, Verdict, Any]:
         """Judge two other calls like ``draw``, on which the plan ``missed``; both have to hold.
+
+        ``figures`` are the worst so far; those of the two join them.
 
         What is wrong by itself, by a hundredth or at a size, is wrong there as well.
         """
@@ -213,6 +218,7 @@ class Judgement:
                 return draw, missed, None
             draw = other
             verdict, output = self._one(applied, draw)
+            keep_worst(figures, verdict.figures)
             if not verdict.passed:
                 break
         return draw, verdict, output
@@ -331,11 +337,12 @@ class Judgement:
             inputs=given,
             eager_inputs=expected.given,
         )
-        if verdict.passed:
-            strides = handover.judge_strides(mine.output, expected.eager.output)
-            verdict = verdict if strides.passed else strides
-        if not verdict.passed:
+        if verdict.excess == math.inf and not verdict.passed:
             return verdict, mine.output
+        outputs_verdict = verdict  # one that may be by chance excuses nothing of what follows
+        strides = handover.judge_strides(mine.output, expected.eager.output)
+        if not strides.passed:
+            return strides, mine.output
         lost = sorted(expected.eager.differentiable - mine.differentiable)
         if lost:
             detail = f"the output {lost[0]} has no gradient, unlike in eager mode"
@@ -363,7 +370,7 @@ class Judgement:
                 return Verdict(
                     False, "gradient" if rule == "gradient" else "value", detail, verdict.figures
                 ), None
-        return verdict, mine.output
+        return (verdict if outputs_verdict.passed else outputs_verdict), mine.output
 
 
 def _in_its_memory(call: Call) -> Call:
