@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ import slow_models
 from fingerprints import optimized
 from kpt.specs import PolicySpec, Variant
 from kpt.transaction import events, ledger, stacks
+from kpt.transaction.budget import Budget
 from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.trial import Outcome
 
@@ -117,19 +120,23 @@ def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(wo
     assert not kpt.report(model).searched
 
 
+class Alive:
+    """What an outcome holds, as far as its closing is concerned."""
+
+    closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def alive(name, level):
+    step = Candidate(Variant(name), "precision", "test", name, make=lambda: None, level=level)
+    return Outcome(Plan.of([step]), applied=Alive())
+
+
 def test_an_outcome_keeps_the_stricter_one_beneath_it_until_it_is_closed_or_replaced_by_a_strict_one():
-    class Alive:
-        closed = False
-
-        def close(self):
-            self.closed = True
-
-    def outcome(level):
-        step = Candidate(Variant(level), "precision", "test", level, make=lambda: None, level=level)
-        return Outcome(Plan.of([step]), applied=Alive())
-
     exact, half, bold, bolder = (
-        outcome(level) for level in ("exact", "production", "aggressive", "aggressive")
+        alive(level, level) for level in ("exact", "production", "aggressive", "aggressive")
     )
     applied = [each.applied for each in (exact, half, bold, bolder)]
     half.supersede(exact)
@@ -137,7 +144,7 @@ def test_an_outcome_keeps_the_stricter_one_beneath_it_until_it_is_closed_or_repl
     assert [each.closed for each in applied] == [True, False, False, False], "one beneath is enough"
     bolder.supersede(bold)
     assert [each.closed for each in applied] == [True, False, True, False] and bolder.beneath is half
-    strict = outcome("exact")
+    strict = alive("strict", "exact")
     strict.supersede(bolder)
     assert all(each.closed for each in applied) and strict.beneath is None
 
@@ -154,6 +161,47 @@ def test_a_plan_that_would_crowd_the_memory_is_not_kept_beneath(monkeypatch):
     assert "Bold:wobbly" in {entry.name for entry in receipt.accepted}
     (note,) = [note for note in receipt.notes if "fall back" in note]
     assert note.startswith("Cautious:half") and "25% of the memory" in note
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_trial_that_runs_out_of_memory_is_tried_again_without_the_plan_beneath(short):
+    half, bold, other = alive("half", "production"), alive("bold", "aggressive"), alive("other", "aggressive")
+    held, tried = half.applied, []
+
+    class CrowdedTrials:
+        observation = types.SimpleNamespace(baseline_seconds=0.0)
+
+        def run(self, plan, **options):
+            tried.append(plan.key)
+            return Outcome(plan, rule="memory" if short and not held.closed else "ok")
+
+    steps = [step for each in (half, bold, other) for step in each.plan.steps]
+    book = ledger.Ledger(CrowdedTrials(), steps, Budget(60.0))
+    bold.supersede(half)
+    book.supersede(None, bold)
+    assert bold.beneath is half
+    assert book.run(other.plan, against=bold).accepted
+    assert tried == [other.plan.key] * (2 if short else 1)
+    assert held.closed is short and not bold.applied.closed
+    assert bold.beneath is (None if short else half)
+    assert [note.split(" ", 1)[0] for note in book.found.notes] == ([half.plan.key] if short else [])
+
+
+def test_a_trial_that_runs_out_of_memory_with_nothing_beneath_is_not_tried_again():
+    best, tried = alive("best", "exact"), []
+
+    class Crowded:
+        observation = types.SimpleNamespace(baseline_seconds=0.0)
+
+        def run(self, plan, **options):
+            tried.append(plan.key)
+            return Outcome(plan, rule="memory")
+
+    other = alive("other", "aggressive").plan
+    book = ledger.Ledger(Crowded(), [*best.plan.steps, *other.steps], Budget(60.0))
+    book.supersede(None, best)
+    assert book.run(other, against=best).rule == "memory"
+    assert tried == [other.key] and book.found.notes == []
 
 
 def test_ctrl_c_while_the_plan_beneath_is_undone_takes_the_committed_one_back():
@@ -181,19 +229,8 @@ def test_ctrl_c_while_the_plan_beneath_is_undone_takes_the_committed_one_back():
 
 
 def test_what_lies_beneath_is_the_fastest_of_its_level():
-    class Alive:
-        def close(self):
-            pass
-
-    def outcome(name, level, gain):
-        step = Candidate(Variant(name), "precision", "test", name, make=lambda: None, level=level)
-        return Outcome(Plan.of([step]), applied=Alive(), over_eager=gain)
-
-    bold, slow, fast = (
-        outcome("bold", "aggressive", 2.0),
-        outcome("slow", "exact", 1.05),
-        outcome("fast", "exact", 1.8),
-    )
+    bold, slow, fast = alive("bold", "aggressive"), alive("slow", "exact"), alive("fast", "exact")
+    bold.over_eager, slow.over_eager, fast.over_eager = 2.0, 1.05, 1.8
     bold.supersede(slow)
     bold.supersede(fast)
     assert bold.beneath is fast and slow.applied is None

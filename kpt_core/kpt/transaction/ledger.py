@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class Ledger:
         self.pace = 1.0
         #: Seconds that slow set-ups leave to what needs none, while nothing was accepted.
         self.spare = 0.0
+        #: What took the place of the best plan last: it may hold the one before beneath it.
+        self._overtaking: Outcome | None = None
         self._gone: set[Candidate] = set()
         self._reserve = _RESERVE * budget.seconds
 
@@ -111,15 +114,12 @@ class Ledger:
         """Try ``plan``, timed against another outcome's plan, or against the untouched model.
 
         Where it is one ``among`` several that wait for the same time, it gets its share of what is left.
+        Where memory runs out, what is kept for the commit to fall back on is freed, and it is tried again.
         """
-        emit("trial", f"trying {plan.key}", seconds=self.budget.spent(), budget=self.budget.seconds)
-        outcome = self.trials.run(
-            plan,
-            against=against.applied if against is not None else None,
-            keep=True,
-            timed=timed,
-            seconds=self._patience(plan, among, against),
-        )
+        outcome = self._tried(plan, against, timed, among)
+        if outcome.rule == "memory" and self._freed_for(plan):
+            outcome.close()
+            outcome = self._tried(plan, against, timed, among)
         outcome.over_eager = ratio(outcome) * (against.over_eager if against is not None else 1.0)
         if timed:
             self.tried[plan.key] = outcome
@@ -128,6 +128,30 @@ class Ledger:
         text = f"{plan.key}: {outcome.rule}" + (f" ({ratio(outcome):.2f}x)" if outcome.timing else "")
         emit("trial", text, rule=outcome.rule, seconds=self.budget.spent(), budget=self.budget.seconds)
         return outcome
+
+    def _tried(self, plan: Plan, against: Outcome | None, timed: bool, among: int | None) -> Outcome:
+        emit("trial", f"trying {plan.key}", seconds=self.budget.spent(), budget=self.budget.seconds)
+        return self.trials.run(
+            plan,
+            against=against.applied if against is not None else None,
+            keep=True,
+            timed=timed,
+            seconds=self._patience(plan, among, against),
+        )
+
+    def _freed_for(self, plan: Plan) -> bool:
+        """Whether a plan was kept beneath the best one; it is closed, and a note says for which trial."""
+        holder = self._overtaking
+        if holder is None or holder.beneath is None:
+            return False
+        beneath, holder.beneath = holder.beneath, None
+        self.found.notes.append(
+            f"{beneath.plan.key} was not kept for the commit to fall back on: memory ran out when {plan.key} "
+            "was tried, which was tried again without it"
+        )
+        beneath.close()
+        gc.collect()
+        return True
 
     def failed(self, plan: Plan) -> Outcome | None:
         """The outcome of ``plan`` where it was tried and not accepted."""
@@ -172,6 +196,7 @@ class Ledger:
             best.close()
         elif best is not None:
             outcome.supersede(best)
+        self._overtaking = outcome
         if outcome.beneath is not None:
             self.keep_for_commit(outcome, 1.0 + _COMMIT)
         return outcome
