@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread
+from kpt.compiling.repeats import RepeatedParts
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
 
 __all__ = [
     "CapturedForward",
     "CompiledForward",
     "DeadlinePassed",
+    "RepeatedParts",
     "collect",
     "deadline",
     "executions_of_thread",

@@ -25,6 +25,8 @@ _CHEAP = 0.1
 _SPARE = 0.2
 #: A set-up that takes this many times as long as another is of another kind.
 _BY_FAR = 2.0
+#: and one that is predicted to gain this many times as much promises more: predictions are rough.
+_MORE = 1.1
 #: Slow stacks have room where they would have it if set-ups took this many times what is expected.
 _ROUGHLY = 1.3
 #: Share of the budget below which no other stack is begun after one that was stopped.
@@ -97,11 +99,11 @@ def _stack(ledger: Ledger, candidates: list[Candidate]) -> Plan:
         if step.phase not in EXCLUSIVE:
             continue
         dearer = [c for c in candidates if not _quick(c, seconds) and _setup(c) >= _BY_FAR * _setup(step)]
-        promising = {c for c in dearer if c.phase == step.phase and c.gain > step.gain}
+        promising = {c for c in dearer if c.phase == step.phase and c.gain > _MORE * step.gain}
         if not promising:
             continue
         other = _stack(ledger, [c for c in candidates if c is not step])
-        if any(c in promising for c in other.steps) and _promise(other) > _promise(plan):
+        if any(c in promising for c in other.steps) and _promise(other) > _MORE * _promise(plan):
             return other
     return plan
 

@@ -1,0 +1,178 @@
+"""A part of a captured graph as a graph of its own, and what tells whether two of them are the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Functions that switch a mode of torch's are known by how their names begin.
+_SWITCHES = ("_set_grad", "_enter_", "_exit_", "set_", "_saved_tensors_hooks")
+#: Python's operators that write to their first operand.
+_WRITING = {
+    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+}
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` writes to a tensor, or switches a mode, so that what follows depends on its place."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_module":
+        return True  # what it does is not seen
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name.strip("_") in _WRITING:  # sizes are added up this way, too
+        first = _value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        return not isinstance(first, (int, torch.SymInt))
+    if node.op == "call_function" and name.startswith(_SWITCHES):
+        return True
+    if any(argument is True for argument in _inplace_arguments(node)):
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _inplace_arguments(node: fx.Node) -> list[Any]:
+    """What is passed by position for a parameter that is called ``inplace``."""
+    code = getattr(node.target, "__code__", None)
+    if node.op != "call_function" or code is None:
+        return []
+    names = code.co_varnames[: code.co_argcount]
+    return [value for name, value in zip(names, node.args, strict=False) if name == "inplace"]
+
+
+def signature(node: fx.Node) -> Any:
+    """What ``node`` does, whatever it does it to: equal for the same operation of two blocks."""
+    return (node.op, _target(node), _frozen(node.args, _any), _frozen(node.kwargs, _any), _meta(node))
+
+
+class Part:
+    """Consecutive ``nodes`` of a graph; the values that they need are its inputs, in the order of their use.
+
+    ``inputs`` and ``outputs`` are nodes of the whole graph. Parts with equal ``key`` compute the same of
+    their inputs.
+    """
+
+    def __init__(self, owner: fx.GraphModule, nodes: list[fx.Node]) -> None:
+        inside = set(nodes)
+        needed = dict.fromkeys(d for node in nodes for d in node.all_input_nodes if d not in inside)
+        bodies = [d for d in needed if d.op == "get_attr" and not _is_tensor(owner, d)]
+        values = [d for d in needed if d not in bodies]
+        sizes = _sizes(owner, [*values, *nodes])
+        self.inputs = [*(size for size in sizes if size not in needed), *values]
+        self.outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        self._owner = owner
+        self.graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for number, node in enumerate(self.inputs):
+            copies[node] = self.graph.placeholder(f"input_{number}")
+            copies[node].meta = dict(node.meta)
+        for node in [*bodies, *nodes]:
+            copies[node] = self.graph.node_copy(node, copies.__getitem__)
+        self.graph.output(tuple(copies[node] for node in self.outputs))
+        self.key = self._key()
+
+    def _key(self) -> Any:
+        numbers = {node: number for number, node in enumerate(self.graph.nodes)}
+        return tuple(
+            (
+                node.op,
+                "" if node.op == "placeholder" else _target(node),
+                () if node.op == "placeholder" else _frozen(node.args, numbers.__getitem__),
+                _frozen(node.kwargs, numbers.__getitem__),
+                "" if node.op == "output" else _meta(node),
+            )
+            for node in self.graph.nodes
+        )
+
+    def compiled_by(
+        self, compile_part: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """What ``compile_part`` makes of the part and fake inputs, in a tracing context of its own.
+
+        That of the whole graph knows which of its inputs are parameters.
+        """
+        context = torch._guards.TracingContext.try_get()
+        mode = context.fake_mode if context is not None else None
+        examples = []
+        for source in self.inputs:
+            value = _value(source)
+            if value is None and source.op == "get_attr":
+                value = operator.attrgetter(str(source.target))(self._owner)
+            if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor):
+                value = mode.from_tensor(value) if mode is not None else value
+            examples.append(value)
+        module = fx.GraphModule(self._owner, self.graph)
+        with torch._guards.tracing(torch._guards.TracingContext(mode)):
+            return compile_part(module, examples)
+
+
+def _is_tensor(owner: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(operator.attrgetter(str(node.target))(owner), torch.Tensor)
+
+
+def _sizes(owner: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
+    """The inputs of ``owner`` that are symbolic sizes occurring in the shapes of ``nodes``.
+
+    A shape in which a size occurs only in a product does not tell the size.
+    """
+    occurring: set[Any] = set()
+    for node in nodes:
+        for value in torch.utils._pytree.tree_leaves(_value(node)):
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                value = (*value.shape, *value.stride())
+            for size in value if isinstance(value, tuple) else (value,):
+                if isinstance(size, torch.SymInt):
+                    occurring |= size.node.expr.free_symbols
+    found = []
+    for node in owner.graph.find_nodes(op="placeholder") if occurring else ():
+        value = _value(node)
+        if isinstance(value, torch.SymInt) and value.node.expr in occurring:
+            found.append(node)
+    return found
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _target(node: fx.Node) -> Any:
+    return node.target if isinstance(node.target, str) else id(node.target)
+
+
+def _any(node: fx.Node) -> str:
+    return "node"
+
+
+def _frozen(value: Any, of_node: Callable[[fx.Node], Any]) -> Any:
+    """``value`` as what can be compared and hashed; nodes in it as ``of_node`` gives them."""
+    if isinstance(value, fx.Node):
+        return ("node", of_node(value))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_frozen(item, of_node) for item in value))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(item, of_node)) for name, item in value.items())
+    if isinstance(value, slice):
+        return ("slice", *(_frozen(item, of_node) for item in (value.start, value.stop, value.step)))
+    return (type(value).__name__, repr(value))
+
+
+def _meta(node: fx.Node) -> Any:
+    """Types, shapes and strides of what ``node`` yields."""
+    return _described(_value(node))
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        strides = str(value.stride()) if value.layout is torch.strided else ""
+        facts = (value.dtype, value.layout, value.device, tuple(value.shape), strides, value.requires_grad)
+        return ("tensor", *map(str, facts))
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_described(item) for item in value))
+    return (type(value).__name__, repr(value))

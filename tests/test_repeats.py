@@ -1,0 +1,241 @@
+"""Graphs of repeated blocks: what is compiled once, what is not, and that the values are the model's."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+
+from kpt.compiling import CompiledForward, RepeatedParts
+
+
+class Block(nn.Module):
+    """A residual block of about ten operations."""
+
+    def __init__(self, width: int = 8, factor: float = 1.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide, self.back = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
+        hidden = self.wide(self.norm(x)) * self.factor
+        left, right = hidden.chunk(2, -1)
+        gated = torch.cat([left.sigmoid() * left, right.tanh() + early], -1)
+        return x + self.back(gated).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.first(x)
+        early = x.exp().mean(-1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, early)
+        return {"logits": self.last(x), "pooled": x.mean(1)}
+
+
+class Eager:
+    """A backend that leaves graphs as they are and remembers them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.inputs: list[list[object]] = []
+
+    def __call__(self, graph, example_inputs):
+        self.inputs.append(example_inputs)
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def compiled(model: nn.Module, **options) -> tuple[CompiledForward, RepeatedParts, Eager]:
+    backend = Eager()
+    parts = RepeatedParts(backend)
+    return CompiledForward(model.forward, backend=parts, **options), parts, backend
+
+
+def blocks(count: int, **settings) -> list[nn.Module]:
+    return [Block(**settings) for _ in range(count)]
+
+
+@torch.no_grad()
+def test_one_block_is_compiled_for_all_and_the_weights_are_those_of_each():
+    torch.manual_seed(0)
+    model, x = Model(blocks(9)), torch.randn(2, 5, 8)
+    forward, parts, backend = compiled(model)
+    assert torch.equal(forward(x)["logits"], model(x)["logits"])
+    assert parts.parts >= 9 and parts.distinct == len(backend.graphs) <= 3
+    tensors = [x for inputs in backend.inputs for x in inputs if isinstance(x, torch.Tensor)]
+    assert tensors and all(isinstance(x, FakeTensor) for x in tensors)
+    model.blocks[4].back.weight.mul_(3.0)
+    model.blocks[8].norm.bias.add_(1.0)
+    result = forward(x)
+    assert all(torch.equal(result[name], value) for name, value in model(x).items())
+    assert forward.graphs == 1 and forward.misses == 0
+
+
+@torch.no_grad()
+def test_the_operations_that_are_compiled_are_those_of_one_block_and_the_ends():
+    model = Model(blocks(12))
+    forward, _, backend = compiled(model)
+    forward(torch.randn(2, 5, 8))
+    whole = Eager()
+    CompiledForward(model.forward, backend=whole)(torch.randn(2, 5, 8))
+    operations = [
+        sum(1 for graph in graphs for node in graph.graph.nodes if node.op.startswith("call"))
+        for graphs in (backend.graphs, whole.graphs)
+    ]
+    assert operations[0] < 0.35 * operations[1]
+
+
+@torch.no_grad()
+def test_a_block_that_looks_alike_and_differs_is_compiled_for_itself():
+    torch.manual_seed(1)
+    model, x = Model([*blocks(4), Block(factor=0.5), *blocks(5)]), torch.randn(2, 5, 8)
+    model.blocks[7].norm.eps = 0.3
+    forward, parts, _ = compiled(model)
+    assert torch.equal(forward(x)["logits"], model(x)["logits"])
+    assert parts.distinct < parts.parts
+
+
+@torch.no_grad()
+def test_blocks_that_take_turns_repeat_in_pairs():
+    model, x = Model([Block(factor=0.5 + n % 2) for n in range(8)]), torch.randn(2, 5, 8)
+    forward, parts, _ = compiled(model)
+    assert torch.equal(forward(x)["logits"], model(x)["logits"])
+    assert parts.distinct < parts.parts <= 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_does_not_repeat_is_refused_with_what_to_do(count: int):
+    model = Model([Block(factor=1.0 + n) for n in range(count)])
+    forward, _, _ = compiled(model)
+    with pytest.raises(Exception, match="no block repeats among the .* operations .* compile it whole"):
+        forward(torch.randn(2, 5, 8))
+    assert forward.graphs == 0
+
+
+class InPlace(Block):
+    def forward(self, x, early):
+        x += super().forward(x, early)
+        return x
+
+
+class Switching(Block):
+    def forward(self, x, early):
+        with torch.no_grad():
+            early = early.square()
+        return super().forward(x, early)
+
+
+@pytest.mark.parametrize(("kind", "grad"), [(InPlace, False), (InPlace, True), (Switching, True)])
+def test_nothing_is_cut_where_tensors_are_changed_in_place_or_modes_switched(kind, grad: bool):
+    model = Model([kind() for _ in range(6)]).requires_grad_(False)
+    forward, _, _ = compiled(model)
+    with torch.set_grad_enabled(grad), pytest.raises(Exception, match="no block repeats among the"):
+        forward(torch.randn(2, 5, 8))
+
+
+class Masked(Model):
+    """Changes what it was given in place, and its own tensors, before the blocks."""
+
+    def forward(self, x):
+        x.clamp_(-1.0, 1.0)
+        x = x * 2
+        x[:, 0] = 0.5
+        torch.nn.functional.relu(x, True)
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_what_is_changed_in_place_before_the_blocks_stays_in_one_part():
+    model, x = Masked(blocks(6)), 3 * torch.randn(2, 5, 8)
+    forward, parts, _ = compiled(model)
+    given, other = x.clone(), x.clone()
+    assert torch.equal(forward(given)["logits"], model(other)["logits"])
+    assert torch.equal(given, other) and not torch.equal(given, x)
+    given, other = x.clone(), x.clone()
+    assert torch.equal(forward(given)["logits"], model(other)["logits"]) and torch.equal(given, other)
+    assert parts.distinct < parts.parts
+
+
+class Sized(Model):
+    """Uses sizes that no input of a block has as a dimension of its own."""
+
+    def forward(self, x):
+        length = x.shape[1]
+        x = self.first(x).reshape(-1, 8)
+        early = x.exp().mean(-1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, early) * (length / (1.0 + length)) + x.view(-1, length, 8).sum(1).mean()
+        return self.last(x).view(-1, length, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Model, Sized])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_one_part_serves_sizes_that_were_declared_dynamic(kind, backend: str):
+    torch.manual_seed(2)
+    model = kind(blocks(6))
+    parts = RepeatedParts(backend)
+    dims = {"x": {0: "batch", 1: "length"}}
+    forward = CompiledForward(model.forward, backend=parts, dynamic_dims=dims)
+    for batch, length in [(2, 5), (3, 7), (4, 2), (7, 11)]:
+        x = torch.randn(batch, length, 8)
+        result, true = forward(x), model(x)
+        for name in true if isinstance(true, dict) else [...]:
+            torch.testing.assert_close(result[name], true[name], rtol=1e-5, atol=1e-5)
+    assert forward.graphs == 1 and parts.distinct < parts.parts
+    forward.dispose()
+
+
+class Twice(nn.Module):
+    """Two stacks, the second of which sees the whole of the first; a long skip; a weight that is shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = Model(blocks(5)), Model(blocks(4, factor=0.7))
+        self.up.blocks[3].wide.weight = self.up.blocks[0].wide.weight
+
+    def forward(self, x, *, scale: float = 1.0):
+        before = self.down.first(x)
+        y = before
+        for block in self.down.blocks:
+            y = block(y, x[..., :1])
+        z = y * scale
+        for block in self.up.blocks:
+            z = block(z, y[..., :1]) + before
+        return [z, (y, None)]
+
+
+@torch.no_grad()
+def test_two_stacks_are_cut_each():
+    torch.manual_seed(3)
+    model, x = Twice(), torch.randn(2, 5, 8)
+    forward, parts, backend = compiled(model)
+    (z, (y, nothing)), (true_z, (true_y, _)) = forward(x, scale=0.5), model(x, scale=0.5)
+    assert torch.equal(z, true_z) and torch.equal(y, true_y) and nothing is None
+    assert parts.parts >= 9 and len(backend.graphs) <= 6
+
+
+@torch.no_grad()
+def test_nothing_of_the_parts_outlives_the_forward():
+    model = Model(blocks(6))
+    forward, _, backend = compiled(model)
+    forward(torch.randn(2, 5, 8))
+    graphs = [weakref.ref(graph) for graph in backend.graphs]
+    backend.graphs.clear()
+    backend.inputs.clear()
+    forward.dispose()
+    del forward
+    gc.collect()
+    assert not [graph() for graph in graphs if graph() is not None]
