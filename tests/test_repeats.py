@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 
 import pytest
@@ -25,6 +26,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
         hidden = self.wide(self.norm(x)) * self.factor
         left, right = hidden.chunk(2, -1)
+        right = right.masked_fill(operator.and_(early > 9.0, early < 0.0), 0.0)
         gated = torch.cat([left.sigmoid() * left, right.tanh() + early], -1)
         return x + self.back(gated).transpose(0, 1).contiguous().transpose(0, 1)
 

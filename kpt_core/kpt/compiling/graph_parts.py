@@ -31,6 +31,8 @@ def changes_in_place(node: fx.Node) -> bool:
     if name.strip("_") in _WRITING:  # sizes are added up this way, too
         first = _value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         return not isinstance(first, (int, torch.SymInt))
+    if getattr(target, "__module__", "") == "_operator":  # `and_`, `is_` and the like write nothing
+        return False
     if node.op == "call_function" and name.startswith(_SWITCHES):
         return True
     if any(argument is True for argument in _inplace_arguments(node)):
