@@ -310,3 +310,36 @@ def test_a_seed_is_left_for_no_device_that_is_used_later() -> None:
     assert torch.equal(torch.rand(3), drawn)
     assert torch.cuda._lazy_seed_tracker.get_calls() == waiting and waiting
     torch.set_rng_state(before)
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        import numpy
+
+        super().__init__()
+        self.torchs = torch.Generator().manual_seed(0)
+        self.several = [random.Random(0), torch.Generator().manual_seed(1)]
+        self.by_name = {"new": numpy.random.default_rng(0), "old": numpy.random.RandomState(0)}
+        self.arrays = numpy.random.Generator(numpy.random.MT19937(0))
+
+    def forward(self) -> list[float]:
+        return [
+            float(torch.rand((), generator=self.torchs)),
+            self.several[0].random(),
+            float(torch.rand((), generator=self.several[1])),
+            self.by_name["new"].random(),
+            self.by_name["old"].random_sample(),
+            self.arrays.random(),
+        ]
+
+
+def test_random_generators_that_a_model_holds_draw_again_what_they_drew() -> None:
+    model = Drawing()
+    model()
+    state = ModelState(model)
+    drawn = model()
+    assert set(state.tensor_differences()) == {
+        f"model.{name}: drawn from" for name in ("torchs", "several", "by_name", "arrays")
+    }
+    assert state.restore() == []
+    assert model() == drawn

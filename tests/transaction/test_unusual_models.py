@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -229,6 +230,48 @@ def test_a_users_hook_may_be_a_function_of_the_models_library(library):
     assert torch.equal(model(x)[0], expected) and library.heard == [model.net.slow]
     handle.remove()
     assert kpt.report(optimized(model, x, plugins=[plugin(DirectScale)])).optimized
+
+
+class Noisy(Net):
+    """Draws from a generator of its own, and counts calls where ``counts``."""
+
+    def __init__(self, counts: bool = False) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+        self.calls = 0 if counts else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.calls is not None:
+            self.calls += 1
+        return super().forward(x) + torch.rand(x.shape[0], 1, generator=self.generator)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_generator_that_a_model_holds_goes_on_where_it_was(counts: bool) -> None:
+    model, x = Noisy(counts).eval(), torch.randn(32, 16)
+    before = model.generator.get_state()
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    assert torch.equal(model.generator.get_state(), before)
+    assert not counts or "assigns calls" in kpt.report(model).reason
+
+
+class Numbered(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(range(1000))
+        self.unread = iter(range(1000))
+        self.log = io.StringIO()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.log.flush()
+        return super().forward(x) + next(self.numbers)
+
+
+def test_what_calls_move_on_for_good_is_a_reason() -> None:
+    model = Numbered().eval()
+    kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    assert "numbers is a range_iterator, which calls move on" in kpt.report(model).reason
+    assert next(model.numbers) == 0
 
 
 def test_a_submodule_that_was_compiled_in_place_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kpt.globalstate import Item, same
 from kpt.judge.slots import slot_names, slots_of
 from kpt.judge.tensorstate import restore_tensor, tensor_differences, tensor_state, within
 
@@ -49,7 +52,7 @@ class _ObjectState:
 
 class ModelState:
     """What a model was: tensors with their bits, gradients, flags, attributes and hooks of every module,
-    and the attributes of objects that hang on one.
+    the attributes of objects that hang on one, and the states of random generators that it draws from.
 
     Args:
         model: the model; it is only read.
@@ -64,6 +67,7 @@ class ModelState:
         found: dict[int, tuple[str, torch.Tensor]] = {}
         for name, tensor in _tensors(self._modules):
             found.setdefault(id(tensor), (name, tensor))
+        self._generators = [(item, item.read()) for item in _generators(self._modules)]
         copied = within(list(found.values()), limit_bytes)
         #: Names of the tensors that are kept by checksum only.
         self.unrestorable: list[str] = [name for name, tensor in found.values() if id(tensor) not in copied]
@@ -90,8 +94,14 @@ class ModelState:
         return found + self.tensor_differences()
 
     def tensor_differences(self) -> list[str]:
-        """What differs of the tensors alone: where a plan is installed, modules differ on purpose."""
-        return [f"{kept.name}: {change}" for kept in self._tensors for change in tensor_differences(kept)]
+        """What differs of tensors and generators: where a plan is installed, modules differ on purpose."""
+        drawn = [
+            f"{item.name}: drawn from" for item, before in self._generators if not same(item.read(), before)
+        ]
+        return [
+            *drawn,
+            *(f"{kept.name}: {change}" for kept in self._tensors for change in tensor_differences(kept)),
+        ]
 
     def restore(self) -> list[str]:
         """Put everything back; return what could not be, as `differences` names it."""
@@ -103,7 +113,10 @@ class ModelState:
         return self.differences()
 
     def restore_tensors(self) -> list[str]:
-        """Put the tensors back; return what could not be."""
+        """Put the tensors and random generators back; return what could not be."""
+        for item, before in self._generators:
+            if not same(item.read(), before):
+                item.write(before)
         for kept in self._tensors:
             restore_tensor(kept)
         return self.tensor_differences()
@@ -177,6 +190,40 @@ def _tensors(modules: list[_ModuleState]) -> Iterator[tuple[str, torch.Tensor]]:
                 for key, item in items:
                     if isinstance(item, torch.Tensor):
                         yield f"{prefix}{name}[{key!r}]", item
+
+
+def _generators(modules: list[_ModuleState]) -> Iterator[Item]:
+    """The random generators that modules hold as attributes or directly inside one: calls draw from them."""
+    seen: set[int] = set()
+    for state in modules:
+        for name, value in {**state.attributes, **slots_of(state.module)}.items():
+            path = f"{state.path or 'model'}.{name}"
+            items = value.values() if isinstance(value, dict) else value
+            for held in items if isinstance(value, (list, tuple, dict)) else (value,):
+                item = _generator(path, held)
+                if item is not None and id(held) not in seen:
+                    seen.add(id(held))
+                    yield item
+
+
+def _generator(path: str, value: Any) -> Item | None:
+    """How the state of a random generator of torch, Python or NumPy is read and put back."""
+    if isinstance(value, torch.Generator):
+        return Item(path, value.get_state, value.set_state)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return Item(path, value.getstate, value.setstate)
+    if type(value).__module__.partition(".")[0] == "numpy":
+        numpy: Any = sys.modules["numpy"]
+        if isinstance(value, numpy.random.RandomState):
+            return Item(path, value.get_state, value.set_state)
+        if isinstance(value, numpy.random.Generator):
+            bits = value.bit_generator  # whose state may hold arrays, which compare elementwise
+            return Item(
+                path,
+                lambda: pickle.dumps(bits.state),
+                lambda state: setattr(bits, "state", pickle.loads(state)),
+            )
+    return None
 
 
 def _module_differences(state: _ModuleState) -> Iterator[str]:

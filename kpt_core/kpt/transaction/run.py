@@ -71,6 +71,7 @@ def _execute(
             run.committed.watch.settle()
     except (Unsuitable, WorkspaceError) as error:
         run.receipt.reason = str(error)
+        _put_back(state)  # it was called to find out
     except (BudgetSpent, compiling.DeadlinePassed):
         run.receipt.reason = f"the budget of {run.budget.seconds:g} s was spent before a plan was proven"
         _take_back(run)

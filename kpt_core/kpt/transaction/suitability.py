@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kpt.transaction import workspace
 from kpt.transaction.hooks import global_hooks, is_own
+from kpt.transaction.reading import reading_of
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -56,6 +59,14 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
                 "optimise it then"
             )
     for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            moves = isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+            if moves and attribute in reading_of(type(module)).in_calls:
+                path = f"{name}.{attribute}" if name else attribute
+                raise Unsuitable(
+                    f"{path} is a {type(value).__name__}, which calls move on and nothing winds back; keep "
+                    "what calls count in a buffer, or draw from a torch.Generator"
+                )
         if module is model:
             continue
         if isinstance(module, torch.jit.ScriptModule):
