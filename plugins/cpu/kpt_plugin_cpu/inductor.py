@@ -25,9 +25,6 @@ _LEAST_REPEATED = 0.4
 #: How much longer a call takes whose products are not fused with what follows them, and for each part, in
 #: seconds, the call of its code: 2 and 4 % were measured for 30 layers.
 _UNFUSED, _PER_PART = 1.02, 30e-6
-#: fp32 weights are packed for oneDNN where its products, unpacked, have at least this share of the rate of
-#: eager's library: packed they are faster, and measured rates vary.
-_ABOUT_AS_FAST = 0.9
 
 
 def compiler() -> str | None:
@@ -187,7 +184,7 @@ class Inductor:
             seconds = _UNFUSED * estimate.total / frozen + _PER_PART * len(blocks)
             yield Variant(
                 "repeated blocks",
-                {**shared, "freeze": False, "onednn": onednn >= _ABOUT_AS_FAST, "repeated": True},
+                {**shared, "freeze": False, "onednn": True, "repeated": True},
                 estimate.total / seconds,
                 estimates.compile_seconds(observation, share),
                 derives=True,
