@@ -421,6 +421,42 @@ class ProposeRaises(DirectScale):
         raise RuntimeError("propose is broken")
 
 
+class UnspeakableError(Exception):
+    """An error whose message cannot be made."""
+
+    def __str__(self):
+        raise RuntimeError("no message")
+
+
+class ProposeUnspeakable(DirectScale):
+    def propose(self, observation, hardware):
+        raise UnspeakableError
+
+
+class ApplyUnspeakable(DirectScale):
+    def apply(self, model, variant):
+        raise UnspeakableError
+
+
+class ForwardUnspeakable(DirectScale):
+    def replacement(self):
+        def raising(self, x):
+            raise UnspeakableError
+
+        return raising
+
+
+class UndoUnspeakable(DirectScale):
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+
+        def unspeakable():
+            undo()
+            raise UnspeakableError
+
+        return unspeakable
+
+
 class ProposeExits(DirectScale):
     def propose(self, observation, hardware):
         sys.exit(3)

@@ -25,6 +25,7 @@ BESIDE = {
     "hookspecs": "specs",
     "plugins": "specs",
     "profiles": "specs",
+    "error_text": "specs",
     "globalstate": "specs",
     "user_cache": "specs",
     "interruption": "specs",

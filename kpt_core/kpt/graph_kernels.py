@@ -240,14 +240,13 @@ def _offer(
         if other.spec.op != spec.op and _covers(theirs, sites):
             conflicts.add(f"graph:{other.spec.op}")
     for candidate in modules:
-        if candidate.phase == "kernels" and (
-            _inside(sites, candidate.variant.sites) or _part(sites, candidate)
-        ):
+        if candidate.kernel and (_inside(sites, candidate.variant.sites) or _part(sites, candidate)):
             conflicts.update(candidate.provides)
     for variant in kernels.variants_of(make(), observation, registered, proposals):
         proposals.offer(
             variant=variant,
             phase="kernels",
+            kernel=True,
             plugin=registered.plugin,
             source=variant.name,
             make=make,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import plugins
+from kpt.error_text import described
 from kpt.specs import LEVELS, KernelSpec, Undo, Variant
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ def propose(observation: Any, registry: Any, proposals: Any) -> list[Any]:
             proposals.offer(
                 variant=variant,
                 phase="kernels",
+                kernel=True,
                 plugin=registered.plugin,
                 source=name,
                 make=make,
@@ -286,7 +288,7 @@ def variants_of(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a stranger's `predict` may raise anything; it loses this kernel only
-        raised = f"predict raised {type(error).__name__}: {error}"
+        raised = f"predict raised {described(error)}"
         reason = error.message if isinstance(error, plugins.PluginError) else raised
         proposals.skip(f"{behaviour.spec.op}/{behaviour.spec.name}", registered.plugin, "kernels", reason)
         return []
@@ -340,7 +342,7 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
     except plugins.PluginError as error:
         return [], error.message
     except BaseException as error:  # noqa: BLE001 - a stranger's `supports` may raise anything; it loses this kernel only
-        return [], f"supports raised {type(error).__name__}: {error}"
+        return [], f"supports raised {described(error)}"
     return _outermost(sites), reason
 
 

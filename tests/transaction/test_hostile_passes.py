@@ -51,6 +51,8 @@ CASES = [
     (hostile.ApplyRaises, "failed", False, {}),
     (hostile.ApplyExits, "failed", False, {}),
     (hostile.ForwardExits, "failed", False, {}),
+    (hostile.ApplyUnspeakable, "failed", False, {}),
+    (hostile.ForwardUnspeakable, "failed", False, {}),
     (hostile.NoUndo, "failed", False, {}),
     (hostile.NoEffect, "no-effect", False, {}),
     (hostile.VerifyRaises, "failed", False, {}),
@@ -132,6 +134,8 @@ UNABLE_TO_RUN = {
     hostile.ApplyRaises,
     hostile.ApplyExits,
     hostile.ForwardExits,
+    hostile.ApplyUnspeakable,
+    hostile.ForwardUnspeakable,
     hostile.OutOfMemory,
     hostile.HostMemory,
     hostile.Slower,
@@ -159,6 +163,7 @@ def test_the_wrong_ones_do_much_less_work_than_eager(offered):
     [
         (hostile.ProposeRaises, "propose is broken"),
         (hostile.ProposeExits, "SystemExit"),
+        (hostile.ProposeUnspeakable, "UnspeakableError: (its message cannot be shown)"),
         (hostile.ProposesText, "expected Variant or Skip"),
         (hostile.ProposesTensor, "must be JSON values"),
         (hostile.ProposesNone, "nothing to offer"),
@@ -210,15 +215,19 @@ def test_a_pass_that_does_not_say_whether_it_was_applied_is_blamed_alone():
     assert "verify_applied raised RuntimeError" in receipt.rejected[0].reason
 
 
-def test_an_undo_that_raises_harms_nobody_and_is_noted():
+@pytest.mark.parametrize(
+    ("offered", "said"),
+    [(hostile.UndoRaises, "undo is broken"), (hostile.UndoUnspeakable, "cannot be shown")],
+)
+def test_an_undo_that_raises_harms_nobody_and_is_noted(offered, said):
     model = trained_net(False)
     before, example = fingerprints.of_model(model), torch.randn(32, 16)
     expected = model(example)
-    optimized(model, example, plugins=[plugin(hostile.UndoRaises)])
+    optimized(model, example, plugins=[plugin(offered)])
     kpt.restore(model)
     assert fingerprints.differences(before, fingerprints.of_model(model)) == []
     assert torch.equal(model(example), expected)
-    assert any("undo is broken" in note for note in kpt.report(model).notes)
+    assert any(said in note for note in kpt.report(model).notes)
 
 
 def test_a_pass_for_contiguous_inputs_never_sees_others():

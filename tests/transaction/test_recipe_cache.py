@@ -74,6 +74,17 @@ def test_a_second_run_applies_and_judges_without_searching():
     assert second.speedup_low > 1.0
 
 
+def test_a_pass_may_be_of_the_phase_of_kernels():
+    """It is no kernel: nothing judges it alone, and a recipe finds it among the passes."""
+    offered = [plugin(DirectScale, hostile_passes.OnePercent, phase="kernels")]
+    receipts = [run(plugins=offered)[0] for _ in range(2)]
+    assert [receipt.searched for receipt in receipts] == [True, False]
+    for receipt in receipts:
+        assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"]
+        assert receipt.accepted[0].phase == "kernels"
+        assert [entry.rule for entry in receipt.rejected] == ["value"]
+
+
 def test_the_cache_is_private_and_plain_data():
     run()
     (path,) = recipes()

@@ -72,6 +72,12 @@ def test_an_example_that_the_model_cannot_run_is_the_users_error():
     with pytest.raises(RuntimeError) as found:
         kpt.optimize(model, torch.randn(32, 9), plugins=PLUGINS)
     assert str(found.value) == str(expected.value)
+    assert found.value.__notes__[0].startswith(
+        "kpt.optimize called Net with example_inputs, and the model raised"
+    )
+    with pytest.raises(RuntimeError) as found:
+        kpt.optimize(model, [torch.randn(32, 16), torch.randn(32, 9)], plugins=PLUGINS)
+    assert "example_inputs[1]" in found.value.__notes__[0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
         kpt.optimize(model, {"y": torch.randn(32, 16)}, plugins=PLUGINS)
     with pytest.raises(ValueError, match="holds no tensor"):

@@ -25,6 +25,7 @@ from kpt.compiling.torch_compiler import (
     release_guards,
     settings_of,
 )
+from kpt.error_text import add_note
 
 GraphPass = Callable[[torch.fx.GraphModule, list[Any]], torch.fx.GraphModule]
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -275,8 +276,8 @@ class CompiledForward:
                 try:
                     compiled(*args, **kwargs)
                 except Exception as error:
-                    if said:  # as `add_note` does, which Python 3.10 has not
-                        error.__notes__ = [*getattr(error, "__notes__", ()), *said]  # type: ignore[attr-defined]
+                    for note in said:
+                        add_note(error, note)
                     raise
         finally:
             _active.pop()

@@ -8,6 +8,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from kpt.error_text import message_of
+
 State = Literal["ok", "disabled", "incompatible", "broken", "conflict", "invalid", "hardware-absent"]
 STATES: tuple[State, ...] = get_args(State)
 ALLOW_VARIABLE = "KPT_PLUGINS"
@@ -65,11 +67,8 @@ def names_in(variable: str) -> tuple[str, ...] | None:
 
 def one_line(error: BaseException) -> str:
     """The type and the first line of an error, for a status."""
-    try:
-        text = str(error)
-    except BaseException:  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
-        text = "(its message cannot be shown)"
-    first = text.strip().splitlines()[0] if text.strip() else ""
+    text = message_of(error)
+    first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
 
 

@@ -189,7 +189,7 @@ class PluginSuite(Suite, standard=True):
         for name, observation, found in self._observations():
             tried: dict[str, int] = {}
             for candidate in _propose(observation, found).candidates:
-                if candidate.phase == "kernels":
+                if candidate.kernel:
                     continue
                 tried[candidate.source] = tried.get(candidate.source, 0) + 1
                 if tried[candidate.source] <= self.variants_per_pass:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from kpt import plugins
+from kpt.error_text import described
 from kpt.specs import LEVELS, OBJECTIVES
 from kpt.transaction import dispatch, distributed
 from kpt.transaction.accuracy import Accuracy
@@ -333,7 +334,7 @@ def _defer(model: torch.nn.Module, request: Request) -> None:
         try:
             run(target, call, request)
         except Exception as error:
-            _receipts[target] = original(f"the run failed: {type(error).__name__}: {error}")
+            _receipts[target] = original(f"the run failed: {described(error)}")
             raise
 
     _receipts.pop(model, None)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kpt import compiling, plugins
+from kpt.error_text import described
 from kpt.globalstate import results_kept
 from kpt.transaction import memory, recipe
 from kpt.transaction.budget import BudgetSpent
@@ -101,7 +102,7 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
     run.only_examples = trials.judgement.only_examples
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
-    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.phase == "kernels"}
+    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.kernel}
     receipt.accepted = [
         Entry(
             step.name,
@@ -191,7 +192,7 @@ def track(run: Run) -> None:
                     tracker = plugins.instantiate(specs[tracker].entry)
                 tracker.record(run.receipt.to_dict())
             except (Exception, SystemExit) as error:  # noqa: BLE001 - tracking must never end a run
-                run.receipt.notes.append(f"{label} failed: {type(error).__name__}: {error}")
+                run.receipt.notes.append(f"{label} failed: {described(error)}")
         seconds = time.perf_counter() - started
         if changed:
             run.receipt.notes.append(f"put back after {label} had changed it: {', '.join(changed)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kpt.error_text import described
 from kpt.judge.calls import Call
 from kpt.transaction import dispatch
 from kpt.transaction.ambient import default_devices, transformed
@@ -64,9 +65,7 @@ class Deferred:
         try:
             self._start(model, _outside_inference_mode(call))
         except Exception as error:  # noqa: BLE001 - told to the user, who gets eager's output all the same
-            warnings.warn(
-                f"{type(model).__name__} was not optimised: {type(error).__name__}: {error}", stacklevel=4
-            )
+            warnings.warn(f"{type(model).__name__} was not optimised: {described(error)}", stacklevel=4)
 
 
 def _unobservable() -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses import FakeTensor
 
+from kpt.error_text import message_of
 from kpt.judge.slots import slots_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def peak_bytes(function: Callable[[], Any], device_type: str | None = None) -> f
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, by Python's own error or torch's."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in message_of(error)
 
 
 def derived_bytes(model: torch.nn.Module, applied: Applied) -> int:

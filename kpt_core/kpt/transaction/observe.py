@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kpt.error_text import add_note
 from kpt.judge import outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
@@ -173,12 +174,18 @@ def _warm_up(
     """
     writes = False
     with runner.buffers_kept():
-        for call in calls:
+        for number, call in enumerate(calls):
             given = call.clone()
             try:
                 output = runner.step(plain.forward, given)
             except Exception as error:
                 explain_failure(model, runner, plain, call, error)
+                which = f"example_inputs[{number}]" if len(calls) > 1 else "example_inputs"
+                add_note(
+                    error,
+                    f"kpt.optimize called {type(model).__name__} with {which}, and the model raised this. "
+                    "Pass what the model can be called with; it is as it was.",
+                )
                 raise
             writes = writes or outputs.identical(call, given) is not None
             for path, leaf in tree.walk(output):

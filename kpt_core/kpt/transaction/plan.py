@@ -21,9 +21,9 @@ class Candidate:
     """One variant together with who offers it.
 
     ``make`` gives a new instance of the behaviour for each application, so that what an instance
-    remembers (tables, compiled functions) never mixes two trials. ``dtypes`` are those a kernel
-    computes in, empty for any; ``left_out`` the kinds of sites (`kpt.kernels.kind_of`) that it must not
-    serve.
+    remembers (tables, compiled functions) never mixes two trials. ``kernel`` says that it puts a kernel at
+    sites; a pass may be of the same phase. ``dtypes`` are those a kernel computes in, empty for any;
+    ``left_out`` the kinds of sites (`kpt.kernels.kind_of`) that it must not serve.
     """
 
     variant: Variant
@@ -32,6 +32,7 @@ class Candidate:
     source: str
     make: Callable[[], Any]
     level: Level = "exact"
+    kernel: bool = False
     dtypes: tuple[str, ...] = ()
     provides: frozenset[str] = frozenset()
     requires: frozenset[str] = frozenset()
@@ -119,7 +120,7 @@ class Plan:
 
 def excludes(left: Candidate, right: Candidate) -> str | None:
     """Why two candidates cannot be in one plan, or None."""
-    if left.source == right.source and left.phase != "kernels":
+    if left.source == right.source and not left.kernel:
         return f"both are variants of {left.source}"
     if left.phase == right.phase and left.phase in EXCLUSIVE:
         return f"a plan holds one {left.phase} variant"

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kpt import graph_kernels, kernels, plugins
+from kpt.error_text import described
 from kpt.interruption import deadline
 from kpt.plugins.validation import field_fault
 from kpt.specs import LEVELS, PassSpec, Phase, PolicySpec, Skip, Variant
@@ -67,7 +68,7 @@ def _propose_one(registered: Any, observation: Observation, proposals: Proposals
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it loses its own proposal only
-        proposals.skip(spec.name, registered.plugin, phase, f"propose raised {type(error).__name__}: {error}")
+        proposals.skip(spec.name, registered.plugin, phase, f"propose raised {described(error)}")
         return
     if not offered:
         proposals.skip(spec.name, registered.plugin, phase, "nothing to offer")
@@ -181,7 +182,8 @@ def rebuild(
         variant = variant_of(step["variant"])
         if variant.level is not None and _above(variant.level, observation):
             raise RecipeError(f"{step['source']}:{variant.name} needs level={variant.level!r}")
-        if step["phase"] == "kernels":
+        passes = {(registered.spec.name, registered.plugin) for registered in registry.specs("kpt_passes")}
+        if step["phase"] == "kernels" and (step["source"], step.get("plugin")) not in passes:
             if not offered.candidates:
                 _propose_kernels(observation, registry, offered, {s["source"] for s in data["steps"]})
             found = [

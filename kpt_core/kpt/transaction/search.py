@@ -95,7 +95,7 @@ class Search:
 
     def _gate(self) -> None:
         """Kernels are judged alone first: a wrong one is named by what is wrong with it."""
-        for candidate in [c for c in self.ledger.open() if c.phase == "kernels"]:
+        for candidate in [c for c in self.ledger.open() if c.kernel]:
             if self.ledger.time_for(0.0):
                 verdict = gate.judge(candidate, self.trials)
                 if not verdict.passed:
