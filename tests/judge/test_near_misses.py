@@ -15,11 +15,25 @@ from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.plugins import registry
 from kpt.transaction.baseline import Baseline
 from kpt.transaction.budget import Budget
-from kpt.transaction.judgement import Draw, Judgement
+from kpt.transaction.fresh_calls import Draw, FreshCalls
+from kpt.transaction.judgement import Judgement
 from kpt.transaction.observe import observe
 
 NEAR = rejected("size", "near", {"relative_error": 0.055}, excess=1.1)
 FAR = rejected("size", "far", {"relative_error": 0.5}, excess=10.0)
+
+
+class Drawn(FreshCalls):
+    """Remembers what it is asked for, and draws no call."""
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple] = []
+        self.moved: set[str] = set()
+
+    def _drawn(self, rule, label, sizes, padding):
+        self.drawn.append((rule, label, sizes, padding))
+        expected = SimpleNamespace(eager=SimpleNamespace(output=torch.zeros(1)))
+        return Draw(expected, rule, label, len(self.drawn), sizes, padding)
 
 
 class Scripted(Judgement):
@@ -27,17 +41,15 @@ class Scripted(Judgement):
 
     def __init__(self, *verdicts: Verdict) -> None:
         self.verdicts = list(verdicts)
-        self.drawn: list[tuple] = []
+        self.calls = Drawn()
         self._moved_by_plan: set[str] = set()
-        self._moved_by_eager: set[str] = set()
+
+    @property
+    def drawn(self) -> list[tuple]:
+        return self.calls.drawn
 
     def _one(self, applied, draw, given=None):
         return self.verdicts.pop(0), torch.zeros(1)
-
-    def _draw(self, rule, label, sizes, padding):
-        self.drawn.append((rule, label, sizes, padding))
-        expected = SimpleNamespace(eager=SimpleNamespace(output=torch.zeros(1)))
-        return Draw(expected, rule, label, len(self.drawn), sizes, padding)
 
     def _leaves_unwritten(self, applied, draw):
         return False
@@ -45,7 +57,7 @@ class Scripted(Judgement):
 
 def judged(*verdicts: Verdict, dtype: str | None = "bfloat16") -> tuple[Verdict, Scripted]:
     judgement = Scripted(*verdicts)
-    draw = judgement._draw("size", "rows=17", {"rows": 17}, True)
+    draw = judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)
     applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype=dtype))
     return judgement.judge(applied, [draw]), judgement
 
@@ -60,7 +72,7 @@ def test_what_comes_after_is_judged_on_the_calls_that_held():
     judgement = Scripted(NEAR, passed(), passed(), passed())
     judgement.refilled = []
     judgement._refilled = lambda applied, *draws: judgement.refilled.extend(d.seed for d in draws) or passed()
-    draws = [judgement._draw("value", "like the example", None, False) for _ in range(2)]
+    draws = [judgement.calls._drawn("value", "like the example", None, False) for _ in range(2)]
     applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
     assert judgement.judge(applied, draws).passed
     assert judgement.refilled == [4, 2]
@@ -146,7 +158,7 @@ def test_a_near_miss_excuses_no_lost_gradient():
         deadline=budget,
     )
     judgement = Judgement(observation, Baseline(observation, plain, seed=0), budget)
-    draw = judgement.draws(touches_mask=False, thorough=False)[0]
+    draw = judgement.calls.draws(touches_mask=False, thorough=False)[0]
     plan = SimpleNamespace(level="production", compute_dtype="bfloat16", touches_mask=False)
     right = plain.forward
     near = SimpleNamespace(plan=plan, forward=lambda x: right(x) - 0.0037 * right(x).detach())

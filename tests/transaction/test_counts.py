@@ -11,7 +11,7 @@ import torch
 import kpt
 from fingerprints import optimized
 from kpt.transaction.counts import Counts, same_step, spelled
-from kpt.transaction.judgement import Judgement
+from kpt.transaction.fresh_calls import FreshCalls
 from slow_models import DirectScale, SlowScale, plugin
 
 TABLE = {"calls": 0, "others": 0}
@@ -136,7 +136,7 @@ class Refuses(Around):
 
 @pytest.mark.parametrize("at_the_end", [False, True])
 def test_the_note_on_sizes_is_about_the_plan_that_was_committed(at_the_end, monkeypatch):
-    draws = Judgement.draws
+    draws = FreshCalls.draws
 
     def drawing(self, *, touches_mask, thorough):
         monkeypatch.setattr(Refuses, "refusing", thorough is at_the_end)
@@ -145,7 +145,7 @@ def test_the_note_on_sizes_is_about_the_plan_that_was_committed(at_the_end, monk
         finally:
             monkeypatch.setattr(Refuses, "refusing", False)
 
-    monkeypatch.setattr(Judgement, "draws", drawing)
+    monkeypatch.setattr(FreshCalls, "draws", drawing)
     model = Refuses().eval()
     optimized(model, torch.randn(8, 16), plugins=[plugin(DirectScale)], dynamic_shapes={"x": {0: "rows"}})
     assert ("only the examples' sizes were judged" in " ".join(kpt.report(model).notes)) is at_the_end

@@ -79,7 +79,7 @@ def _judge_values(outcome: Outcome, trials: Trials) -> Verdict:
     judged = outcome.quiet if trials.observation.stochastic else outcome.applied
     if judged is None:
         raise ValueError("the application that values are judged on was closed before the commit")
-    draws = trials.judgement.draws(touches_mask=judged.plan.touches_mask, thorough=True)
+    draws = trials.judgement.calls.draws(touches_mask=judged.plan.touches_mask, thorough=True)
     return _verdict(lambda: trials.judgement.judge(judged, draws))
 
 

@@ -99,7 +99,7 @@ def _refused(found: Found, best: Outcome, beneath: Outcome | None, rule: str, re
 
 def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timing: Timing | None) -> None:
     receipt, best = run.receipt, committed.outcome
-    run.only_examples = trials.judgement.only_examples
+    run.only_examples = trials.judgement.calls.only_examples
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
     effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.kernel}

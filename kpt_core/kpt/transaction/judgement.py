@@ -1,14 +1,8 @@
-"""What the referee looks at when it judges an applied plan, and in which order.
-
-Fresh inputs for every judgement: like the examples, then odd and boundary sizes of the declared
-dimensions, then padded ones for a plan that touches a mask, and where a mask or a flag of the examples is
-the same everywhere. So are integers that may be flags, where eager takes others.
-"""
+"""What the referee looks at when it judges an applied plan on fresh calls, and in which order."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +14,14 @@ from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
 from kpt.judge.tolerances import keep_worst
 from kpt.judge.verdict import Verdict, passed, rejected
-from kpt.transaction.counts import Counts, plain_name, same_step, spelled
+from kpt.transaction.counts import plain_name, same_step, spelled
 from kpt.transaction.execution import seeded
+from kpt.transaction.fresh_calls import Draw, FreshCalls
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
     from kpt.transaction.applied import Applied
-    from kpt.transaction.baseline import Baseline, Expected
+    from kpt.transaction.baseline import Baseline
     from kpt.transaction.budget import Budget
     from kpt.transaction.observe import Observation
 
@@ -36,22 +31,6 @@ _NEAR = 1.5
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One fresh call and the rule that a failure on it is reported under.
-
-    ``sizes``, ``padding`` and ``mixed`` are how it was drawn, so that others like it can be.
-    """
-
-    expected: Expected
-    rule: str
-    label: str
-    seed: int
-    sizes: dict[str, int] | None = None
-    padding: bool = False
-    mixed: bool = False
-
-
 class Judgement:
     """Judges applied plans of one observation against its baseline."""
 
@@ -59,105 +38,9 @@ class Judgement:
         self.observation = observation
         self.baseline = baseline
         self.budget = budget
-        self._seed = 1000
-        self._counts = Counts(baseline.plain)
-        #: Numbers outside of tensors that moved when the untouched model was called, in any draw so far,
-        self._moved_by_eager: set[str] = set()
-        #: and those that moved when the plan was that is judged now.
+        self.calls = FreshCalls(observation, baseline)
+        #: Numbers outside of tensors that moved when the plan that is judged now was called.
         self._moved_by_plan: set[str] = set()
-        self.dropped = 0
-        #: Whether integers that are all 0 or all 1 in the examples are drawn otherwise. On an accelerator an
-        #: index that is out of range would end the process's use of it.
-        self._mixes = observation.device_type == "cpu" and observation.spec.has_constant_integers
-        #: Whether eager refused every other size of the declared dimensions that the last draws tried.
-        self.only_examples = False
-
-    def draws(self, *, touches_mask: bool, thorough: bool) -> list[Draw]:
-        """Fresh calls with their expected results. What eager cannot run is dropped; of a padded call the
-        unpadded form takes the place."""
-        observation = self.observation
-        mixed = self._mixed()
-        # In a first look, what is drawn otherwise takes the place of the second draw.
-        kinds: list[tuple[str, str, dict[str, int] | None, bool]] = [
-            ("value", "like the example", None, False)
-        ] * (2 if thorough or mixed is None else 1)
-        if observation.dynamic:
-            # Odd ones, then both bounds of each dimension.
-            number = 1 + 2 * len(observation.spec.dimensions) if thorough else 2
-            for odd in observation.spec.sizes(self.baseline.generator, number):
-                kinds.append(("size", ", ".join(f"{k}={v}" for k, v in odd.items()), odd, False))
-        if touches_mask or (observation.dynamic and observation.spec.has_masks):
-            kinds.append(("mask", "padded", None, True))
-            if observation.dynamic:
-                other = observation.spec.sizes(self.baseline.generator, 1)
-                kinds.append(("mask", "padded, other sizes", other[0] if other else None, True))
-        elif observation.spec.has_constant_flags:
-            # The guard lets other values pass.
-            kinds[2 if thorough else 1 : 2] = [("mask", "padded", None, True)]
-        found = [draw for kind in kinds if (draw := self._draw(*kind)) is not None]
-        found += [mixed] if mixed is not None else []
-        if observation.dynamic and not any(draw.rule == "size" for draw in found):
-            # Eager refuses sizes that do not fit together.
-            for fitting in observation.spec.sizes_in_proportion():
-                label = ", ".join(f"{k}={v}" for k, v in fitting.items())
-                draw = self._draw("size", label, fitting, False)
-                found += [draw] if draw is not None else []
-                if draw is not None and not thorough:
-                    break
-        self.only_examples = observation.dynamic and not any(draw.rule == "size" for draw in found)
-        return found
-
-    def _draw(self, rule: str, label: str, sizes: dict[str, int] | None, padding: bool) -> Draw | None:
-        self._seed += 1
-        expected = self._expected(sizes, padding, required=label == "like the example")
-        if expected is None and padding and sizes is None:
-            return self._draw("value", "like the example", None, False)
-        return None if expected is None else Draw(expected, rule, label, self._seed, sizes, padding)
-
-    def _like(self, draw: Draw) -> Draw | None:
-        """Another call of the kind of ``draw``; None where eager refuses it."""
-        if draw.mixed:
-            return self._mixed()
-        return self._draw(draw.rule, draw.label, draw.sizes, draw.padding)
-
-    def _mixed(self) -> Draw | None:
-        """A call with zeros and ones where the examples hold one of them everywhere; None where there is no
-        such input, or where eager refused one, for a 1 that is no row of a table, say."""
-        if not self._mixes:
-            return None
-        self._seed += 1
-        for keep_integers in (False, True):
-            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers)
-            try:
-                expected = self.baseline.expected(call, seed=self._seed)
-            except _STOPS:
-                raise
-            except Exception:  # noqa: BLE001 - whatever eager says of it: nobody promised to take others
-                self.dropped += 1
-                continue
-            return Draw(expected, "value", "with other flags", self._seed, mixed=True)
-        self._mixes = False
-        return None
-
-    def _expected(self, sizes: dict[str, int] | None, padding: bool, *, required: bool) -> Expected | None:
-        """A fresh call that eager can run. Where resampled integers are refused (placeholders that must
-        match in number, say) the example's own are kept; None if eager refuses these too."""
-        for keep_integers in (False, True):
-            call = self.baseline.draw(sizes=sizes, padding=padding, keep_integers=keep_integers)
-            before = self._counts.read()
-            try:
-                expected = self.baseline.expected(call, seed=self._seed, padded=padding)
-            except _STOPS:
-                raise
-            except Exception:
-                self.dropped += 1
-                if keep_integers and required:
-                    raise
-                continue
-            self.baseline.keep_integers |= keep_integers
-            self._moved_by_eager.update(self._counts.since(before))
-            return expected
-        return None
 
     def judge(self, applied: Applied, draws: list[Draw]) -> Verdict:
         """The first rejection over ``draws``, or an acceptance with the worst figures."""
@@ -213,7 +96,7 @@ class Judgement:
         """
         verdict, output = missed, None
         for _ in range(2):
-            other = self._like(draw)
+            other = self.calls.like(draw)
             if other is None:
                 return draw, missed, None
             draw = other
@@ -253,13 +136,13 @@ class Judgement:
 
         Calls are made for it only where a number moved while the draws were made and judged.
         """
-        if not self._moved_by_eager and not self._moved_by_plan:
+        if not self.calls.moved and not self._moved_by_plan:
             return None
 
         def moved(forward: Any) -> dict[str, int | float]:
             with seeded(draw.seed), untouched():
                 given = draw.expected.call.clone()
-                return self._counts.moved(
+                return self.calls.counts.moved(
                     lambda: self.baseline.runner.collect(forward, given, seed=draw.seed)
                 )
 
@@ -267,7 +150,7 @@ class Judgement:
         mine = [moved(applied.forward) for _ in range(2)]
         for name in sorted({*eager[0], *eager[1], *mine[0], *mine[1]}):
             steps, own = [m.get(name, 0) for m in eager], [m.get(name, 0) for m in mine]
-            if not same_step(*steps) or (not any(steps) and name in self._moved_by_eager):
+            if not same_step(*steps) or (not any(steps) and name in self.calls.moved):
                 continue  # some calls of the model's own move it otherwise
             for step in own:
                 if not same_step(step, steps[0]):
@@ -311,11 +194,11 @@ class Judgement:
         expected, plan = draw.expected, applied.plan
         level, dtype = plan.level, plan.compute_dtype
         given = expected.call.clone() if given is None else given
-        before = self._counts.read()
+        before = self.calls.counts.read()
         with seeded(draw.seed):
             with untouched() as changes:
                 mine = self.baseline.runner.collect(applied.forward, given, seed=draw.seed)
-        self._moved_by_plan.update(self._counts.since(before))
+        self._moved_by_plan.update(self.calls.counts.since(before))
         changed = [name for name in (*changes.names, *changes.stuck) if name not in expected.changes]
         if changed:
             return rejected("global-state", f"a call changes {', '.join(changed)}"), mine.output

@@ -225,7 +225,7 @@ class Trials:
         self, outcome: Outcome, holder: list[Applied], against: Applied | None, thorough: bool, timed: bool
     ) -> None:
         observation, plan = self.observation, outcome.plan
-        draws = self.judgement.draws(touches_mask=plan.touches_mask, thorough=thorough)
+        draws = self.judgement.calls.draws(touches_mask=plan.touches_mask, thorough=thorough)
         if observation.stochastic:
             # Values are compared without dropout, on a second application of the same plan.
             holder.append(quiet := self._prepared(self.baseline.judged, plan))
