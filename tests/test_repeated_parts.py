@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses import FakeTensor
 
@@ -241,3 +242,149 @@ def test_nothing_of_the_parts_outlives_the_forward():
     del forward
     gc.collect()
     assert not [graph() for graph in graphs if graph() is not None]
+
+
+class Plain(Block):
+    """Without a residual, so that one value crosses everywhere."""
+
+    def forward(self, x, early):
+        return self.back(torch.tanh(self.wide(self.norm(x))))
+
+
+class Mapped(Plain):
+    def forward(self, x, early):
+        return torch.vmap(lambda each: self.back(torch.tanh(self.wide(self.norm(each)))))(x)
+
+
+@torch.no_grad()
+def test_no_level_of_a_transform_is_left_open():
+    model, x = Model([Mapped() for _ in range(8)]), torch.randn(2, 5, 8)
+    forward, _, backend = compiled(model)
+    with pytest.raises(Exception, match="no block repeats among the .*switches a mode"):
+        forward(x)
+    assert torch._C._functorch.peek_interpreter_stack() is None and not backend.graphs
+
+
+@torch.library.custom_op("kpt_test_parts::zero_into", mutates_args={"x"})
+def zero_into(x: torch.Tensor) -> None:
+    x.zero_()
+
+
+class WritesByOperator(Plain):
+    def forward(self, x, early):
+        hidden = super().forward(x, early) * 2
+        torch.ops.kpt_test_parts.zero_into(hidden[..., :4])
+        return hidden + 1
+
+
+class MovesStatistics(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moving = nn.BatchNorm1d(5).train()
+
+    def forward(self, x, early):
+        return self.moving(super().forward(x, early))
+
+
+class Renorms(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8, max_norm=1.0)
+
+    def forward(self, x, early):
+        return super().forward(x, early) + self.table(torch.arange(5)) + self.table.weight.sum()
+
+
+class Strided(Plain):
+    def forward(self, x, early):
+        half = super().forward(x, early).reshape(-1)[40:]
+        return half.as_strided((1, 5, 8), (40, 8, 1), 40).sin() + x
+
+
+class TurnsInPlace(Plain):
+    def forward(self, x, early):
+        return super().forward(x.sin().transpose_(0, 1), early).transpose(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [WritesByOperator, MovesStatistics, Renorms, Strided, TurnsInPlace])
+def test_blocks_that_write_or_address_memory_in_other_ways_are_not_cut(kind):
+    model, x = Model([kind() for _ in range(8)]), torch.randn(2, 5, 8)
+    forward, _, backend = compiled(model)
+    with pytest.raises(Exception, match="no block repeats among the"):
+        forward(x)
+    assert not backend.graphs, "something was compiled for a graph that is refused"
+
+
+class Checkpointed(Block):
+    def forward(self, x, early):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, early, use_reentrant=False)
+
+
+def test_blocks_that_are_alike_and_not_equal_are_refused_before_anything_is_compiled():
+    """The body of each operator is a graph of its own."""
+    model, x = Model([Checkpointed() for _ in range(40)]), torch.randn(2, 5, 8)
+    forward, _, backend = compiled(model)
+    with pytest.raises(Exception, match="no block repeats among the"):
+        forward(x)
+    assert not backend.graphs
+
+
+class Reversible(Block):
+    def forward(self, x, early):
+        left, right = x.chunk(2, -1)
+        left = left + right.tanh() * early
+        right = right + left.sigmoid()
+        return torch.cat([left * 1.5, right.exp().neg()], -1)
+
+
+@torch.no_grad()
+def test_no_tuple_crosses_a_cut():
+    model, x = Model([Reversible() for _ in range(12)]), torch.randn(2, 5, 8)
+    parts = RepeatedParts("inductor")
+    forward = CompiledForward(model.forward, backend=parts)
+    torch.testing.assert_close(forward(x)["logits"], model(x)["logits"])
+    assert parts.distinct < parts.parts
+    forward.dispose()
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.tanh().transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def exchange(graph, example_inputs):
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is torch.tanh:
+            node.target = turned
+    graph.recompile()
+    return graph
+
+
+@torch.no_grad()
+def test_parts_are_compiled_for_what_parts_before_them_yield_after_graph_passes():
+    """A pass exchanged an operation for one with other strides."""
+    model, x = Model([Turning() for _ in range(8)]), torch.randn(2, 5, 8)
+    seen = []
+
+    class Strides(Eager):
+        def __call__(self, graph, example_inputs):
+            strides = [t.stride() for t in example_inputs if isinstance(t, torch.Tensor)]
+            super().__call__(graph, example_inputs)
+
+            def run(*inputs):
+                seen.append([t.stride() for t in inputs if isinstance(t, torch.Tensor)] == strides)
+                return graph(*inputs)
+
+            return run
+
+    forward = CompiledForward(model.forward, backend=RepeatedParts(Strides()), graph_pass=exchange)
+    assert torch.allclose(forward(x)["logits"], model(x)["logits"])
+    assert len(seen) >= 8 and all(seen)
+
+
+class Turning(Block):
+    """The narrowest place to cut is after the operation that is exchanged."""
+
+    def forward(self, x, early):
+        left, right = self.wide(self.norm(x)).chunk(2, -1)
+        return torch.tanh(self.back(torch.cat([left.sin(), right.cos()], -1)).exp() * 0.5)

@@ -9,7 +9,7 @@ def message_of(error: BaseException) -> str:
     """``str(error)`` without spaces around it, or a note that its ``__str__`` raised."""
     try:
         return str(error).strip()
-    except BaseException:  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
+    except (Exception, SystemExit):  # noqa: BLE001 - a hostile __str__ must not defeat the report of its error
         return "(its message cannot be shown)"
 
 
@@ -20,6 +20,5 @@ def described(error: BaseException) -> str:
 
 def add_note(error: BaseException, note: str) -> None:
     """As `BaseException.add_note`, which Python 3.10 has not; an error without a dictionary goes without."""
-    notes = [*getattr(error, "__notes__", ()), note]
     with contextlib.suppress(AttributeError, TypeError):
-        error.__notes__ = notes  # type: ignore[attr-defined]
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]

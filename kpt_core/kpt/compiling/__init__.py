@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread
+from kpt.compiling.graph_parts import value_of, written_by
 from kpt.compiling.repeats import RepeatedParts
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
 
@@ -32,4 +33,6 @@ __all__ = [
     "executions_of_thread",
     "named_tensors",
     "stop_workers",
+    "value_of",
+    "written_by",
 ]

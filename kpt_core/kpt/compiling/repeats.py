@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kpt.compiling.graph_parts import Part, changes_in_place, signature
+from kpt.compiling.graph_parts import Part, keeps_together, reshapes_in_place, signature, value_of
 
 #: Operations that must not be compiled again for a cut to pay, at least, and their share of the graph.
 _LEAST, _LEAST_SHARE = 32, 0.1
@@ -29,7 +29,8 @@ class RepeatedParts:
     are fake tensors. ``parts`` counts the parts that were found in all graphs, ``distinct`` those compiled.
 
     Raises `RuntimeError` for a graph in which nothing repeats that may be cut: tensors that are changed in
-    place, and switches such as `torch.no_grad`, stay in one part with all that comes before them.
+    place, and switches such as `torch.no_grad`, stay in one part with all that comes before them. A graph
+    that changes shapes in place is not cut at all.
     """
 
     def __init__(self, backend: str | Compile = "inductor") -> None:
@@ -39,48 +40,71 @@ class RepeatedParts:
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-        fixed = max((i + 1 for i, node in enumerate(nodes) if changes_in_place(node)), default=0)
+        fixed = max((i + 1 for i, node in enumerate(nodes) if keeps_together(node)), default=0)
+        if any(map(reshapes_in_place, nodes)):
+            fixed = len(nodes)
         ranges = _ranges(nodes, fixed)
-        if len(ranges) < 2:
+        parts = _parts(graph, [nodes[start:end] for start, end in ranges])
+        distinct = {part.key: part for part in reversed(parts)}
+        saved = len(nodes) - sum(len(part.nodes) for part in distinct.values())
+        if saved < _least(len(nodes)):
+            last = nodes[fixed - 1] if fixed else None
+            why = (
+                f"; {last.name} is the last that writes in place, switches a mode or the like" if last else ""
+            )
             raise RuntimeError(
                 f"no block repeats among the {len(nodes) - fixed} operations of the graph that may be cut "
-                f"(of {len(nodes)}); compile it whole"
+                f"(of {len(nodes)}{why}); compile it whole"
             )
         compile_part = self.backend
         if isinstance(compile_part, str):
             compile_part = torch._dynamo.lookup_backend(compile_part)
-        return self._joined(graph, [nodes[start:end] for start, end in ranges], compile_part)
+        calls = {
+            key: _as_function(part.compiled_by(compile_part), number)
+            for number, (key, part) in enumerate(reversed(distinct.items()))
+        }
+        self.parts += len(parts)
+        self.distinct += len(distinct)
+        return _joined(graph, parts, calls)
 
-    def _joined(
-        self, graph: fx.GraphModule, groups: list[list[fx.Node]], compile_part: Compile
-    ) -> Callable[..., Any]:
-        """The graph with a call in place of each group of nodes."""
-        outer, made = fx.Graph(), dict[fx.Node, fx.Node]()
-        holder = torch.nn.Module()
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                made[node] = outer.node_copy(node)
-            elif node.op == "get_attr":
-                value = operator.attrgetter(str(node.target))(graph)
-                if isinstance(value, torch.Tensor):  # modules are bodies of operators: their part has them
-                    name = f"constant_{len(made)}"
-                    holder.__dict__[name] = value
-                    made[node] = outer.create_node("get_attr", name)
-        compiled: dict[Any, Callable[..., Any]] = {}
-        for group in groups:
-            part = Part(graph, group)
-            call = compiled.get(part.key)
-            if call is None:
-                call = compiled[part.key] = _as_function(part.compiled_by(compile_part), len(compiled))
-            result = outer.call_function(call, tuple(made[node] for node in part.inputs))
-            for number, node in enumerate(part.outputs):
-                made[node] = outer.call_function(operator.getitem, (result, number))
-        (end,) = graph.graph.find_nodes(op="output")
-        outer.node_copy(end, made.__getitem__)
-        self.parts += len(groups)
-        self.distinct += len(compiled)
-        joined: Callable[..., Any] = fx.GraphModule(holder, outer).forward
-        return joined
+
+def _parts(graph: fx.GraphModule, groups: list[list[fx.Node]]) -> list[Part]:
+    """The groups of nodes as parts, each with the values that those before it yield."""
+    known: dict[fx.Node, Any] = {}
+    results: dict[Any, tuple[Any, ...]] = {}
+    parts = []
+    for group in groups:
+        part = Part(graph, group, known)
+        if part.key not in results and len(groups) > 1:
+            results[part.key] = part.results()
+        known.update(zip(part.outputs, results.get(part.key, ()), strict=False))
+        parts.append(part)
+    return parts
+
+
+def _joined(
+    graph: fx.GraphModule, parts: list[Part], calls: dict[Any, Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The graph with a call in place of the nodes of each part."""
+    outer, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    holder = torch.nn.Module()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            made[node] = outer.node_copy(node)
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(graph)
+            if isinstance(value, torch.Tensor):  # modules are bodies of operators: their part has them
+                name = f"constant_{len(made)}"
+                holder.__dict__[name] = value
+                made[node] = outer.create_node("get_attr", name)
+    for part in parts:
+        result = outer.call_function(calls[part.key], tuple(made[node] for node in part.inputs))
+        for number, node in enumerate(part.outputs):
+            made[node] = outer.call_function(operator.getitem, (result, number))
+    (end,) = graph.graph.find_nodes(op="output")
+    outer.node_copy(end, made.__getitem__)
+    joined: Callable[..., Any] = fx.GraphModule(holder, outer).forward
+    return joined
 
 
 def _as_function(compiled: Callable[..., Any], number: int) -> Callable[..., Any]:
@@ -99,9 +123,9 @@ def _ranges(nodes: list[fx.Node], fixed: int) -> list[tuple[int, int]]:
     The first ``fixed`` nodes stay in one part.
     """
     numbers: dict[Any, int] = {}
-    kinds = torch.tensor([numbers.setdefault(signature(node), len(numbers)) for node in nodes])
+    kinds = _tensor([numbers.setdefault(signature(node), len(numbers)) for node in nodes])
     crossing = _crossing(nodes)
-    least = max(_LEAST, int(_LEAST_SHARE * len(nodes)))
+    least = _least(len(nodes))
     cuts = {0, fixed, len(nodes)} if fixed else {0, len(nodes)}
     waiting = [(fixed, len(nodes))]
     found = False
@@ -119,6 +143,14 @@ def _ranges(nodes: list[fx.Node], fixed: int) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(ordered, ordered[1:], strict=False) if start < end]
 
 
+def _least(nodes: int) -> int:
+    return max(_LEAST, int(_LEAST_SHARE * nodes))
+
+
+def _tensor(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # whatever the user's default device is
+
+
 def _longest_repetition(kinds: torch.Tensor) -> tuple[int, int, int, int] | None:
     """(saved, period, start, length) of the sequence of periods that saves most, or None.
 
@@ -130,7 +162,7 @@ def _longest_repetition(kinds: torch.Tensor) -> tuple[int, int, int, int] | None
         differs = (kinds[period:] != kinds[:-period]).nonzero().flatten()
         if count - period - len(differs) < period:
             continue
-        edges = torch.cat([torch.tensor([-1]), differs, torch.tensor([count - period])])
+        edges = torch.cat([_tensor([-1]), differs, _tensor([count - period])])
         gaps = edges.diff() - 1
         widest = int(gaps.argmax())
         length = int(gaps[widest]) + period
@@ -153,13 +185,17 @@ def _phase(crossing: list[int], start: int, length: int, period: int) -> list[in
 
 
 def _crossing(nodes: list[fx.Node]) -> list[int]:
-    """How many values are made before each position and used at or after it."""
+    """How many values are made before each position and used at or after it.
+
+    Compilers take no tuple as an input: one counts as many.
+    """
     place = {node: number for number, node in enumerate(nodes)}
     steps = [0] * (len(nodes) + 2)
     for number, node in enumerate(nodes):
         last = max((place.get(user, len(nodes)) for user in node.users), default=number)
-        steps[number + 1] += 1
-        steps[last + 1] -= 1
+        weight = 1000 if isinstance(value_of(node), (tuple, list)) else 1
+        steps[number + 1] += weight
+        steps[last + 1] -= weight
     return list(_sums(steps))
 
 

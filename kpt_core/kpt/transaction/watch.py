@@ -24,6 +24,7 @@ from torch.nn.modules import module as torch_module
 from kpt.judge.modelstate import attributes_of
 from kpt.judge.slots import slots_of
 from kpt.transaction.copies import clean_copies, ours
+from kpt.transaction.held_tensors import item, tensors_inside
 from kpt.transaction.reading import constants_read, is_plain, reading_of
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
@@ -79,6 +80,8 @@ class Watch:
         self._readers = [reader for _, reader in constants]
         self._constants = [_frozen(reader(space)) for space, reader in constants]
         self._held = [held for module in modules for held in _held_tensors(module)]
+        #: What compiled code may have frozen, too: tensors in lists, tables and objects that modules hold.
+        self._inside = [found for module in modules for found in tensors_inside(module)] if weights else []
         _registrations.add(self)
 
     @property
@@ -114,6 +117,9 @@ class Watch:
         for held, name, tensor, version in self._held:
             if held.get(name) is not tensor or (version is not None and _version(tensor) != version):
                 return "a tensor that a submodule holds as a plain attribute changed"
+        for container, key, tensor, version in self._inside:
+            if item(container, key) is not tensor or (version is not None and _version(tensor) != version):
+                return "a tensor in a list, a table or an object that a submodule holds changed"
         return None
 
     def look_again(self) -> None:
@@ -287,6 +293,8 @@ def _named_tensors(model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]
     for path, module in model.named_modules():
         for _, name, tensor, _ in _held_tensors(module):
             yield f"{path}.{name}".lstrip("."), tensor
+        for _, key, tensor, _ in tensors_inside(module):
+            yield f"{path} (held as {key!r})".lstrip(), tensor
 
 
 def _attribute_getter(

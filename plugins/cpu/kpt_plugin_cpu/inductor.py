@@ -178,7 +178,10 @@ class Inductor:
             )
         blocks = repeated_blocks(observation.model)
         share = repeated_share(observation.model, blocks)
-        if share >= _LEAST_REPEATED and not observation.training:
+        packs = torch.backends.mkldnn.is_available()
+        if share >= _LEAST_REPEATED and not observation.training and not packs:
+            yield Skip("this torch has no oneDNN, which weights of repeated blocks are packed for")
+        elif share >= _LEAST_REPEATED and not observation.training:
             onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
             frozen = estimate.gain(rate_ratio=max(onednn, 1.0), rest_ratio=0.9 * estimates.FUSED)
             seconds = _UNFUSED * estimate.total / frozen + _PER_PART * len(blocks)
@@ -214,7 +217,7 @@ class Inductor:
         for path in params.get("blocks") or ("",):
             module = model.get_submodule(path)
             replaced.append((module, module.__dict__.get("forward")))
-            arguments = settings(params)
+            arguments = settings(params, model)
             self.repeated = arguments.get("backend")
             compiled = CompiledForward(module.forward, label=path or type(module).__name__, **arguments)
             self.compiled.append(compiled)
@@ -249,8 +252,8 @@ class _ShortAndPacked:
         return self.packed(self.attention(graph, example_inputs), example_inputs)
 
 
-def settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a `CompiledForward` for a variant's parameters."""
+def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Arguments of a `CompiledForward` for a variant's parameters; ``model`` is whose weights are packed."""
     frozen = bool(params.get("freeze"))
     inductor: dict[str, Any] = {
         "freezing": frozen,
@@ -272,10 +275,10 @@ def settings(params: Mapping[str, Any]) -> dict[str, Any]:
     attention = ShortAttention(bounds)
     graph_pass: Any = attention if frozen else None
     backend: dict[str, Any] = {}
-    if params.get("repeated"):
+    if params.get("repeated") and model is not None:
         # Packed weights have no strides, which generated code would ask its inputs for.
         inductor["size_asserts"] = False
-        graph_pass = _ShortAndPacked(attention, PackedWeights(float32=bool(params.get("onednn"))))
+        graph_pass = _ShortAndPacked(attention, PackedWeights(model, float32=bool(params.get("onednn"))))
         backend["backend"] = RepeatedParts()
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):

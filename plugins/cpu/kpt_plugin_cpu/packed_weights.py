@@ -7,11 +7,13 @@ there, of which it sees the shapes alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from kpt.compiling import value_of, written_by
 from kpt_plugin_cpu import int8_linear  # noqa: F401 - registers kpt_cpu::pack_int8
 
 _library = torch.library.Library("kpt_cpu", "FRAGMENT")
@@ -65,19 +67,23 @@ class PackedWeights:
     """A graph pass that packs the weights of linears, [N, K], once; ``packed`` holds the copies.
 
     Packed are bfloat16 weights and, with ``float32``, those in float32; int8 weights are those of
-    `Int8Linear`. A weight counts as one where it belongs to the model, not to the call.
+    `Int8Linear`. A weight counts as one where it is a parameter, a buffer or a tensor attribute of a module
+    of ``model``: writes to these are watched. What a graph itself writes to is left alone.
     """
 
-    def __init__(self, *, float32: bool = True) -> None:
+    def __init__(self, model: torch.nn.Module, *, float32: bool = True) -> None:
+        self.model = model
         self.dtypes = {torch.bfloat16, torch.float32} if float32 else {torch.bfloat16}
         self.packed: list[Tensor] = []
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
         places = graph.graph.find_nodes(op="placeholder")
+        own, written = _tensors_of(self.model), _written(graph)
         weights = {
             node: value
             for node, value in zip(places, example_inputs, strict=True)
-            if isinstance(value, Tensor) and _of_the_model(node, value)
+            if id(value) in own and node not in written and not _of_the_call(node)
         }
         for node in list(graph.graph.nodes):
             if node.op != "call_function":
@@ -93,37 +99,51 @@ class PackedWeights:
     def clear(self) -> None:
         """Let go of the copies; what was compiled with them is not to be called any more."""
         self.packed.clear()
+        self._known.clear()
 
     def _pack_linear(self, graph: fx.GraphModule, node: fx.Node, weights: dict[fx.Node, Tensor]) -> None:
         arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        weight = weights.get(arguments["weight"])
+        weight, x, y = weights.get(arguments["weight"]), *map(value_of, (arguments["input"], node))
         if weight is None or weight.dtype not in self.dtypes or weight.dim() != 2 or not weight.numel():
             return
-        rows = node.meta["example_value"].numel() // weight.shape[0]
-        packed = torch.ops.mkldnn._reorder_linear_weight(
-            weight.detach().contiguous(), rows if isinstance(rows, int) else None
+        if weight.device.type != "cpu" or not x.dtype == y.dtype == weight.dtype:  # autocast, say
+            return
+        size = y.numel() // weight.shape[0]
+        rows = size if isinstance(size, int) else None
+        packed = self._once(
+            weight, rows, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         )
         constant = self._constant(graph, node, packed, arguments["weight"].meta)
         call = (arguments["input"], constant, arguments.get("bias"))
         _replace(graph, node, torch.ops.kpt_cpu.packed_linear.default, call)
 
     def _pack_int8(self, graph: fx.GraphModule, node: fx.Node, weights: dict[fx.Node, Tensor]) -> None:
+        if len(node.args) < 10:
+            return
         codes, one, zero_point, packing, scale, weight_zero_points = node.args[:6]
         packs = (torch.ops.kpt_cpu.pack_int8, torch.ops.kpt_cpu.pack_int8.default)
         if packing.target not in packs or packing.args[0] not in weights:
             return
-        packed = torch.ops.kpt_cpu.pack_int8(weights[packing.args[0]])
+        weight = weights[packing.args[0]]
+        packed = self._once(weight, None, lambda: torch.ops.kpt_cpu.pack_int8(weight))
         constant = self._constant(graph, node, packed, packing.meta)
         call = (codes, one, zero_point, constant, scale, weight_zero_points, node.args[9])
         _replace(graph, node, torch.ops.kpt_cpu.packed_int8_product.default, call)
         if not packing.users:
             graph.graph.erase_node(packing)
 
+    def _once(self, weight: Tensor, rows: int | None, pack: Callable[[], Tensor]) -> Tensor:
+        """What ``pack`` makes of ``weight`` as it is now, for so many ``rows``; the same for all graphs."""
+        key = id(weight), _version(weight), rows
+        if key not in self._known:
+            self._known[key] = weight, pack()  # with the weight, so that no other gets its id
+            self.packed.append(self._known[key][1])
+        return self._known[key][1]
+
     def _constant(
         self, graph: fx.GraphModule, before: fx.Node, packed: Tensor, meta: dict[str, Any]
     ) -> fx.Node:
-        name = f"packed_{len(self.packed)}"
-        self.packed.append(packed)
+        name = f"packed_{sum(1 for _ in graph.graph.find_nodes(op='get_attr'))}"
         graph.__dict__[name] = packed
         with graph.graph.inserting_before(before):
             node = graph.graph.create_node("get_attr", name)
@@ -139,10 +159,33 @@ def _replace(graph: fx.GraphModule, node: fx.Node, target: Any, arguments: tuple
     graph.graph.erase_node(node)
 
 
-def _of_the_model(node: fx.Node, value: Tensor) -> bool:
-    """Whether an input of the graph is a tensor of the model: it comes from no argument of the call."""
+def _tensors_of(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters, buffers and tensor attributes of all modules."""
+    own = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        own += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(tensor) for tensor in own}
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _written(graph: fx.GraphModule) -> set[fx.Node]:
+    """Inputs that nodes of ``graph`` may write to, themselves or through what is made of them first."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        for argument in written_by(node) if node.op.startswith("call_") else ():
+            while isinstance(argument, fx.Node):
+                if argument.op == "placeholder":
+                    found.add(argument)
+                argument = argument.args[0] if argument.args else None
+    return found
+
+
+def _of_the_call(node: fx.Node) -> bool:
+    """Whether an input of the graph comes from an argument of the call, for all that is known."""
     source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return isinstance(value, torch.nn.Parameter)
-    name = source.name if isinstance(source.name, str) else source.name()
-    return not name.startswith(("L['args']", "L['kwargs']"))
+    name = getattr(source, "name", "")
+    name = name if isinstance(name, str) else name()
+    return not name or "L['args']" in name or "L['kwargs']" in name

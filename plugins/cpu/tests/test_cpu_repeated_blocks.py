@@ -122,6 +122,61 @@ def test_a_weight_that_comes_with_the_call_is_not_packed():
     undo()
 
 
+OUTSIDE = torch.randn(WIDTH, WIDTH)
+
+
+class Unregistered(Stack):
+    """Multiplies by tensors that no module has registered, and by one that it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = [torch.randn(WIDTH, WIDTH)]
+        self.register_buffer("moving", torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.moving.mul_(0.5)
+        for weight in (self.held[0], OUTSIDE, self.moving):
+            x = nn.functional.linear(x, weight)
+        return super().forward(x)
+
+
+@torch.no_grad()
+def test_weights_that_nothing_watches_or_the_call_writes_are_not_packed():
+    model, x = Unregistered().eval(), torch.randn(2, 9, WIDTH)
+    behaviour, space, undo = applied(Inductor, model, offered(model, x))
+    kept = model.moving.clone()
+    space.forward(x)  # the first call compiles and runs
+    for change in (lambda: None, lambda: model.held[0].mul_(2), lambda: OUTSIDE.mul_(3)):
+        change()
+        model.moving.copy_(kept)
+        mine = space.forward(x)
+        model.moving.copy_(kept)
+        assert relative(mine, model(x)) < 1e-5
+    assert len(behaviour.compiled[0].graph_pass.packed.packed) == 2 + 4 * 6
+    undo()
+
+
+@torch.no_grad()
+def test_under_autocast_float32_weights_are_left_alone():
+    model, x = Stack().eval(), torch.randn(2, 9, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        behaviour, space, undo = applied(Inductor, model, offered(model, x))
+        assert relative(space.forward(x), model(x)) < 2e-2
+    assert not behaviour.compiled[0].graph_pass.packed.packed
+    undo()
+
+
+@torch.no_grad()
+def test_a_weight_is_packed_once_for_all_graphs():
+    model = Stack().eval()
+    behaviour, space, undo = applied(Inductor, model, offered(model, torch.randn(2, 9, WIDTH)))
+    for x in (torch.randn(2, 9, WIDTH), torch.randn(3, 6, WIDTH)):
+        assert relative(space.forward(x), model(x)) < 1e-6
+    assert behaviour.compiled[0].graphs == 2
+    assert len(behaviour.compiled[0].graph_pass.packed.packed) == 2 + 4 * 6
+    undo()
+
+
 @torch.no_grad()
 def test_copies_die_with_the_compiled_forward():
     model, x = Stack().eval(), torch.randn(2, 9, WIDTH)
@@ -137,8 +192,8 @@ def test_copies_die_with_the_compiled_forward():
 
 @torch.no_grad()
 def test_float32_weights_are_left_to_eagers_library_where_that_is_faster():
-    packing = PackedWeights(float32=False)
     model, x = Stack(2).eval(), torch.randn(2, 9, WIDTH)
+    packing = PackedWeights(model, float32=False)
     forward = CompiledForward(model.forward, backend="eager", graph_pass=packing)
     assert torch.equal(forward(x), model(x)) and not packing.packed
     forward.dispose()
