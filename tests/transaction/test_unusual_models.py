@@ -335,3 +335,50 @@ def test_a_model_that_is_called_without_a_forward_comes_back_with_the_reason():
         assert model(torch.randn(3, 16)).shape == (3, 16)
         assert "OnlyCall has no forward" in kpt.report(model).reason
         assert fingerprints.ours(model) == []
+
+
+class Neighbours(torch.nn.Module):
+    """Adds up neighbours by a sparse matrix that no memory would hold dense."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        nodes = 200_000
+        edges = torch.randint(0, nodes, (2, 64), generator=torch.Generator().manual_seed(0))
+        matrix = torch.sparse_coo_tensor(edges, torch.rand(64), (nodes, nodes)).coalesce()
+        by_layout = {"coo": lambda: matrix, "csr": matrix.to_sparse_csr, "csc": matrix.to_sparse_csc}
+        small = {"mkldnn": lambda: torch.rand(4, 4).to_mkldnn()}
+        self.register_buffer("matrix", {**by_layout, **small}[layout](), persistent=False)
+        self.slow = SlowScale(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slow(x) + self.matrix.shape[0]
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc", "mkldnn"])
+@pytest.mark.filterwarnings("ignore:.*beta state.*")
+def test_buffers_without_strides_are_compared_as_they_are(layout: str) -> None:
+    model, x = Neighbours(layout).eval(), torch.randn(8, 16)
+    matrix, expected = model.matrix, model(x)
+    optimized(model, x, plugins=[plugin(DirectScale)])
+    with torch.no_grad():
+        assert torch.equal(model(x), expected) and fast_calls(model) == 1
+    assert kpt.restore(model).matrix is matrix
+
+
+@pytest.mark.filterwarnings("ignore:.*beta state.*")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_a_sparse_buffer_that_calls_write_to_is_put_back(layout: str) -> None:
+    class Ages(Neighbours):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            values = self.matrix._values() if layout == "coo" else self.matrix.values()
+            values.add_(1.0)
+            return super().forward(x) * values.sum()
+
+    model, x = Ages(layout).eval(), torch.randn(8, 16)
+    before = model.matrix.clone()
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    assert torch.equal(_values(model.matrix), _values(before)), kpt.report(model).reason
+
+
+def _values(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix._values() if matrix.layout is torch.sparse_coo else matrix.values()

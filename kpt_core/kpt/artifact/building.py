@@ -18,6 +18,7 @@ import torch
 
 from kpt.artifact import folder as layout
 from kpt.artifact.folder import ArtifactError
+from kpt.judge.outputs import bitwise_equal
 from kpt.modelfiles import ModelFileError, load_model
 from kpt.modelfiles.adapters import LAYOUTS, adapters, adapters_for, missing
 from kpt.modelfiles.weights import build
@@ -294,7 +295,7 @@ def _alike(mine: Any, other: Any, depth: int = 4) -> bool:
     if isinstance(mine, (torch.nn.Module, torch.nn.Parameter)):
         return True
     if isinstance(mine, torch.Tensor):
-        return mine.dtype == other.dtype and _equal(mine, other)
+        return _equal(mine, other)
     if isinstance(mine, types.MethodType):
         return _alike(mine.__func__, other.__func__, depth)
     if isinstance(mine, types.FunctionType):
@@ -322,7 +323,7 @@ def _held(function: types.FunctionType) -> list[Any]:
 def _equal(mine: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if mine is None or other is None:
         return mine is other
-    return torch.equal(mine.cpu(), other.cpu())
+    return bitwise_equal(mine, other)
 
 
 def _on_meta(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -111,7 +111,7 @@ def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
                     buffers.clear()
                     buffers.update(before)
                 for buffer in before.values():
-                    if buffer is not None and not torch.equal(buffer, values[id(buffer)]):
+                    if buffer is not None and not outputs.bitwise_equal(buffer, values[id(buffer)]):
                         buffer.copy_(values[id(buffer)])
 
 

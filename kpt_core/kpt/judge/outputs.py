@@ -330,10 +330,32 @@ def bitwise_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     if first.device.type == "meta":
         return True
     if first.layout is not torch.strided:
-        first, second = first.to_dense(), second.to_dense()
+        mine, yours = components(first), components(second)
+        return len(mine) == len(yours) and all(map(bitwise_equal, mine, yours))
     if first.is_quantized:
         return torch.equal(first, second)
     return torch.equal(bits(first), bits(second.to(first.device)))
+
+
+_ROWS = (torch.sparse_csr, torch.sparse_bsr)
+_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
+
+
+def components(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The strided tensors that hold what ``tensor`` holds: of a sparse one its indices and values.
+
+    Dense, a sparse tensor may fill the memory.
+    """
+    detached = tensor.detach()
+    if detached.layout is torch.strided:
+        return (detached,)
+    if detached.layout is torch.sparse_coo:
+        return detached._indices(), detached._values()
+    if detached.layout in _ROWS:
+        return detached.crow_indices(), detached.col_indices(), detached.values()
+    if detached.layout in _COLUMNS:
+        return detached.ccol_indices(), detached.row_indices(), detached.values()
+    return (detached.to_dense(),)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

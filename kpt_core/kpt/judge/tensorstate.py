@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kpt.judge.calls import clone_tensor
-from kpt.judge.outputs import CHUNK, bits, bitwise_equal
+from kpt.judge.outputs import CHUNK, bits, bitwise_equal, components
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -35,7 +35,7 @@ class TensorState:
 def _size(tensor: torch.Tensor) -> int:
     if not _has_bits(tensor):
         return 0
-    total = tensor.numel() * tensor.element_size()
+    total = sum(part.numel() * part.element_size() for part in components(tensor))
     return total * 2 if tensor.is_leaf and tensor.grad is not None else total
 
 
@@ -82,9 +82,9 @@ def _hooks(tensor: torch.Tensor, name: str) -> tuple[Any, dict[Any, Any]]:
 
 def checksum(tensor: torch.Tensor) -> int:
     """A position-dependent hash of the bits, computed on the tensor's device in bounded memory."""
+    if tensor.layout is not torch.strided:
+        return hash(tuple(map(checksum, components(tensor))))
     detached = tensor.detach()
-    if detached.layout is not torch.strided:
-        detached = detached.to_dense()
     flat = bits(detached.int_repr() if detached.is_quantized else detached).reshape(-1)
     total = 0
     for start in range(0, flat.numel(), CHUNK):

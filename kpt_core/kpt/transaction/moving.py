@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.judge.modelstate import attributes_of, shared_objects
+from kpt.judge.outputs import bitwise_equal
 from kpt.transaction.reading import constants_read
 from kpt.transaction.suitability import Unsuitable
 
@@ -81,11 +82,7 @@ def _same_items(before: Any, now: Any) -> bool:
 def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         return (
-            isinstance(left, torch.Tensor)
-            and isinstance(right, torch.Tensor)
-            and left.shape == right.shape
-            and left.dtype == right.dtype
-            and bool(torch.equal(left, right))
+            isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and bitwise_equal(left, right)
         )
     try:
         return bool(left == right)
