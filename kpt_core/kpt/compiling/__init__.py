@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread
-from kpt.compiling.graph_parts import value_of, written_by
 from kpt.compiling.repeats import RepeatedParts
+from kpt.compiling.writes import value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
 
 __all__ = [

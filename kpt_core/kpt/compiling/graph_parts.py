@@ -10,97 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-#: Functions that switch a mode of torch's, by how their names begin, or by a part of their names.
-_SWITCHES = ("_set_", "_enter_", "_exit_", "set_", "_saved_tensors_hooks", "_sdpa_kernel")
-_LEVELS = ("increment_nesting", "decrement_nesting", "batch_dim")
-#: Python's operators that write to their first operand.
-_WRITING = {
-    *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-    *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
-}
-#: Methods that change the shape or the strides of what they are called on.
-_RESHAPING = {
-    *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"),
-    *("resize_", "resize_as_", "set_", "rename_"),
-}
-
-
-def reshapes_in_place(node: fx.Node) -> bool:
-    """Whether ``node`` changes the shape or strides of a tensor, which are then not what was recorded."""
-    return _name(node) in _RESHAPING and node.op != "call_module"
-
-
-def keeps_together(node: fx.Node) -> bool:
-    """Whether what is before ``node`` has to be in one part with it.
-
-    It writes to a tensor, is there for its effect alone (such as switching a mode), or addresses the memory
-    of its input from its beginning.
-    """
-    return _is_for_effect(node) or "as_strided" in _name(node) or bool(written_by(node))
-
-
-def written_by(node: fx.Node) -> list[Any]:
-    """The arguments that ``node`` may write to; all of them where that is not known."""
-    everything = list(node.all_input_nodes) or [None]
-    target, name = node.target, _name(node)
-    if node.op == "call_module" or node.kwargs.get("out") is not None:
-        return everything
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        overloads = [target] if isinstance(target, torch._ops.OpOverload) else _overloads(target)
-        return everything if any(each._schema.is_mutable for each in overloads) else []
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        bodies = [body for body in map(_body, node.all_input_nodes) if body is not None]
-        inner = [each for body in bodies for each in body.graph.nodes if each.op.startswith("call_")]
-        return everything if not bodies or any(keeps_together(each) for each in inner) else []
-    if name.strip("_") in _WRITING:  # sizes are added up this way, too
-        first = value_of(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        return [] if isinstance(first, (int, torch.SymInt)) else list(node.args[:1])
-    if getattr(target, "__module__", "") == "_operator":  # `and_`, `is_` and the like write nothing
-        return []
-    named = _named_arguments(node)
-    if named.get("inplace") is True:
-        return list(node.args[:1]) or everything
-    if name in ("batch_norm", "instance_norm"):  # which move running statistics
-        using = named.get("training") is True or named.get("use_input_stats") is True or True in _flags(node)
-        return everything if using else []
-    if name in ("embedding", "embedding_bag") and named.get("max_norm") is not None:
-        return everything
-    return list(node.args[:1]) or everything if name.endswith("_") and not name.endswith("__") else []
-
-
-def _is_for_effect(node: fx.Node) -> bool:
-    name = _name(node)
-    if node.op == "call_function" and (name.startswith(_SWITCHES) or any(part in name for part in _LEVELS)):
-        return True
-    return not node.users and value_of(node) is None
-
-
-def _flags(node: fx.Node) -> list[bool]:
-    return [value for value in node.args if isinstance(value, bool)]
-
-
-def _overloads(packet: Any) -> list[Any]:
-    return [getattr(packet, name) for name in packet.overloads()]
-
-
-def _body(node: fx.Node) -> fx.GraphModule | None:
-    """The graph that an operator is given as an argument, or None."""
-    owner = node.graph.owning_module
-    value = (
-        operator.attrgetter(str(node.target))(owner) if node.op == "get_attr" and owner is not None else None
-    )
-    return value if isinstance(value, fx.GraphModule) else None
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-
-
-def _named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, as far as the names of those passed by position are known."""
-    code = getattr(node.target, "__code__", None)
-    names = code.co_varnames[: code.co_argcount] if code is not None else ()
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+from kpt.compiling.writes import value_of
 
 
 def signature(node: fx.Node) -> Any:
@@ -135,6 +45,12 @@ class Part:
             copies[node] = self.graph.node_copy(node, copies.__getitem__)
         self.graph.output(tuple(copies[node] for node in self.outputs))
         self.key = self._key()
+
+    @property
+    def strides_differ(self) -> bool:
+        """Whether an input has other strides than those that were recorded of it."""
+        places = zip(self.inputs, self.graph.find_nodes(op="placeholder"), strict=True)
+        return any(_strides(value_of(source)) != _strides(value_of(place)) for source, place in places)
 
     def _key(self) -> Any:
         numbers = {node: number for number, node in enumerate(self.graph.nodes)}
@@ -215,11 +131,6 @@ def _sizes(owner: fx.GraphModule, nodes: list[fx.Node]) -> list[fx.Node]:
     return found
 
 
-def value_of(node: fx.Node) -> Any:
-    """The fake value that was recorded of ``node``, or None."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _target(node: fx.Node) -> Any:
     return node.target if isinstance(node.target, str) else id(node.target)
 
@@ -244,6 +155,10 @@ def _frozen(value: Any, of_node: Callable[[fx.Node], Any]) -> Any:
 def _meta(node: fx.Node) -> Any:
     """Types, shapes and strides of what ``node`` yields."""
     return _described(value_of(node))
+
+
+def _strides(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value.stride())) if isinstance(value, torch.Tensor) else ()
 
 
 def _described(value: Any) -> Any:

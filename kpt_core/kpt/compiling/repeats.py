@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from kpt.compiling.graph_parts import Part, keeps_together, reshapes_in_place, signature, value_of
+from kpt.compiling.graph_parts import Part, signature
+from kpt.compiling.writes import unbroken, value_of
 
 #: Operations that must not be compiled again for a cut to pay, at least, and their share of the graph.
 _LEAST, _LEAST_SHARE = 32, 0.1
+#: Values that cross where nothing may be cut.
+_NEVER = 10**9
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -28,9 +31,9 @@ class RepeatedParts:
     ``backend`` is the name of a dynamo backend or a function of (graph, example inputs); what it is given
     are fake tensors. ``parts`` counts the parts that were found in all graphs, ``distinct`` those compiled.
 
-    Raises `RuntimeError` for a graph in which nothing repeats that may be cut: tensors that are changed in
-    place, and switches such as `torch.no_grad`, stay in one part with all that comes before them. A graph
-    that changes shapes in place is not cut at all.
+    Raises `RuntimeError` for a graph in which nothing repeats that may be cut: a write in place stays in one
+    part with what made the tensor, and switches such as `torch.no_grad` with all that comes before them. A
+    graph that changes shapes in place is not cut at all.
     """
 
     def __init__(self, backend: str | Compile = "inductor") -> None:
@@ -40,21 +43,22 @@ class RepeatedParts:
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-        fixed = max((i + 1 for i, node in enumerate(nodes) if keeps_together(node)), default=0)
-        if any(map(reshapes_in_place, nodes)):
-            fixed = len(nodes)
-        ranges = _ranges(nodes, fixed)
+        whole = unbroken(nodes)
+        ranges = _ranges(nodes, whole)
         parts = _parts(graph, [nodes[start:end] for start, end in ranges])
+        if any(start > 0 for start, _ in whole) and any(part.strides_differ for part in parts):
+            raise RuntimeError(
+                "tensors are changed in place, and a pass over the graph gave others strides that were not "
+                "recorded, so that views may be copies or copies views; compile it whole"
+            )
         distinct = {part.key: part for part in reversed(parts)}
         saved = len(nodes) - sum(len(part.nodes) for part in distinct.values())
         if saved < _least(len(nodes)):
-            last = nodes[fixed - 1] if fixed else None
-            why = (
-                f"; {last.name} is the last that writes in place, switches a mode or the like" if last else ""
-            )
+            longest = max(whole, key=lambda each: each[1] - each[0], default=(0, 0))
+            last = f" for {nodes[longest[1] - 1].name}, which writes in place or the like" if whole else ""
             raise RuntimeError(
-                f"no block repeats among the {len(nodes) - fixed} operations of the graph that may be cut "
-                f"(of {len(nodes)}{why}); compile it whole"
+                f"no block repeats among the {len(nodes)} operations of the graph; "
+                f"{longest[1] - longest[0]} of them have to stay together{last}: compile it whole"
             )
         compile_part = self.backend
         if isinstance(compile_part, str):
@@ -117,16 +121,21 @@ def _as_function(compiled: Callable[..., Any], number: int) -> Callable[..., Any
     return part
 
 
-def _ranges(nodes: list[fx.Node], fixed: int) -> list[tuple[int, int]]:
+def _ranges(nodes: list[fx.Node], whole: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Where to cut: (start, end) of each part, in order; one range where cutting does not pay.
 
-    The first ``fixed`` nodes stay in one part.
+    None of the ranges in ``whole`` is divided. The longest of them that begins with the graph is a part.
     """
     numbers: dict[Any, int] = {}
     kinds = _tensor([numbers.setdefault(signature(node), len(numbers)) for node in nodes])
     crossing = _crossing(nodes)
     least = _least(len(nodes))
-    cuts = {0, fixed, len(nodes)} if fixed else {0, len(nodes)}
+    for start, end in whole:
+        crossing[start + 1 : end] = [_NEVER] * (end - start - 1)
+    fixed = max((end for start, end in whole if start == 0), default=0)
+    while crossing[fixed] >= _NEVER:
+        fixed += 1
+    cuts = {0, fixed, len(nodes)}
     waiting = [(fixed, len(nodes))]
     found = False
     while waiting:
@@ -136,6 +145,8 @@ def _ranges(nodes: list[fx.Node], fixed: int) -> list[tuple[int, int]]:
             continue
         _, period, offset, length = run
         repeated = _phase(crossing, start + offset, length, period)
+        if not repeated:
+            continue
         found = True
         cuts.update(repeated)
         waiting += [(start, repeated[0]), (repeated[-1], end)]
@@ -173,15 +184,18 @@ def _longest_repetition(kinds: torch.Tensor) -> tuple[int, int, int, int] | None
 
 
 def _phase(crossing: list[int], start: int, length: int, period: int) -> list[int]:
-    """The cuts between periods, shifted to where the fewest values cross them; one period may be lost."""
+    """The cuts between periods, shifted to where the fewest values cross them; one period may be lost.
+
+    Empty where each shift would cut what has to stay together.
+    """
     full = length // period
     options: list[tuple[float, int, list[int]]] = []
     for shift in range(period):
         periods = (length - shift) // period
-        if periods >= max(2, full - 1):
-            cuts = [start + shift + number * period for number in range(periods + 1)]
+        cuts = [start + shift + number * period for number in range(periods + 1)]
+        if periods >= max(2, full - 1) and all(crossing[cut] < _NEVER for cut in cuts):
             options.append((sum(crossing[cut] for cut in cuts) / len(cuts), -periods, cuts))
-    return min(options)[2]
+    return min(options)[2] if options else []
 
 
 def _crossing(nodes: list[fx.Node]) -> list[int]:
