@@ -154,6 +154,12 @@ def replace(path: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
         {"request": {"level": "fast", "objective": "latency"}},
         {"request": {"level": "exact", "objective": "latency", "dynamic_shapes": {"x": 7}}},
         {"request": {"level": "exact", "objective": "latency", "dynamic_shapes": [1]}},
+        {"aliases": {"linear.weight": {}}},
+        *(
+            {"request": {"level": "production", "objective": "latency", "dynamic_shapes": shapes}}
+            for shapes in ({"absent": {"0": "b"}}, {"x": {"0": []}}, {"x": {"0": ["b", "1", 8]}})
+        ),
+        {"frozen": 7},
         {"plan": {"steps": "x"}},
         {"plan": {"steps": [7]}},
         {"verify": {"leaves": 7}},
@@ -196,3 +202,36 @@ def test_files_that_are_none_although_their_checksum_is_right(tmp_path, monkeypa
     with pytest.raises(ArtifactError) as caught:
         kpt.load(path, plugins=[])
     assert caught.value.code == "damaged" and Path(name).name in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": 1, "plan": ' + "[" * 100_000])
+def test_a_manifest_nested_too_deeply_is_an_error_of_the_artifact(artifact, text):
+    (artifact / "recipe.json").write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        load(artifact)
+    assert caught.value.code == "damaged"
+
+
+def test_only_true_is_trust(artifact):
+    """``trust="no"`` would count as yes."""
+    edit(artifact, lambda data: data.update(build={"kind": "named", "arch": f"{__name__}:tempting"}))
+    for trust in ("no", 1, None):
+        with pytest.raises(TypeError, match="expected True or False"):
+            load(artifact, trust=trust)
+    assert not CALLED
+    with pytest.raises(TypeError, match=r"model got int; expected a torch\.nn\.Module"):
+        load(artifact, model=7)
+
+
+def test_a_model_that_refuses_the_weights_is_unchanged(artifact):
+    class Refuses(Net):
+        def load_state_dict(self, state, *args, **kwargs):
+            super().load_state_dict(state, *args, **kwargs)
+            raise RuntimeError("not today")
+
+    mine = Refuses()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    with pytest.raises(ArtifactError, match="RuntimeError: not today") as caught:
+        load(artifact, model=mine)
+    assert caught.value.code == "not-loadable" and caught.value.hint
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())

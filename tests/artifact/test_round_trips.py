@@ -13,6 +13,7 @@ import kpt
 import slow_models
 from artifacts import Linear, in_module, load, saved, unoptimised
 from kpt.artifact import ArtifactError
+from kpt.judge.layouts import with_layout
 from slow_models import DirectScale, Net, net, plugin
 
 pytest.importorskip("safetensors")
@@ -206,3 +207,78 @@ def test_every_form_of_declared_dimensions_is_saved(tmp_path: Path, declared: An
             call = {"x": torch.randn(rows, 16)}
             assert torch.equal(again(call), model(call))
     assert kpt.report(again).calls["optimized"] == 2
+
+
+@pytest.mark.parametrize("by", ["class", "arch", "pickle"])
+def test_frozen_parameters_stay_frozen(tmp_path: Path, by: str) -> None:
+    model: Any = net()
+    model.first.requires_grad_(False)
+    if by == "pickle":
+        model.note = "what the constructor does not set"
+    kpt.optimize(model, torch.randn(8, 16), plugins=[plugin(DirectScale)], budget=20)
+    path = kpt.save(model, tmp_path / "artifact")
+    again = load(path, arch="slow_models:Net") if by == "arch" else load(path, trust=True)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    own = Net()
+    assert all(parameter.requires_grad for parameter in load(path, model=own).parameters())
+
+
+def test_a_buffer_whose_elements_share_memory_comes_back(tmp_path, monkeypatch):
+    class Expanded(Linear):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("ones", torch.ones(1).expand(8))
+
+        def forward(self, x):
+            return self.linear(x) * self.ones
+
+    model = in_module(monkeypatch, Expanded)()
+    path = unoptimised(model, tmp_path / "artifact")
+    assert torch.equal(kpt.load(path, plugins=[]).ones, torch.ones(8))
+    mine = Expanded()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    with pytest.raises(ArtifactError, match="does not take the weights.*ones"):
+        kpt.load(path, plugins=[], model=mine)  # torch loads no state dict into such a buffer
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mine.state_dict().items())
+
+
+def test_a_name_that_the_format_reserves_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    class Reserved(Linear):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("__metadata__", torch.ones(8))
+
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Reserved)
+    with pytest.raises(ArtifactError, match="__metadata__"):
+        unoptimised(Reserved(), tmp_path / "artifact")
+    assert not list(tmp_path.glob("*artifact*"))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        "slow_models:net",
+        {"arch": 7},
+        {"arch": "slow_models"},
+        {"factory": "slow_models:net"},
+        ["slow_models:net"],
+    ],
+)
+def test_a_build_that_no_load_could_read_is_refused(tmp_path: Path, build: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"build=.*expected \{\"arch\": \"module:factory\"\}"):
+        saved(tmp_path, build=build)
+    assert not list(tmp_path.glob("*artifact*"))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_a_plan_that_was_proved_for_a_layout_serves_it_after_loading(tmp_path: Path, layout: str) -> None:
+    model, x = net(), with_layout(torch.randn(8, 16), layout)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20)
+    assert kpt.report(model).optimized
+    again = load(kpt.save(model, tmp_path / "artifact"))
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert kpt.report(again).calls["optimized"] == 1, kpt.report(again).calls

@@ -126,3 +126,19 @@ def test_state_that_is_no_tensor_is_named_before_anything_is_written(tmp_path, m
         unoptimised(Extra(), tmp_path / "artifact")
     assert caught.value.code == "extra-state" and caught.value.hint
     assert not list(tmp_path.glob("*artifact*"))
+
+
+def test_a_buffer_without_strides_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    class Sparse(Linear):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("matrix", torch.eye(8).to_sparse())
+
+        def forward(self, x):
+            return self.linear(x)
+
+    in_module(monkeypatch, Sparse)
+    with pytest.raises(ArtifactError, match="matrix.*sparse_coo") as caught:
+        unoptimised(Sparse(), tmp_path / "artifact")
+    assert caught.value.code == "extra-state"
+    assert not list(tmp_path.glob("*artifact*"))

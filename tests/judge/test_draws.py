@@ -316,6 +316,7 @@ def test_every_way_to_declare_a_dimension_is_understood() -> None:
         ({"input_ids": {"0": "b"}}, "axis '0'"),
         ({"input_ids": {0: 3.5}}, "expected a name"),
         ({"input_ids": {0: True}}, "is True; expected a name"),
+        ({"input_ids": {0: ("b", "x", 5)}}, "expected a name"),
         ({"input_ids": "batch"}, "expected a dict from axis"),
         ({"input_ids": {0: ("b", 5, 2)}}, "empty range"),
         ({"input_ids": {0: ("b", 5, 9)}}, "declared as 5..9, but the examples have 4"),

@@ -23,7 +23,7 @@ from kpt.modelfiles import ModelFileError, load_model
 from kpt.modelfiles.adapters import LAYOUTS, adapters, adapters_for, missing
 from kpt.modelfiles.weights import build
 from kpt.plugins import registry as selected_plugins
-from kpt.plugins.isolation import attempt
+from kpt.plugins.isolation import REFERENCE, attempt
 from kpt.plugins.status import one_line
 from kpt.specs import AdapterError
 from kpt.transaction import workspace
@@ -46,7 +46,7 @@ def how_to_build(
     if it takes no arguments, a pickle of the structure. Raises `ArtifactError` where none works.
     """
     if named:
-        return {"kind": "named", **named}
+        return {"kind": "named", **_checked(named)}
     described = _described(model, scratch, registry)
     if described is not None:
         return described
@@ -74,6 +74,20 @@ def how_to_build(
             stacklevel=3,
         )
     return {"kind": "pickle", "class": reference}
+
+
+def _checked(named: Any) -> dict[str, str]:
+    """What the user says the model is built by. Raises `TypeError` or `ValueError` where it says nothing."""
+    expected = 'expected {"arch": "module:factory"} or {"folder": path}'
+    if not isinstance(named, Mapping):
+        raise TypeError(f"build={named!r}; {expected}")
+    if len(named) != 1 or not all(
+        key in ("arch", "folder") and isinstance(value, str) and value for key, value in named.items()
+    ):
+        raise ValueError(f"build={dict(named)!r}; {expected}")
+    if "arch" in named and not REFERENCE.fullmatch(named["arch"]):
+        raise ValueError(f"build={dict(named)!r}, which is no reference; {expected}")
+    return dict(named)
 
 
 def loading_call(folder: Path) -> str:

@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             "damaged", f"{path} cannot be read: {error}.", "Save the artifact again."
         ) from error

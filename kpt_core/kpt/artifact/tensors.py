@@ -10,7 +10,11 @@ from torch.utils import _pytree as pytree
 
 from kpt.artifact.folder import ArtifactError
 from kpt.judge import tree
-from kpt.judge.calls import Call
+from kpt.judge.calls import Call, span
+from kpt.judge.layouts import laid_out
+
+#: How many times as much memory as its elements an example may span that is laid out as it was.
+_LARGEST_VIEW = 16
 
 
 def untied(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -19,11 +23,18 @@ def untied(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, st
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = f"{tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ArtifactError(
                 "extra-state",
-                f"state_dict()[{name!r}] is a {type(tensor).__name__}, which safetensors cannot hold.",
+                f"state_dict()[{name!r}] is a {kind}, which safetensors cannot hold.",
                 "Keep it in a buffer, or save the model by other means and call kpt.optimize after loading.",
+            )
+        if name == "__metadata__":  # of which no reader could tell that it is a tensor
+            raise ArtifactError(
+                "reserved-name",
+                f"A tensor of the model is called {name!r}, which the safetensors format keeps for itself.",
+                "Give the parameter or buffer another name.",
             )
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
@@ -59,7 +70,9 @@ def unpack_call(tensors: dict[str, torch.Tensor], described: dict[str, Any], dev
     try:
         spec = pytree.treespec_loads(described["structure"])
         leaves = [
-            tensors[leaf["tensor"]].to(device) if "tensor" in leaf else leaf["value"]
+            _as_it_was(tensors[leaf["tensor"]], leaf["strides"]).to(device)
+            if "tensor" in leaf
+            else leaf["value"]
             for leaf in described["leaves"]
         ]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -68,6 +81,19 @@ def unpack_call(tensors: dict[str, torch.Tensor], described: dict[str, Any], dev
             "damaged", f"verify/ cannot be read: {error}.", "Save the artifact again."
         ) from error
     return Call(tuple(args), dict(kwargs))
+
+
+def _as_it_was(values: torch.Tensor, strides: Any) -> torch.Tensor:
+    """``values`` in the memory layout that the example had, with which the plan was proved.
+
+    Of a view of something far larger the values are enough: a plan for contiguous ones serves no others.
+    """
+    if not isinstance(strides, list) or not all(type(stride) is int and stride >= 0 for stride in strides):
+        raise ValueError(f"strides are {strides!r}")
+    if len(strides) != values.dim():
+        raise ValueError(f"{values.dim()} dimensions have {len(strides)} strides")
+    small = span(values.shape, strides) <= _LARGEST_VIEW * values.numel()
+    return laid_out(values, strides) if small else values
 
 
 def named(output: Any) -> dict[str, torch.Tensor]:

@@ -36,7 +36,8 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     ``trust=True`` only.
 
     Raises:
-        ValueError: the model was not optimised in this process.
+        ValueError: the model was not optimised in this process, or ``build`` names nothing.
+        TypeError: ``build`` is no mapping.
         ArtifactError: the folder holds something else, or the state dict holds no plain tensors.
         OSError: the folder cannot be written.
     """
@@ -74,6 +75,11 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
             "build": how,
             "aliases": aliases,
             "training": model.training,
+            "frozen": [
+                name
+                for name, parameter in model.named_parameters(remove_duplicate=False)
+                if not parameter.requires_grad
+            ],
             "request": {
                 "level": request.level,
                 "objective": request.objective,

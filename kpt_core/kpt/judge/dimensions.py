@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,8 +124,13 @@ def _declaration(name: str, axis: int, entry: Any) -> Declaration | None:
         return None  # torch.export: a number or None is a static size
     if isinstance(entry, str):
         return Declaration(entry)
-    if isinstance(entry, (tuple, list)) and len(entry) == 3 and isinstance(entry[0], str):
-        low, high = (None if bound is None else int(bound) for bound in entry[1:])
+    if (
+        isinstance(entry, (tuple, list))
+        and len(entry) == 3
+        and isinstance(entry[0], str)
+        and all(bound is None or hasattr(bound, "__index__") for bound in entry[1:])
+    ):
+        low, high = (None if bound is None else operator.index(bound) for bound in entry[1:])
         if low is not None and high is not None and low > high:
             raise ValueError(f"dimension {entry[0]!r} of {name} has the empty range {low}..{high}")
         return Declaration(entry[0], low, high)
