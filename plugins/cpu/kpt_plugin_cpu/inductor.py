@@ -55,6 +55,34 @@ def packing_for_onednn() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def repeatable(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Compile by inductor, with a backward pass that leaves what the forward saved for it, as eager's does.
+
+    Otherwise it takes that memory for its own results, and ``backward(retain_graph=True)`` raises.
+    """
+    import torch._functorch.config as functorch_config
+
+    inductor = torch._dynamo.lookup_backend("inductor")
+    if not torch.is_grad_enabled():
+        return inductor(graph, example_inputs)
+    import torch._inductor.config as inductor_config
+
+    # Inductor's cache does not ask whether memory is given away: a name that no graph holds tells its keys
+    # apart. Of what the cache above it returns, the note below would be missing.
+    names = {**inductor_config.unsafe_marked_cacheable_functions, "kpt.repeatable": "1"}
+    with (
+        functorch_config.patch(donated_buffer=False, enable_autograd_cache=False),
+        inductor_config.patch(unsafe_marked_cacheable_functions=names),
+    ):
+        lowered = inductor(graph, example_inputs)
+    # At run time torch asks whether the list of such memory is empty, and takes one that is missing for full.
+    context = torch._guards.TracingContext.try_get()
+    facts: Any = context.fw_metadata if context is not None else None
+    if facts is not None and facts.bw_donated_idxs is None:
+        facts.bw_donated_idxs = []
+    return lowered
+
+
 def declared_dims(observation: Observation) -> dict[str, dict[str, str]]:
     """Dynamic axes by input, in the form that a recipe keeps (JSON has no integer keys)."""
     return {
@@ -218,7 +246,8 @@ class Inductor:
             module = model.get_submodule(path)
             replaced.append((module, module.__dict__.get("forward")))
             arguments = settings(params, model)
-            self.repeated = arguments.get("backend")
+            backend = arguments.get("backend")
+            self.repeated = backend if isinstance(backend, RepeatedParts) else None
             compiled = CompiledForward(module.forward, label=path or type(module).__name__, **arguments)
             self.compiled.append(compiled)
             module.forward = compiled  # type: ignore[method-assign, assignment]
@@ -274,7 +303,7 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
     bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
     attention = ShortAttention(bounds)
     graph_pass: Any = attention if frozen else None
-    backend: dict[str, Any] = {}
+    backend: dict[str, Any] = {} if frozen else {"backend": repeatable}
     if params.get("repeated") and model is not None:
         # Packed weights have no strides, which generated code would ask its inputs for.
         inductor["size_asserts"] = False

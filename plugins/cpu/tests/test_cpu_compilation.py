@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -13,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from observing import applied, observe, relative, skips, variants
 
+from kpt.compiling import CompiledForward
 from kpt_plugin_cpu.captured import Captured
 from kpt_plugin_cpu.estimates import compile_seconds
-from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks
+from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks, settings
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -118,3 +120,28 @@ def test_repeated_blocks_are_the_outermost_layers_of_one_class():
 def test_without_a_compiler_the_reason_is_given(mlp, monkeypatch):
     monkeypatch.setattr("kpt_plugin_cpu.inductor.compiler", lambda: None)
     assert "C++ compiler" in skips(Inductor(), observe(mlp, torch.randn(2, 128)))[0]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(256), nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.gelu(self.linear(self.norm(x)))
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_a_backward_pass_may_be_repeated_as_eagers():
+    """Compiled code that takes over saved memory refuses ``retain_graph=True``; that of a cache takes it."""
+    model, x = Residual().train(), torch.randn(8, 256)
+    offers = {offer.name: offer for offer in variants(Inductor(), observe(model, x, mode="training"))}
+    twin = copy.deepcopy(model)
+    own = {**settings(offers["live"].params), "backend": "inductor"}
+    CompiledForward(twin.forward, **own)(x).square().sum().backward()  # its code is now in inductor's cache
+    _, space, undo = applied(Inductor, model, offers["live"])
+    loss = space.forward(x).square().sum()
+    for retained in (True, False):
+        found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=retained)
+        assert all(relative(mine, theirs.grad) < 1e-6 for mine, theirs in zip(found, twin.parameters()))
+    undo()
