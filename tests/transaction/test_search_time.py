@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -283,7 +284,7 @@ def test_what_is_excluded_by_a_choice_is_told_by_whose() -> None:
 
 
 def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need_a_compiler_each() -> None:
-    half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
+    half, compiler = _candidate("half", "precision", 0.0, 1.2), _candidate("compiler", "compile", 10.0)
     better = Candidate(
         Variant("better", predicted_gain=2.0, setup_seconds=60.0),
         "compile",
@@ -302,7 +303,7 @@ def test_an_alternative_that_promises_much_comes_before_dropping_steps_that_need
 
 
 def test_what_is_left_of_the_budget_goes_to_what_is_predicted_to_be_about_as_fast() -> None:
-    """Before steps that need a compiler each are dropped, if it promises anything; else after."""
+    """Before a step that is predicted to gain more than that is dropped, where each needs a compiler."""
     half, compiler = _candidate("half", "precision", 0.0), _candidate("compiler", "compile", 10.0)
     wrapped, other = _candidate("wrapped", "compile", 14.0, 1.51), _candidate("other", "compile", 10.0, 1.4)
 
@@ -312,7 +313,7 @@ def test_what_is_left_of_the_budget_goes_to_what_is_predicted_to_be_about_as_fas
 
     found, trials = _outlined(200.0, [half, compiler, wrapped, other], fate)
     keys = [key for key, _ in trials.seen]
-    assert keys == ["half", "half + compiler", "half + wrapped", "wrapped", "half + other"], keys
+    assert keys == ["half", "half + compiler", "half + wrapped", "half + other", "wrapped"], keys
     assert set(found.best.plan.steps) == {half, wrapped}
 
 
@@ -420,3 +421,27 @@ def test_what_hangs_in_a_stack_without_setup_is_found_and_the_others_are_kept() 
     assert set(found.best.plan.steps) == {good, compiler}
     assert [(entry.name, entry.rule) for entry in found.rejected] == [("hanging", "deadline")]
     assert trials.now < 100.0
+
+
+def test_what_is_replaced_together_with_another_step_is_tried_in_place_before_much_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bold stack has another compiler, too: which of the two made it faster is not known."""
+    half, bold = _candidate("half", "precision", 0.0), _candidate("bold", "precision", 0.0, 1.9, "aggressive")
+    quick, compiler = _candidate("quick", "compile", 1.0, 1.1), _candidate("compiler", "compile", 45.0)
+    seconds = {"quick": 2.0, "compiler": 45.0}
+    true = {"half": 2.0, "bold": 1.6, "quick": 1.1, "compiler": 1.5}
+
+    def speed(names: set[str]) -> float:
+        return math.prod(true[name] for name in names)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        return 1.0 + sum(seconds.get(name, 0.0) for name in names), "ok", speed(names) / speed(before)
+
+    monkeypatch.setattr(Ledger, "_crowds", lambda ledger, best: 0)
+    found, trials = _outlined(120.0, [half, bold, quick, compiler], fate)
+    keys = [key for key, _ in trials.seen]
+    assert keys[0] == "half + quick" and "bold + compiler" in keys, keys
+    assert "half + compiler" in keys[keys.index("bold + compiler") :] and "compiler" not in keys, keys
+    assert set(found.best.plan.steps) == {half, compiler}

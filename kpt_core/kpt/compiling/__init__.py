@@ -18,7 +18,7 @@ back to eager without a word after eight entries, and evaluates every guard on e
 from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
-from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread
+from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread, is_fused
 from kpt.compiling.repeats import RepeatedParts
 from kpt.compiling.writes import value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
@@ -31,6 +31,7 @@ __all__ = [
     "collect",
     "deadline",
     "executions_of_thread",
+    "is_fused",
     "named_tensors",
     "stop_workers",
     "value_of",

@@ -383,5 +383,18 @@ class CapturedForward(CompiledForward):
         return super().__call__(*args, **kwargs)
 
 
+def is_fused() -> bool:
+    """Whether the code that asks is being captured for a compiler, which makes one loop of many operations.
+
+    False in eager code, and where the captured graph runs as it is. Dynamo takes the answer for a constant.
+    """
+    return torch.compiler.is_compiling() and _for_a_compiler()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _for_a_compiler() -> bool:
+    return not _active or _active[-1].backend not in ("eager", _as_captured)
+
+
 def _as_captured(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     return graph.forward

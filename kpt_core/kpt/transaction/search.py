@@ -2,12 +2,14 @@
 
 First the stack of best predictions, since steps help each other (int8 alone may lose where int8 under a
 compiler wins). Then every step of the stack must pay for itself in company, and alternatives are tried while
-their predicted gain is worth their trial: what costs no set-up first, then what promises most. What is left
-of the budget at the end is given to what was thought to take longer.
+their predicted gain is worth their trial: what costs no set-up first, then what promises most; to leave out
+what is predicted to gain much comes last. What is left of the budget at the end is given to what was thought
+to take longer.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from kpt.transaction import fixed_order, gate, stacks
@@ -69,10 +71,11 @@ class Search:
             if best is None:
                 best = self._singles()
             if best is not None:
-                best = self._ablate(best, only_quick=True)
+                best = self._ablate(best, least=math.inf)
                 best = self._alternatives(best, least=_PROMISING)
-                best = self._ablate(best)
+                best = self._ablate(best, least=_HOPELESS)
                 best = self._alternatives(best)
+                best = self._ablate(best)
             best = self._gamble(best)
         self._leftovers(best)
         ledger.found.best = best
@@ -145,8 +148,11 @@ class Search:
             best = better
         return best
 
-    def _ablate(self, best: Outcome, *, only_quick: bool = False) -> Outcome:
-        """Drop every step without which the plan is not slower; ``only_quick`` where that needs no set-up."""
+    def _ablate(self, best: Outcome, *, least: float = 0.0) -> Outcome:
+        """Drop every step without which the plan is not slower.
+
+        Where that needs a set-up, a step without which the plan promises less than ``least`` stays.
+        """
         ledger = self.ledger
         gains = ledger.found.gains
         for step in sorted(best.plan.steps, key=lambda step: step.gain):
@@ -156,7 +162,7 @@ class Search:
             known = ledger.failed(without)
             if step in ledger.paid or (known is not None and not known.right):
                 continue
-            if only_quick and ledger.slow(without):
+            if 1.0 / step.gain < least and ledger.slow(without):
                 continue
             if not ledger.time_for_plan(without, best):
                 note = f"{step.name} was not timed apart: no budget left for it"

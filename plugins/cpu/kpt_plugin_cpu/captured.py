@@ -19,8 +19,6 @@ from kpt_plugin_cpu.inductor import declared_dims, settings
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Observation, Undo
 
-#: Seconds that a module's call and the Python in its forward take, about.
-_PER_MODULE = 40e-6
 #: Share of the time of a compiler that capturing takes: from 2 s of 54 to 8 s of 26 were measured.
 _SHARE = 0.15
 #: The share of a call that has to be left out for a trial, and the largest that is predicted.
@@ -34,8 +32,7 @@ class Captured:
         self.compiled: CompiledForward | None = None
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
-        modules = sum(1 for _ in observation.model.modules())
-        share = modules * _PER_MODULE / max(observation.baseline_seconds, 1e-9)
+        share = estimates.seconds_per_module(observation) / max(observation.baseline_seconds, 1e-9)
         if share < _LEAST:
             yield Skip(f"about {share:.1%} of a call is Python between operations: too little to gain from")
             return

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Observation
 
@@ -20,6 +22,8 @@ ONEDNN = "float32:onednn"
 #: Seconds: a Zen 4 took 12 to 14 for BERT-base, 10 for ResNet-50 (about a hundred modules each), 18 to 24 for
 #: half as many with a dynamic batch, and 8 to 16 for models of two layers.
 _COMPILE, _COMPILE_PER_MODULE = 5.0, 0.1
+#: Seconds that a module's call and the Python in its forward take, about.
+PER_MODULE = 40e-6
 #: Share of a module's seconds that capturing takes: a decoder of 30 layers took 8 s of 50 with one compiled.
 _CAPTURE = 0.15
 
@@ -72,6 +76,26 @@ def gain_of_dtype(
 def matmul_seconds(observation: Observation, hardware: HardwareProfile, dtype: str) -> float:
     """Seconds of one call's products in ``dtype``."""
     return estimate(observation, hardware).products / rate_ratio(hardware, dtype)
+
+
+def seconds_per_module(observation: Observation) -> float:
+    """Seconds of one eager call that Python takes, between the operations."""
+    return PER_MODULE * sum(1 for _ in observation.model.modules())
+
+
+def fixed_seconds(observation: Observation, hardware: HardwareProfile) -> float:
+    """Seconds of one eager call that another one would take whatever its size, nine tenths of it at most.
+
+    Python runs between the operations, and weights are read from memory; tables of embeddings are not.
+    """
+    read = sum(
+        parameter.numel() * parameter.element_size()
+        for module in observation.model.modules()
+        for parameter in module.parameters(recurse=False)
+        if not isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+    )
+    seconds = seconds_per_module(observation) + read / max(hardware.bandwidth, 1e9)
+    return min(seconds, 0.9 * observation.baseline_seconds)
 
 
 def modules_with_work(observation: Observation) -> int:

@@ -16,9 +16,13 @@ activations fall into a reference path that is slower by orders of magnitude.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from kpt.compiling import is_fused
 from kpt_plugin_cpu import native_int8
 
 #: Rows of an activation are stored around this zero point.
@@ -36,6 +40,39 @@ def pack_int8(weight: Tensor) -> Tensor:
 @pack_int8.register_fake
 def _(weight: Tensor) -> Tensor:
     return weight.new_empty((weight.shape[1], weight.shape[0]))
+
+
+#: Where the packed form of int8 weights is put when a call first needs it, by the weights.
+_places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _product(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_k (codes[r, k] - 128) weight[n, k] scale[n] in ``dtype``; ``weight`` is packed once."""
+    place: list[Tensor] = _places.get(weight, [])
+    if not place:
+        place.append(torch.ops.kpt_cpu.pack_int8(weight))
+    return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
+        codes, *_constants(), place[0], scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _constants() -> tuple[Tensor, Tensor]:
+    return torch.ones(1, device="cpu"), torch.tensor([ZERO_POINT], device="cpu")
+
+
+# Not `torch.library.custom_op`: what that checks in Python takes longer than small products.
+_library = torch.library.Library("kpt_cpu", "FRAGMENT")
+_library.define(
+    "int8_product(Tensor codes, Tensor weight, Tensor scale, Tensor zero_points, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("int8_product", _product, "CPU")
+
+
+@torch.library.register_fake("kpt_cpu::int8_product", lib=_library)
+def _(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +122,8 @@ class Int8Linear(nn.Module):
         self.one = torch.ones(1)
         self.zero_point = torch.tensor([ZERO_POINT])
         self.weight_zero_points = torch.zeros(self.out_features, dtype=torch.int64)
-        self._packed: Tensor | None = None
+        self._packed: list[Tensor] = []
+        _places[self.quantized] = self._packed
         self.train(linear.training)
 
     @property
@@ -97,32 +135,34 @@ class Int8Linear(nn.Module):
         x = input
         rows = x.reshape(-1, self.in_features)
         # A compiler makes one loop of what is written out, and of what comes before and after it.
-        native = self.native and x.dtype in native_int8.DTYPES and not torch.compiler.is_compiling()
+        fused = is_fused()
+        native = self.native and x.dtype in native_int8.DTYPES and not fused
         if native:
             codes, scale = native_int8.quantize_rows(rows, self.inverse)
         else:
             codes, scale = self._quantized_rows(rows)
-        if torch.compiler.is_compiling():
+        dtype = x.dtype if x.dtype in native_int8.DTYPES else torch.float32
+        if fused:
             packed = torch.ops.kpt_cpu.pack_int8(self.quantized)
+            product = torch.ops.onednn.qlinear_pointwise.tensor(
+                codes,
+                self.one,
+                self.zero_point,
+                packed,
+                self.scale,
+                self.weight_zero_points,
+                None,
+                1.0,
+                0,
+                dtype,
+                "none",
+                [],
+                "",
+            )
         else:
-            if self._packed is None:
-                self._packed = torch.ops.kpt_cpu.pack_int8(self.quantized)
-            packed = self._packed
-        product = torch.ops.onednn.qlinear_pointwise.tensor(
-            codes,
-            self.one,
-            self.zero_point,
-            packed,
-            self.scale,
-            self.weight_zero_points,
-            None,
-            1.0,
-            0,
-            x.dtype if x.dtype in native_int8.DTYPES else torch.float32,
-            "none",
-            [],
-            "",
-        )
+            product = torch.ops.kpt_cpu.int8_product(
+                codes, self.quantized, self.scale, self.weight_zero_points, dtype
+            )
         if native:
             result = native_int8.rescale_rows(product, scale, self.bias)
         else:

@@ -1,8 +1,11 @@
 """Running the rows of a padded batch at their own lengths.
 
-Rows of one length form a group that runs without padding; outputs are put back at their places, with
-zeros where the input was padding. Exact wherever a row does not depend on other rows, which the
+Rows of similar length form a group that runs with little padding; outputs are put back at their places,
+with zeros where the input was padding. Exact wherever a row does not depend on other rows, which the
 referee checks with padded inputs.
+
+Each group is a call of its own, which reads all weights again: that is counted as so many positions, and a
+batch is split where it saves more than that.
 
 Which axes of an output are as long as the sequence is learnt from how sizes follow the groups' lengths.
 Outputs whose axes cannot be told, or that have no rows on their first axis, are computed whole.
@@ -17,17 +20,17 @@ import torch
 
 from kpt.judge import tree
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
-from kpt_plugin_cpu.estimates import compile_seconds
+from kpt_plugin_cpu.estimates import compile_seconds, fixed_seconds
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
 
-#: A call below this many padded positions is not worth splitting.
+#: The share of a call that splitting it has to save.
 _WORTH = 0.15
 #: Groups that a batch is split into at most.
 _GROUPS = 4
 
 
 class PackPadding:
-    """Splits a right-padded batch by length, into `_GROUPS` calls at most."""
+    """Splits a right-padded batch by length, into as many calls as pay: `_GROUPS` at most."""
 
     def __init__(self) -> None:
         self.split = 0
@@ -51,6 +54,15 @@ class PackPadding:
         if share < _WORTH or all(shape[0] < 2 for shape in shapes):
             yield Skip(f"{share:.0%} of the positions are padding: too few to gain from")
             return
+        groups, gain, overhead = _best_split(
+            [call.kwargs[name] for call in observation.calls], observation, hardware
+        )
+        if groups < 2:
+            yield Skip(
+                f"{share:.0%} of the positions are padding: each further call would cost as much as "
+                f"{overhead:.0f} of the {shapes[0].numel()} positions"
+            )
+            return
         # A static axis can be as long as the sequence by accident: only a declared one follows it.
         sequence = [
             leaf.name
@@ -65,11 +77,11 @@ class PackPadding:
         ]
         # Groups of other sizes than the batch are further graphs to a compiler, where its size is fixed.
         sizes = {shape[0] for shape in shapes}
-        further = {rows for size in sizes for rows in _rows_of_groups(size, _GROUPS)} - sizes
+        further = {rows for size in sizes for rows in _rows_of_groups(size, groups)} - sizes
         yield Variant(
             "by length",
-            {"mask": name, "inputs": sequence, "rows": rows, "groups": _GROUPS},
-            1.0 / (1.0 - 0.8 * share),
+            {"mask": name, "inputs": sequence, "rows": rows, "groups": groups, "overhead": overhead},
+            gain,
             0.0 if batch is not None else len(further) * compile_seconds(observation),
             sites=("",),
             touches_mask=True,
@@ -77,13 +89,13 @@ class PackPadding:
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         params = variant.params
-        name, groups = params["mask"], params["groups"]
+        name, groups, overhead = params["mask"], params["groups"], params["overhead"]
         inputs, by_row = tuple(params["inputs"]), tuple(params.get("rows", ()))
         inner = model.forward
 
         def forward(**kwargs: Any) -> Any:
             mask = kwargs.get(name)
-            chunks = _chunks(mask, groups) if mask is not None and not self.unjoinable else None
+            chunks = _chunks(mask, groups, overhead) if mask is not None and not self.unjoinable else None
             if mask is None or chunks is None:
                 self.whole += 1
                 return inner(**kwargs)
@@ -126,7 +138,31 @@ def _rows_of_groups(size: int, groups: int) -> list[int]:
     return [len(rows) for rows in torch.arange(size).chunk(min(groups, size))]
 
 
-def _chunks(mask: torch.Tensor, groups: int) -> list[tuple[torch.Tensor, int]] | None:
+def _best_split(
+    masks: list[torch.Tensor], observation: Observation, hardware: HardwareProfile
+) -> tuple[int, float, float]:
+    """(groups, predicted gain, positions that a further call costs as much as); 1 group where none pays."""
+    fixed = fixed_seconds(observation, hardware)
+    positions = sum(mask.numel() for mask in masks) / len(masks)
+    overhead = positions * fixed / max(observation.baseline_seconds - fixed, 1e-9)
+    whole = sum(mask.numel() + overhead for mask in masks)
+    best = 1, 1.0, overhead
+    for groups in range(2, _GROUPS + 1):
+        split = 0.0
+        for mask in masks:
+            chunks = _chunks(mask, groups, overhead)
+            split += mask.numel() + overhead if chunks is None else _cost(chunks, overhead)
+        if whole / split > best[1]:
+            best = groups, whole / split, overhead
+    return best
+
+
+def _cost(chunks: list[tuple[torch.Tensor, int]], overhead: float) -> float:
+    """What the calls of the groups cost, in positions."""
+    return sum(rows.numel() * length + overhead for rows, length in chunks)
+
+
+def _chunks(mask: torch.Tensor, groups: int, overhead: float) -> list[tuple[torch.Tensor, int]] | None:
     """Rows by similar length with each group's longest; None where splitting saves too little.
 
     Only right-padded masks of zeros and ones are split: a row's positions must begin at zero. Groups
@@ -140,13 +176,13 @@ def _chunks(mask: torch.Tensor, groups: int) -> list[tuple[torch.Tensor, int]] |
     if mask.shape[0] < 2 or not bool((flags == (torch.arange(width) < lengths[:, None])).all()):
         return None
     lengths = lengths.clamp_min(1)
-    if float(lengths.sum()) > (1.0 - _WORTH) * mask.numel():
-        return None
     order = torch.argsort(lengths)
     found = []
     for rows in order.chunk(min(groups, mask.shape[0])):
         found.append((rows, int(lengths[rows].max())))
-    return found if len({length for _, length in found}) > 1 else None
+    if len({length for _, length in found}) < 2:
+        return None
+    return found if _cost(found, overhead) <= (1.0 - _WORTH) * (mask.numel() + overhead) else None
 
 
 class _Unjoinable(Exception):

@@ -115,7 +115,7 @@ def test_packing_tells_labels_from_positions(lengths):
     model = Classifier(labels=8).eval()
     offer = variants(PackPadding(), observe(model, padded([12, 2, 3, 1], 12), dynamic_shapes=DYNAMIC))[0]
     behaviour, space, undo = applied(PackPadding, model, offer)
-    call = padded(lengths, 12)
+    call = padded(lengths, 13)
     got, expected = space.forward(**call)["logits"], model(**call)["logits"]
     assert got.shape == expected.shape
     kept = call["attention_mask"].bool()
@@ -206,3 +206,34 @@ def test_packing_asks_for_declared_lengths_and_enough_padding():
     model = Encoder().eval()
     assert skips(PackPadding(), observe(model, padded([9, 2, 2], 9)))
     assert skips(PackPadding(), observe(model, padded([9, 9, 9], 9), dynamic_shapes=DYNAMIC))
+
+
+def test_a_batch_is_split_where_it_saves_more_than_reading_the_weights_again():
+    """Calls of few positions take as long as it takes to read the weights and to get through the modules."""
+    call = padded([40, 3, 3, 4], 40)
+    small, large = (
+        observe(Encoder().eval(), call, dynamic_shapes=DYNAMIC, baseline_seconds=seconds)
+        for seconds in (1.5e-4, 1e-2)
+    )
+    (reason,) = skips(PackPadding(), small)
+    assert "69% of the positions are padding" in reason and "each further call" in reason
+    (offer,) = variants(PackPadding(), large)
+    assert offer.params["groups"] == 4 and 2.0 < offer.predicted_gain < 3.2
+    few = variants(
+        PackPadding(), observe(Encoder().eval(), call, dynamic_shapes=DYNAMIC, baseline_seconds=1e-3)
+    )
+    assert few[0].params["groups"] < 4 and few[0].predicted_gain < offer.predicted_gain
+
+
+@torch.no_grad()
+def test_a_batch_too_small_to_be_split_goes_through_whole():
+    model = Encoder().eval()
+    observation = observe(model, padded([40, 3, 3, 4], 40), dynamic_shapes=DYNAMIC, baseline_seconds=1e-3)
+    behaviour, space, undo = applied(PackPadding, model, variants(PackPadding(), observation)[0])
+    for lengths, width, split in (([40, 3, 3, 4], 40, 1), ([4, 1, 1], 4, 1), ([60, 2], 60, 2)):
+        call = padded(lengths, width)
+        got, expected = space.forward(**call)["hidden"], model(**call)["hidden"]
+        kept = call["attention_mask"].bool()
+        torch.testing.assert_close(got[kept], expected[kept])
+        assert behaviour.split == split
+    undo()

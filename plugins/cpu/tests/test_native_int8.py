@@ -135,3 +135,39 @@ def test_the_first_use_is_announced(monkeypatch):
         monkeypatch.setattr(int8.native_int8, "ready", lambda ready=ready: ready)
         seconds.append(variants(Int8(), observe(model, torch.randn(2, 128)))[0].setup_seconds)
     assert seconds[0] - seconds[1] >= 2.0
+
+
+class _Passthrough(CompiledForward):
+    """Keeps the operations of the graphs that it captured."""
+
+    def __init__(self, forward, backend) -> None:
+        self.operations: list[str] = []
+
+        def noted(graph, example_inputs):
+            self.operations += [str(node.target) for node in graph.graph.nodes]
+            return graph
+
+        super().__init__(forward, backend=backend, graph_pass=noted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_graph_that_no_compiler_fuses_has_the_c_functions_and_packs_once(native, dtype, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Int8Linear(nn.Linear(256, 64), native=native), torch.randn(9, 256).to(dtype)
+    packed = []
+    pack = torch.ops.kpt_cpu.pack_int8
+    captured = _Passthrough(layer.forward, "eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.kpt_cpu, "pack_int8", lambda weight: packed.append(weight) or pack(weight))
+        true = layer(x)
+        for _ in range(3):
+            assert torch.equal(captured(x), true)
+    assert len(packed) == 1 and captured.executions == 3
+    assert any("quantize_rows" in name for name in captured.operations) == native
+    assert not any("pack_int8" in name for name in captured.operations)
+    compiled = _Passthrough(layer.forward, "aot_eager")
+    assert torch.allclose(compiled(x).float(), true.float(), atol=0.05)
+    assert any("pack_int8" in name for name in compiled.operations)
+    assert not any("quantize_rows" in name or "int8_product" in name for name in compiled.operations)
