@@ -243,3 +243,34 @@ def test_a_pass_for_contiguous_inputs_never_sees_others():
     kpt.optimize(model, strided, plugins=[plugin(hostile.ContiguousOnly)], budget=20.0, cache=False)
     assert [entry.rule for entry in kpt.report(model).rejected] == ["value"]
     assert fingerprints.ours(model) == []
+
+
+class OfNothing(slow_models.SlowScale):
+    """Divides by what is zero, or by as good as zero, on the examples."""
+
+    def __init__(self, factor: float, several: bool) -> None:
+        super().__init__(16)
+        self.factor = factor
+        self.several = several
+
+    def forward(self, x):
+        y = slow_models.SlowScale.forward(self, x) * self.factor
+        return (x, y) if self.several else y
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_examples_of_which_a_model_computes_no_numbers_prove_nothing(factor, several):
+    """An error of one per cent of NaN is NaN: a wrong pass would serve calls that give numbers."""
+    model = torch.nn.Sequential(OfNothing(factor, several)).eval()
+    kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(hostile.OnePercent)], cache=False, budget=20.0)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and not receipt.searched
+    assert "is NaN or infinite in every element" in receipt.reason and "pass examples" in receipt.reason
+    assert fingerprints.ours(model) == []
+
+
+def test_one_example_with_numbers_is_enough():
+    model = torch.nn.Sequential(slow_models.SlowScale(16)).eval()
+    examples = [torch.full((32, 16), float("nan")), torch.randn(32, 16)]
+    optimized(model, examples, plugins=[plugin(DirectScale)])

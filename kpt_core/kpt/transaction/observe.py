@@ -173,6 +173,7 @@ def _warm_up(
     Returns the seconds of the first, and whether the forward writes to a tensor that it is given.
     """
     writes = False
+    finite: dict[str, bool] = {}
     with runner.buffers_kept():
         for number, call in enumerate(calls):
             given = call.clone()
@@ -194,9 +195,35 @@ def _warm_up(
                 if outputs.computed_later(leaf):
                     kind = type(leaf).__name__
                     raise Unsuitable(f"{tree.spell(path)} is a {kind}: it is computed after the call")
+                if _holds_floats(leaf):
+                    name = tree.spell(path)
+                    finite[name] = finite.get(name, False) or _any_finite(leaf)
+        if unjudged := [name for name, found in finite.items() if not found]:
+            raise Unsuitable(
+                f"{unjudged[0]} is NaN or infinite in every element on every example, so that nothing could "
+                "be judged by it; pass examples of which the model computes numbers"
+            )
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
         return time.perf_counter() - start, writes
+
+
+def _holds_floats(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.layout is torch.strided
+        and (leaf.is_floating_point() or leaf.is_complex())
+        and leaf.numel() > 0
+        and leaf.device.type != "meta"
+    )
+
+
+def _any_finite(tensor: torch.Tensor) -> bool:
+    """Whether an element is neither NaN nor infinite; most tensors tell by their first piece."""
+    pieces = tensor.detach().reshape(-1).split(1 << 16)
+    return any(
+        bool(torch.isfinite(piece.float() if piece.element_size() == 1 else piece).any()) for piece in pieces
+    )
 
 
 def _various(calls: list[Call], number: int) -> list[Call]:
