@@ -77,12 +77,17 @@ class Kernel:
 
     A call is ``kernel(grid, arguments, constants, num_warps, num_stages)``: ``grid`` is three program
     counts, ``arguments`` the run-time arguments (tensors, numbers or None) and ``constants`` the values
-    of the ``tl.constexpr`` parameters after them. The launch is on the current stream of
-    ``arguments[0]``'s device. An argument is a tensor (or None) in every call, or a number in every call.
+    of the ``tl.constexpr`` parameters after them. The launch is on the current stream of the first tensor's
+    device. An argument is a tensor (or None) in every call, or a number in every call.
+
+    Args:
+        overlapped: the kernel waits for the one before it by itself where `overlaps` says so, and is started
+            while that one still runs.
     """
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, overlapped: bool = False) -> None:
         self.function = function
+        self.overlapped = overlapped
         self._ready: dict[Any, tuple[Any, Any, tuple[Any, ...]]] = {}
         self._start: Callable[..., Any] | None = None
         functools.update_wrapper(self, function.fn)
@@ -125,8 +130,9 @@ class Kernel:
         num_warps: int,
         num_stages: int,
     ) -> tuple[Any, Any, tuple[Any, ...]]:
+        early = {"launch_pdl": True} if self.overlapped and overlaps(_first(arguments).device.index) else {}
         compiled = self.function.warmup(
-            *arguments, *constants, grid=grid, num_warps=num_warps, num_stages=num_stages
+            *arguments, *constants, grid=grid, num_warps=num_warps, num_stages=num_stages, **early
         )
         if hasattr(compiled, "result"):  # compiled in the background
             compiled = compiled.result()
@@ -154,6 +160,10 @@ def _entry(compiled: Any) -> tuple[Callable[..., None], Any, tuple[Any, ...]]:
     return run, function, (metadata, *hooks)
 
 
+def _first(arguments: tuple[Any, ...]) -> torch.Tensor:
+    return next(value for value in arguments if isinstance(value, torch.Tensor))
+
+
 def _written_out(arguments: tuple[Any, ...]) -> Callable[..., None]:
     """The launch written out for a kernel's arguments: a loop over them would cost more than the launch.
 
@@ -163,10 +173,11 @@ def _written_out(arguments: tuple[Any, ...]) -> Callable[..., None]:
     names = [f"a{i}" for i in range(len(arguments))]
     tensors = [n for n, value in zip(names, arguments) if value is None or isinstance(value, torch.Tensor)]
     integers = [n for n, value in zip(names, arguments) if type(value) is int]
+    present = " else ".join([*(f"{name} if {name} is not None" for name in tensors[:-1]), tensors[-1]])
     lines = [
         "def start(kernel, grid, arguments, constants, num_warps, num_stages):",
         f"    {', '.join(names)}, = arguments",
-        "    device = a0.device.index",
+        f"    device = ({present}).device.index",
         "    if device != current_device():",
         "        return kernel._on_device(device, grid, arguments, constants, num_warps, num_stages)",
     ]
@@ -241,7 +252,7 @@ class Bound:
         expected = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in arguments)
         made = _maker(kinds, len(found[2]), len(self.constants))
         return made(  # type: ignore[no-any-return]
-            self._otherwise, arguments[0].device.index, expected, self.grid, *found, self.constants
+            self._otherwise, tensors[0].device.index, expected, self.grid, *found, self.constants
         )
 
 
@@ -308,6 +319,12 @@ def chip() -> int:
     index = torch.cuda.current_device() if torch.cuda.is_available() else None
     name = architecture(index)
     return int(name[3:]) if name.startswith("sm_") else 0
+
+
+def overlaps(device: int | None) -> bool:
+    """Whether kernels can be started there while the one before them still runs, and wait by themselves."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name[3:]) >= 90
 
 
 def processors(device: int | None) -> int:

@@ -16,7 +16,7 @@ from kpt.ops.references.mlp import ACTIVATIONS as NAMED
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
 from kpt_plugin_triton.fp8 import FP8, encoding, fp8_dtype, largest
 from kpt_plugin_triton.kernels import skinny as device
-from kpt_plugin_triton.launch import Kernel, ceil_div, processors
+from kpt_plugin_triton.launch import Kernel, ceil_div, overlaps, processors
 from kpt_plugin_triton.references.skinny import dequantised
 from kpt_plugin_triton.registration import needs_grad, register
 from kpt_plugin_triton.rows import rows_of
@@ -28,8 +28,9 @@ MOST_ROWS = 16
 ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"none": lambda y: y, **NAMED}
 _DTYPES = (torch.bfloat16, torch.float16)
 
-_vector = Kernel(device.skinny_vector)
+_vector = Kernel(device.skinny_vector, overlapped=True)
 _dot = Kernel(device.skinny_dot)
+_early_dot = Kernel(device.skinny_dot, overlapped=True)
 _sum = Kernel(device.skinny_sum)
 
 
@@ -67,7 +68,7 @@ def _dot_rule(itemsize: int, features: int, depth: int) -> dict[str, int]:
     # About 128 programs at least; x is read again by each, so that wide ones are better. The largest choice
     # takes 60 KiB, which every supported chip has.
     block = 64 if features >= 16384 else 32 if features >= 4096 else 16
-    return {"BLOCK_N": block, "BLOCK_K": 128, "SPLITS": 0, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_N": block, "BLOCK_K": 128, "SPLITS": 0, "num_warps": 4, "num_stages": 4, "EARLY": 0}
 
 
 def _dot_candidates(itemsize: int, features: int, depth: int) -> Iterator[dict[str, int]]:
@@ -77,13 +78,16 @@ def _dot_candidates(itemsize: int, features: int, depth: int) -> Iterator[dict[s
             for warps in (2, 4, 8):
                 for stages in (2, 3, 4, 5, 6, 8):
                     if 16384 <= stage * stages <= 163840 and 2048 <= block * width <= 8192 * warps:
-                        for splits in (1, 2, 4) if ceil_div(features, block) <= 256 else (1,):
+                        few = ceil_div(features, block) <= 256
+                        # (splits, blocks that are fetched early)
+                        for splits, early in ((1, 0), (2, 0), (4, 0), (1, 4)) if few else ((1, 0),):
                             yield {
                                 "BLOCK_N": block,
                                 "BLOCK_K": width,
                                 "SPLITS": splits,
                                 "num_warps": warps,
                                 "num_stages": stages,
+                                "EARLY": early,
                             }
 
 
@@ -130,6 +134,7 @@ def _run(
     if splits > 1:
         parts = torch.empty((splits, rows, features), dtype=torch.float32, device=x.device)
     even = depth % width == 0
+    overlapped = overlaps(index)
     warps = options["num_warps"]
     scale_stride = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
     given = (flat, weight, scale, bias, out, parts)
@@ -138,14 +143,15 @@ def _run(
         _vector(
             (programs, splits, 1),
             (*given, features, depth, *strides),
-            (block, width, 16 // itemsize, splits, options["STAGES"], even, bits, activation),
+            (block, width, 16 // itemsize, splits, options["STAGES"], even, bits, activation, overlapped),
             warps,
         )
     else:
-        _dot(
+        early = options.get("EARLY", 0) if overlapped else 0
+        (_early_dot if early else _dot)(
             (programs, splits, 1),
             (*given, rows, features, depth, stride, *strides),
-            (block, width, splits, even, bits, activation),
+            (block, width, splits, even, bits, activation, early),
             warps,
             options["num_stages"],
         )

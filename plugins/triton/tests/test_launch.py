@@ -135,6 +135,36 @@ def test_a_bound_launch_is_made_on_its_own_device(
     assert moved == [None] and len(compiled.started) == 1
 
 
+def test_the_first_argument_may_be_absent(compiled: Compiled) -> None:
+    """As the sums for a weight that is frozen, beside a bias that is trained."""
+    bound = Bound(kernel(), (1, 1, 1), ())
+    for _ in range(2):
+        bound.start(None, X, 1)
+    assert [given[-3:] for given in compiled.started] == [(None, X.data_ptr(), 1)] * 2
+
+
+@pytest.mark.parametrize(("name", "early"), [("sm_90", True), ("sm_80", False), ("gfx942", False)])
+def test_only_kernels_that_wait_are_started_early_and_where_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, name: str, early: bool
+) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: name)
+    monkeypatch.setattr(launch, "_entry", lambda compiled: ("run", "handle", ()))
+    seen: list[dict[str, Any]] = []
+
+    class Function:
+        fn = kernel
+
+        @staticmethod
+        def warmup(*given: Any, **options: Any) -> object:
+            seen.append(options)
+            return object()
+
+    for overlapped in (True, False):
+        Kernel(Function, overlapped)._prepare("key", (1, 1, 1), (None, X), (), 4, 3)
+    usual = {"grid": (1, 1, 1), "num_warps": 4, "num_stages": 3}
+    assert seen == [{**usual, "launch_pdl": True} if early else usual, usual]
+
+
 def test_launches_are_recorded_through_a_bound_one() -> None:
     bound = Bound(kernel(), (1, 1, 1), ("C",), 2, 5)
     with launch.recording("sm_90") as record:

@@ -2,12 +2,18 @@
 
 One row needs no matrix units (`skinny_vector`); up to 16 rows are one tile of them (`skinny_dot`). Where N is
 too small to give every multiprocessor a program, K is split, and `skinny_sum` adds the parts up in order.
+
+EARLY: programs are started while the kernel before still runs, and wait until it has ended and what it wrote
+can be read: a 4096x4096 weight takes 8 µs to read, and one to start a kernel. Meanwhile `skinny_dot` may have
+the second-level cache fetch the weight's first columns, EARLY blocks of them; should the kernel before write
+these, it writes them there.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kpt_plugin_triton.kernels.activations import activate
 
@@ -26,6 +32,14 @@ def fp8_values(code, BIAS: tl.constexpr):
     else:
         bits = tl.where(wide == 0x80, 0x7E00, bits)
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _fetch(places):
+    """Have NVIDIA's second-level cache fetch the lines that hold these addresses."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -63,7 +77,11 @@ def skinny_vector(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     # Features past the last one read the last one's weights and are not stored: no mask on the loads.
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.where(feature < features, feature, features - 1).to(tl.int64)
@@ -120,10 +138,18 @@ def skinny_dot(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     number = tl.arange(0, 16)  # the smallest tile that matrix units take
     feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.where(feature < features, feature, features - 1).to(tl.int64)
+    if EARLY > 0:
+        gdc_launch_dependents()
+        LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+        ahead = tl.arange(0, EARLY * BLOCK_K // LINE) * LINE
+        ahead = tl.minimum(tl.program_id(1) * BLOCK_K + ahead, depth - 1)
+        _fetch(weight + row[:, None] * weight_stride + ahead[None, :])
+        gdc_wait()
     column = tl.arange(0, BLOCK_K)
     present = (number < rows)[:, None]
     x_rows = x + number.to(tl.int64)[:, None] * x_stride  # the last of many tokens: rows far apart

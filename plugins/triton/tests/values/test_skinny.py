@@ -16,13 +16,15 @@ from kpt.ops import recognise, reference
 from kpt.testing.models import op_site
 from kpt_plugin_triton import fp8, skinny, skinny_sites
 from kpt_plugin_triton.checks import KernelInputError
-from kpt_plugin_triton.launch import INTERPRETED
+from kpt_plugin_triton.launch import INTERPRETED, overlaps
 from kpt_plugin_triton.references import skinny as references
 from kpt_plugin_triton.references.skinny import dequantised
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 KERNELS = {(spec.op, spec.name): spec for spec in plugin.kpt_kernels()}
+LIKE = {"device": DEVICE, "dtype": DTYPES[-1]}
+STARTS_EARLY = not INTERPRETED and torch.cuda.is_available() and overlaps(torch.cuda.current_device())
 QUANTISED = {"int8": skinny.linear_int8, "fn": skinny.linear_fp8, "fnuz": skinny.linear_fp8}
 
 
@@ -167,6 +169,26 @@ def test_split_depth(rows: int, splits: int) -> None:
     assert_right(found, x, weight, bias, F.gelu)
     found = skinny._run(x, packed, scale, bias, "none", options)
     assert_right(found, x, dequantised(packed, scale, torch.float32), bias)
+
+
+@pytest.mark.skipif(not STARTS_EARLY, reason="needs sm_90 or later")
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_programs_that_start_early_see_what_was_written_just_before(rows: int) -> None:
+    """Input, weight and the memory of the output may all belong to the kernel before."""
+    options = {"BLOCK_N": 16, "BLOCK_K": 256, "SPLITS": 1, "num_warps": 2, "num_stages": 6, "EARLY": 4}
+    given = options if rows > 1 else None
+    x, weight = torch.empty(rows, 4096, **LIKE), torch.empty(4090, 4096, **LIKE)
+    sources = [(torch.randn_like(x), torch.randn_like(weight)) for _ in range(3)]
+    right = [F.linear(*source) for source in sources]
+    for number in range(60):
+        for into, source in zip((x, weight), sources[number % 3]):
+            into.copy_(source)
+        found = skinny._run(x, weight, None, None, "none", given)
+        again = skinny._run(x, weight, None, None, "none", given)
+        x.fill_(float("nan"))
+        weight.fill_(float("nan"))
+        torch.testing.assert_close(found, right[number % 3], rtol=2e-2, atol=1.0)
+        assert torch.equal(found, again)
 
 
 def test_splits_fill_the_device() -> None:
