@@ -108,7 +108,8 @@ def torch() -> Iterable[Finding]:
         yield Finding("ok", f"C++ compiler {compiler}")
     else:
         what = f"CXX={compiler} is not there" if compiler else "there is no C++ compiler"
-        yield Finding("note", f"{what}; torch.compile has none to use on a CPU", "apt-get install g++")
+        users = "torch.compile on a CPU and norms in eager training on a GPU have none to use"
+        yield Finding("note", f"{what}; {users}", "apt-get install g++")
 
 
 def hardware() -> Iterable[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
+from kpt_plugin_triton.native import norms as native
 from kpt_plugin_triton.norm_rows import (
     backward_options,
     centred_backward_options,
@@ -40,7 +41,8 @@ class _Norm(torch.autograd.Function):
         eps, offset, centred = how
         y, total, mean, rstd = run_forward(x, residual, weight, bias, eps, offset, centred, True)
         # statistics are no inputs or outputs, so that plain attributes may hold them
-        ctx.held = mean, rstd, offset
+        ctx.held = mean, rstd, how
+        ctx.alone = total is None
         if total is None:
             ctx.save_for_backward(x, weight, bias)
             return y
@@ -55,13 +57,21 @@ class _Norm(torch.autograd.Function):
                 "these norms are differentiable once; call backward without create_graph"
             )
         x, weight, bias = ctx.saved_tensors
-        mean, rstd, offset = ctx.held
+        mean, rstd, (eps, offset, centred) = ctx.held
         _, residual, wants_weight, wants_bias, _ = ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(x)
         dx, dweight, dbias = run_backward(
             x, dy, dtotal, weight, bias, mean, rstd, offset, wants_weight, wants_bias
         )
+        if native.norm is None:
+            native.begin()
+        elif ctx.alone:
+            wanted = (
+                *(x.requires_grad, weight is not None and weight.requires_grad),
+                bias is not None and bias.requires_grad,
+            )
+            native.offer(x, weight, bias, eps, offset, centred, wanted)
         return dx, (dx if residual else None), dweight, dbias, None
 
 
@@ -199,6 +209,11 @@ def _norm(
     if torch.compiler.is_compiling():
         y, total, _, _ = norm_forward(x, residual, weight, bias, eps, offset, centred)
         return y if residual is None else (y, total)
+    served = native.norm
+    if served is not None and residual is None:
+        out = served(x, weight, bias, eps, offset, centred)
+        if out is not None:
+            return out
     _check(op, x, residual, weight, bias)
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
@@ -207,6 +222,8 @@ def _norm(
     if needs_grad(x, residual, weight, bias):
         return _apply(x, residual, weight, bias, (float(eps), float(offset), centred))
     y, total, _, _ = run_forward(x, residual, weight, bias, float(eps), float(offset), centred, False)
+    if served is not None and residual is None:
+        native.offer(x, weight, bias, float(eps), float(offset), centred, (False, False, False))
     return y if residual is None else (y, total)
 
 

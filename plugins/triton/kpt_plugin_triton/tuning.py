@@ -148,6 +148,8 @@ def user_folder() -> Path:
 
 Plan = TypeVar("Plan")
 _PLANS: list[Any] = []
+#: Called when tables are read again, by those who keep what was planned with the ones before.
+FORGETTING: list[Callable[[], None]] = []
 
 
 def remembered(plan: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -172,3 +174,5 @@ def forget() -> None:
         plan.cache_clear()
     for kernel in KERNELS.values():
         kernel.forget()
+    for other in FORGETTING:
+        other()
