@@ -50,7 +50,9 @@ def _case(op: str, rows: int, columns: int, backward: bool, goal: float | None) 
 
     def kpt() -> Callable[[], Any]:
         from kpt_plugin_triton import norms
+        from kpt_plugin_triton.native import norms as native
 
+        native.wait()  # compiled in the background otherwise: the first calls would be launched from Python
         return with_backward(getattr(norms, op))
 
     def liger() -> Callable[[], Any]:
