@@ -503,6 +503,20 @@ class GainIsNoNumber(_WrongField):
     fields = {"predicted_gain": float("nan")}
 
 
+class ParameterIsNoNumber(_WrongField):
+    fields = {"params": {"scale": float("nan")}}
+
+
+class NameIsUnprintable(_WrongField):
+    """Would move the cursor of whoever prints a receipt."""
+
+    fields = {"name": "direct\x1b[2J"}
+
+
+class NameIsEmpty(_WrongField):
+    fields = {"name": ""}
+
+
 class SetupIsNone(_WrongField):
     fields = {"setup_seconds": None}
 

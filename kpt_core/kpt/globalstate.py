@@ -297,8 +297,18 @@ def _process() -> list[Item]:
         _attribute("standard input", sys, "stdin"),
         _attribute("hook of uncaught errors", sys, "excepthook"),
         _attribute("hook of uncaught errors in threads", threading, "excepthook"),
+        Item("profile function", sys.getprofile, _put_profile),
+        Item("trace function", sys.gettrace, sys.settrace),
         Item("arguments of the program", lambda: list(sys.argv), partial(setattr, sys, "argv")),
     ]
+
+
+def _put_profile(function: Any) -> None:
+    enable = getattr(function, "enable", None)  # a profiler written in C, which Python cannot call
+    if callable(enable):
+        enable()
+    else:
+        sys.setprofile(function)
 
 
 def _handlers() -> list[Item]:

@@ -77,6 +77,8 @@ DISTURBANCES: dict[str, Callable[[], Any]] = {
     "standard input": lambda: setattr(sys, "stdin", io.StringIO()),
     "hook of uncaught errors": lambda: setattr(sys, "excepthook", print),
     "hook of uncaught errors in threads": lambda: setattr(threading, "excepthook", print),
+    "profile function": lambda: sys.setprofile(lambda *event: None),
+    "trace function": lambda: sys.settrace(lambda *event: None),
     "arguments of the program": lambda: sys.argv.append("--more"),
 }
 

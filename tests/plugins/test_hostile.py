@@ -269,6 +269,26 @@ def test_inline_objects_that_offer_nothing_usable_are_errors():
     assert registry([Misspelt()], strict=False).statuses[-1].state == "invalid"
 
 
+def test_an_inline_object_whose_mark_is_on_a_wrapper_is_told_where_it_belongs():
+    class Wrapped:
+        @kpt.hookimpl
+        @staticmethod
+        def kpt_passes():
+            return []
+
+    with pytest.raises(PluginError, match="put @kpt.hookimpl right above the def"):
+        registry([Wrapped()])
+
+
+def test_an_inline_object_that_raises_when_it_is_looked_at_is_named():
+    class Raises:
+        def __getattr__(self, name):
+            raise ZeroDivisionError(name)
+
+    with pytest.raises(PluginError, match="'inline:Raises' is invalid"):
+        registry([Raises()])
+
+
 def test_a_lazily_loading_module_stays_unloaded(install):
     install(
         "kpt-plugin-lazy",

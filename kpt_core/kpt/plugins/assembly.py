@@ -136,7 +136,8 @@ def _inline(selection: Iterable[str | object]) -> Iterable[_Plugin]:
         if isinstance(plugin, str) or any(plugin is other for other in seen):
             continue
         seen.append(plugin)
-        name = str(getattr(plugin, "__name__", None) or type(plugin).__name__)
+        own = attempt(lambda plugin=plugin: str(plugin.__name__)).value
+        name = own or type(plugin).__name__
         names[name] = names.get(name, 0) + 1
         label = f"inline:{name}" if names[name] == 1 else f"inline:{name}-{names[name]}"
         with foreign(label, "was asked what it offers", upgrade_or_disable(label, "")):

@@ -105,6 +105,11 @@ def _registered(manager: pluggy.PluginManager, marked: dict[str, Any]) -> dict[s
     for name, function in marked.items():
         _check_arguments(name, function)
     holder = SimpleNamespace(**marked)
+    for name in marked:
+        if manager.parse_hookimpl_opts(holder, name) is None:
+            raise Invalid(
+                f"{name} is wrapped below its mark (a staticmethod?); put @kpt.hookimpl right above the def"
+            )
     try:
         manager.register(holder, name="plugin")
     except pluggy.PluginValidationError as error:

@@ -181,11 +181,14 @@ def plain(value: Any) -> Any:
     """``value`` as JSON would give it back.
 
     Raises:
-        TypeError: a variant's parameters hold something that is no JSON value.
+        TypeError: a variant's parameters hold something that is no JSON value (NaN and infinity are none).
     """
     if isinstance(value, Mapping):
         value = dict(value)
-    return json.loads(json.dumps(value, default=_plain_default))
+    try:
+        return json.loads(json.dumps(value, default=_plain_default, allow_nan=False))
+    except ValueError as error:
+        raise TypeError(f"variant parameters must be JSON values ({error})") from error
 
 
 def _plain_default(value: Any) -> Any:

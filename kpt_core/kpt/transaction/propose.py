@@ -127,7 +127,9 @@ def _checked(offered: Any) -> Iterable[Variant | Skip]:
         fault = _fault(offer)
         if fault:
             name = getattr(offer, "name", "")
-            raise ValueError(f"{type(offer).__name__} {name!r}: {fault}" if name else f"Skip: {fault}")
+            raise ValueError(
+                f"{type(offer).__name__} {name!r}: {fault}" if name else f"{type(offer).__name__}: {fault}"
+            )
         if isinstance(offer, Variant):
             plain(offer.params)
         if number >= _VARIANTS:
@@ -146,7 +148,10 @@ def _fault(offer: Variant | Skip) -> str:
                 else f"params={value!r} is a {type(value).__name__}; write a dict"
             )
         elif field.name == "name":
-            fault = "" if isinstance(value, str) and value else f"name={value!r} is not a name"
+            right = isinstance(value, str) and value and value.isprintable()
+            fault = (
+                "" if right else f"name={value!r} is not a name; write a text that can be printed on a line"
+            )
         elif field.name == "setup_seconds":
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             right = number and math.isfinite(value) and value >= 0
