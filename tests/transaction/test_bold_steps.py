@@ -16,8 +16,8 @@ from fingerprints import optimized
 from kpt.specs import PolicySpec, Variant
 from kpt.transaction import events, ledger, stacks
 from kpt.transaction.budget import Budget
+from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan
-from kpt.transaction.trial import Outcome
 
 CAUTIOUS = PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16")
 

@@ -15,7 +15,7 @@ from kpt.judge.calls import Call
 from kpt.judge.state import ModelState
 from kpt.transaction.execution import Runner
 from kpt.transaction.repeatable import unrepeatable
-from kpt.transaction.trial import ModelDamaged, Trials
+from kpt.transaction.safekeeping import ModelDamaged, Safekeeping
 from slow_models import DirectScale, SlowScale, plugin
 
 CALLS = 0
@@ -193,11 +193,9 @@ def test_a_buffer_that_takes_on_a_history_in_training_is_as_it_was():
 @pytest.mark.parametrize(("limit", "says"), [(None, "could not be put back (weight"), (0, "too large to be")])
 def test_what_could_not_be_put_back_is_called_too_large_only_where_it_was(limit, says):
     model = SlowScale(16)
-    trials = Trials.__new__(Trials)
-    trials.state, trials.damage = ModelState(model, limit_bytes=limit), []
-    trials.eager_changes = frozenset()
+    kept = Safekeeping(model, ModelState(model, limit_bytes=limit))
     with pytest.raises(ModelDamaged, match=re.escape(says)):
-        trials._mend(["weight: values"], lambda: ["weight: values"])
+        kept._mend(["weight: values"], lambda: ["weight: values"])
 
 
 def test_what_a_forward_draws_alike_in_every_run_is_served_with_gradients():

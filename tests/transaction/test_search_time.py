@@ -12,9 +12,9 @@ from kpt.judge.clock import Timing
 from kpt.specs import Level, Phase, Variant
 from kpt.transaction.budget import Budget
 from kpt.transaction.ledger import Ledger
+from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan, Proposals
 from kpt.transaction.search import Search
-from kpt.transaction.trial import Outcome
 
 FASTER = Timing(2.0, 1.9, 2.1, 1.0, 0.5, 16)
 

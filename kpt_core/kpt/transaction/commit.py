@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from kpt.judge.clock import Timing
-    from kpt.transaction.trial import Outcome, Trials
+    from kpt.transaction.outcome import Outcome
+    from kpt.transaction.trial import Trials
 
 
 class Committed:
@@ -104,8 +105,8 @@ def commit(
     """
     applied = outcome.applied
     assert applied is not None
-    harmed = len(trials.damage)
-    with trials.untouched():
+    harmed = len(trials.kept.damage)
+    with trials.kept.untouched():
         verdicts = [_judge_values(outcome, trials)]
         if trials.observation.stochastic and verdicts[0].passed:
             verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied)))
@@ -114,10 +115,10 @@ def commit(
             outcome.figures[key] = max(outcome.figures.get(key, value), value)
     outcome.hush()
     rule, detail = verdict.rule, verdict.detail
-    if trials.overruled(rule):
+    if trials.metric.overrules(rule):
         rule, detail = "ok", ""  # the metric was measured when the plan was tried
-    if len(trials.damage) > harmed:
-        rule, detail = "parameter-modified", trials.damage_since(harmed)
+    if len(trials.kept.damage) > harmed:
+        rule, detail = "parameter-modified", trials.kept.damage_since(harmed)
     if rule != "ok":
         outcome.close()
         reason = f"the final judgement on fresh inputs rejected the plan ({rule}: {detail})"
@@ -134,11 +135,11 @@ def _proven(
     committed: Committed, model: torch.nn.Module, trials: Trials, harmed: int
 ) -> tuple[Committed | None, tuple[str, str], Timing | None]:
     """Time what is installed; take it back where it changed the model, serves nothing, or is not faster."""
-    with trials.state_kept():
+    with trials.kept.state_kept():
         timing = committed.time(model, trials)
-    if len(trials.damage) > harmed:
+    if len(trials.kept.damage) > harmed:
         committed.take_back(in_run=True)
-        return None, ("parameter-modified", trials.damage_since(harmed)), timing
+        return None, ("parameter-modified", trials.kept.damage_since(harmed)), timing
     used, fallbacks = committed.plan.optimized_calls, committed.plan.fallbacks.to_dict()
     committed.plan.reset_counters()
     faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)

@@ -19,9 +19,10 @@ from kpt.transaction.receipt import Entry, Receipt
 if TYPE_CHECKING:
     from kpt.judge.clock import Timing
     from kpt.transaction.ledger import Found
+    from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Proposals
     from kpt.transaction.request import Run
-    from kpt.transaction.trial import Outcome, Trials
+    from kpt.transaction.trial import Trials
 
 #: Seconds that a tracker may take without a word in the receipt.
 _MOMENT = 1.0
@@ -38,7 +39,7 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
         try:
             run.committed, refusal, timing = _try(run, best, beneath, trials, timed=timed)
             if run.committed is not None and beneath is not None:
-                with trials.state_kept():  # its undos run after the last look at the model
+                with trials.kept.state_kept():  # its undos run after the last look at the model
                     beneath.close()
         except BaseException:
             if beneath is not None:
@@ -123,10 +124,10 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
     if timing is not None:
         receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
         receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
-    if trials.accuracy_before is not None:
+    if trials.metric.before is not None:
         receipt.accuracy = {
-            "before": trials.accuracy_before,
-            "after": trials.accuracy_after.get(best.plan.key, float("nan")),
+            "before": trials.metric.before,
+            "after": trials.metric.after.get(best.plan.key, float("nan")),
         }
     receipt.recipe_data = recipe.to_dict(
         best.plan,

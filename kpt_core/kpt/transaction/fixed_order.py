@@ -14,7 +14,7 @@ from kpt.transaction.plan import Plan
 
 if TYPE_CHECKING:
     from kpt.transaction.ledger import Ledger
-    from kpt.transaction.trial import Outcome
+    from kpt.transaction.outcome import Outcome
 
 _OF_THE_CLOCK = ("budget", "deadline", "slower")
 

@@ -50,7 +50,7 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
     longest = 0.0
     judged: set[str] = set()
     try:
-        with trials.untouched(), budget.limit(0.2 * budget.seconds):
+        with trials.kept.untouched(), budget.limit(0.2 * budget.seconds):
             for kind in kinds:
                 started = budget.spent()
                 least = len(judged) < _LEAST_KINDS

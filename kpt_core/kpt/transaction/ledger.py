@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from kpt.transaction import memory
 from kpt.transaction.events import emit
 from kpt.transaction.freememory import free_memory
+from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan, assemble
 from kpt.transaction.receipt import Entry
-from kpt.transaction.trial import Outcome, Trials
 
 if TYPE_CHECKING:
     from kpt.transaction.budget import Budget
+    from kpt.transaction.trial import Trials
 
 #: Share of the budget kept at least for the commit's own judgement and timing.
 _RESERVE = 0.1

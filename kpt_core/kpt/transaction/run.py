@@ -146,7 +146,7 @@ def _transact(
                 "only the examples' sizes were judged: the model refuses all others that were tried of its "
                 "declared dimensions"
             )
-        changed = sorted({*trials.damage, *trials.patched})
+        changed = sorted({*trials.kept.damage, *trials.kept.patched})
         if changed:
             receipt.notes.append("put back after a trial had changed it: " + ", ".join(changed[:8]))
 
@@ -258,7 +258,7 @@ def _selection_key(selection: Sequence[Any] | None) -> Any:
 def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
     """Apply a recipe and judge it, without searching; False when a search has to follow."""
     try:
-        with run.budget.limit(), trials.untouched():
+        with run.budget.limit(), trials.kept.untouched():
             plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
     except recipe.RecipeError as error:
         run.receipt.notes.append(f"the recipe was not used: {error}")
@@ -304,7 +304,7 @@ def _store_veto(run: Run) -> None:
 def _search(run: Run, trials: Trials) -> None:
     request, receipt, budget = run.request, run.receipt, run.budget
     emit("propose", "asking plugins for variants", seconds=budget.spent(), budget=budget.seconds)
-    with budget.limit(), trials.untouched():
+    with budget.limit(), trials.kept.untouched():
         proposals: Proposals = propose(trials.observation, request.registry)
     receipt.skipped = proposals.skipped
     receipt.searched = True

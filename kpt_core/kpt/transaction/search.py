@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 from kpt.transaction import fixed_order, gate, stacks
 from kpt.transaction.ledger import Found, Ledger, ratio
 from kpt.transaction.plan import Plan, excludes, worth
-from kpt.transaction.trial import Outcome, Trials
 from kpt.transaction.watch import why_no_copies
 
 if TYPE_CHECKING:
     from kpt.transaction.budget import Budget
+    from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Candidate, Proposals
+    from kpt.transaction.trial import Trials
 
 #: What would come beside the chosen steps is not tried where it is predicted to gain less than this,
 _WORTH = 1.02

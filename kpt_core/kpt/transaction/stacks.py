@@ -15,7 +15,7 @@ from kpt.transaction.plan import EXCLUSIVE, Candidate, Plan
 
 if TYPE_CHECKING:
     from kpt.transaction.ledger import Ledger
-    from kpt.transaction.trial import Outcome
+    from kpt.transaction.outcome import Outcome
 
 #: Steps of this level may be wrong, or slow to compile, where those of the other levels are not.
 _BOLD = "aggressive"
