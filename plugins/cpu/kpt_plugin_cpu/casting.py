@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,7 +77,11 @@ def cast_calls(
     before = model.__dict__.get("forward")
 
     def narrow(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.dtype in _FLOATS else leaf
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(dtype) if leaf.dtype in _FLOATS else leaf
+        if leaf is None or isinstance(leaf, (int, float, str)):
+            return leaf
+        return _cast_inside(leaf, _FLOATS, dtype, _DEPTH)[0] if dataclasses.is_dataclass(leaf) else leaf
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(narrow, (args, kwargs))
@@ -97,20 +102,23 @@ def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
     """``output`` with ``narrow`` tensors in ``wide``; what holds some is copied: the model may keep it."""
 
     def leaf(value: Any) -> Any:
-        return _widened_inside(value, narrow, wide, _DEPTH)[0]
+        return _cast_inside(value, (narrow,), wide, _DEPTH)[0]
 
     return pytree.tree_map(leaf, output)
 
 
-def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: int) -> tuple[Any, bool]:
-    """A tensor in ``wide``, or a copy of an object that holds ``narrow`` ones (a cache, say) within ``depth``
-    levels, and True; or ``value`` itself and False: dynamo of torch 2.11 can't ask whether it is the same."""
+def _cast_inside(
+    value: Any, dtypes: tuple[torch.dtype, ...], dtype: torch.dtype, depth: int
+) -> tuple[Any, bool]:
+    """A tensor of one of ``dtypes`` in ``dtype``, or a copy of an object that holds some (a cache, say)
+    within ``depth`` levels, and True; or ``value`` itself and False: dynamo of torch 2.11 can't ask whether
+    it is the same."""
     if isinstance(value, torch.Tensor):
-        return (value.to(wide), True) if value.dtype == narrow else (value, False)
+        return (value.to(dtype), True) if value.dtype in dtypes else (value, False)
     if depth == 0 or value is None or isinstance(value, (int, float, str, bytes, torch.nn.Module, type)):
         return value, False
     if isinstance(value, (list, tuple)):
-        items = [_widened_inside(item, narrow, wide, depth - 1) for item in value]
+        items = [_cast_inside(item, dtypes, dtype, depth - 1) for item in value]
         if not any(differs for _, differs in items):
             return value, False
         parts = [item for item, _ in items]
@@ -119,7 +127,7 @@ def _widened_inside(value: Any, narrow: torch.dtype, wide: torch.dtype, depth: i
     changed = {}
     for name, item in list(held.items()):
         if isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
-            new, differs = _widened_inside(item, narrow, wide, depth - 1)
+            new, differs = _cast_inside(item, dtypes, dtype, depth - 1)
             if differs:
                 changed[name] = new
     if not changed:

@@ -81,6 +81,34 @@ def test_bf16_widens_what_a_frozen_dataclass_holds(compiled: bool):
     undo()
 
 
+@dataclass(frozen=True)
+class Batch:
+    x: torch.Tensor
+    more: list[torch.Tensor]
+    scale: float = 2.0
+
+
+class TakesBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(128, 8)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return (self.linear(batch.x) + self.linear(batch.more[0])) * batch.scale
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_bf16_narrows_what_a_dataclass_brings_in(compiled: bool):
+    model, batch = TakesBatch().eval(), Batch(torch.randn(4, 128), [torch.randn(4, 128)])
+    (offer,) = variants(Bf16(), observe(model, batch.x))
+    _, space, undo = applied(Bf16, model, offer)
+    run = torch.compile(space.forward, backend="eager") if compiled else space.forward
+    assert 0 < relative(run(batch), model(batch)) < 2e-2
+    assert batch.x.dtype is batch.more[0].dtype is torch.float32
+    undo()
+
+
 class Cache:
     """What state-space models return beside their outputs: states by layer, and what holds them."""
 
