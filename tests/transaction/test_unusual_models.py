@@ -382,3 +382,30 @@ def test_a_sparse_buffer_that_calls_write_to_is_put_back(layout: str) -> None:
 
 def _values(matrix: torch.Tensor) -> torch.Tensor:
     return matrix._values() if matrix.layout is torch.sparse_coo else matrix.values()
+
+
+class EqualToAll(Net):
+    """Says of each two of its kind that they are equal, as classes compared by their settings do."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualToAll)
+
+    def __hash__(self) -> int:
+        return 7
+
+
+def test_models_that_call_themselves_equal_have_reports_and_watches_of_their_own() -> None:
+    x = torch.randn(8, 16)
+    first, second, never = EqualToAll().eval(), EqualToAll().eval(), EqualToAll().eval()
+    optimized(first, x, plugins=[plugin(DirectScale)])
+    kpt.optimize(second, x, plugins=[plugin()], cache=False)
+    assert kpt.report(first).optimized and not kpt.report(second).optimized
+    with pytest.raises(ValueError, match="was not optimised"):
+        kpt.report(never)
+    optimized(second, x, plugins=[plugin(DirectScale)])
+    first.double()
+    with torch.no_grad():
+        first(x.double())
+        second(x)
+    assert fast_calls(first) == 0 and fast_calls(second) == 1
+    assert any("moved or converted" in reason for reason in fingerprints.fallbacks(first))

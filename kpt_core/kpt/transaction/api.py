@@ -7,11 +7,11 @@ baseline, asks for proposals, searches (or applies a cached recipe), commits and
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kpt import plugins
 from kpt.error_text import described
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _lock = threading.RLock()
-_receipts: weakref.WeakKeyDictionary[torch.nn.Module, Receipt] = weakref.WeakKeyDictionary()
-_requests: weakref.WeakKeyDictionary[torch.nn.Module, Request] = weakref.WeakKeyDictionary()
+# By identity: a model's class may say that two of its instances are equal.
+_receipts: MutableMapping[torch.nn.Module, Receipt] = WeakIdKeyDictionary()
+_requests: MutableMapping[torch.nn.Module, Request] = WeakIdKeyDictionary()
 #: Devices and dtypes of each model in its last run, which its examples were for.
-_last_kinds: weakref.WeakKeyDictionary[torch.nn.Module, tuple[set[torch.device], set[torch.dtype]]] = (
-    weakref.WeakKeyDictionary()
+_last_kinds: MutableMapping[torch.nn.Module, tuple[set[torch.device], set[torch.dtype]]] = (
+    WeakIdKeyDictionary()
 )
 
 

@@ -14,12 +14,13 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kpt.judge.modelstate import attributes_of
 from kpt.judge.slots import slots_of
@@ -214,7 +215,7 @@ def _restore_apply(module: torch.nn.Module) -> Callable[[], None]:
 
 
 #: A watch refers to its model's dictionaries, so that a strong reference here would keep both alive.
-_apply_watchers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+_apply_watchers: MutableMapping[torch.nn.Module, weakref.ref[Watch]] = WeakIdKeyDictionary()
 
 
 @ours
