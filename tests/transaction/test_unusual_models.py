@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import io
+import re
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ from fingerprints import fast_calls, optimized
 from kpt.compiling import CompiledForward
 from kpt.ops.clone import clone as clone_for_proof
 from kpt.transaction import workspace
-from slow_models import DirectScale, Net, SlowScale, plugin
+from slow_models import DerivedScale, DirectScale, Net, SlowScale, plugin
 
 
 class Slots(torch.nn.Module):
@@ -409,3 +410,52 @@ def test_models_that_call_themselves_equal_have_reports_and_watches_of_their_own
         second(x)
     assert fast_calls(first) == 0 and fast_calls(second) == 1
     assert any("moved or converted" in reason for reason in fingerprints.fallbacks(first))
+
+
+class Trainable(Net):
+    """Tells optimizers of its last layer only, by `parameters`."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.last.parameters(recurse)
+
+
+class NamesNoBuffers(Net):
+    def named_buffers(self, *args: Any, **options: Any) -> Any:
+        return iter(())
+
+
+class ShowsNoParts(Net):
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        yield "", self
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (Trainable, r"Trainable has parameters\(\) or named_parameters\(\).*first.weight"),
+        (NamesNoBuffers, r"named_buffers\(\).*norm.running_mean"),
+        (ShowsNoParts, r"named_modules\(\) of its own, which leaves out first"),
+    ],
+)
+def test_a_model_that_hides_parts_of_itself_comes_back_with_the_reason(cls: type, said: str) -> None:
+    """Copies of a weight that nobody tells of would go stale unnoticed."""
+    model, x = cls().train(False), torch.randn(8, 16)
+    for part in (model.first, model.slow, model.norm, model.dropout, model.last):
+        part.training = False
+    expected = model(x)
+    kpt.optimize(model, x, plugins=[plugin(DerivedScale)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and re.search(said, receipt.reason), receipt.reason
+    assert torch.equal(model(x), expected)
+
+
+class ForwardIsAProperty(Net):
+    @property
+    def forward(self) -> Any:
+        return lambda x: Net.forward(self, x)
+
+
+def test_a_forward_that_no_other_gets_past_is_a_reason() -> None:
+    model, x = ForwardIsAProperty().eval(), torch.randn(8, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20.0, cache=False)
+    assert "is a property" in kpt.report(model).reason and not kpt.report(model).searched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 from collections.abc import Iterator
@@ -33,9 +34,48 @@ def unreachable(model: torch.nn.Module) -> str | None:
             "model.compile() was called, so that calls run what torch.compile made of the model and no other "
             "forward; set model._compiled_call_impl = None first to have it optimised instead"
         )
+    if isinstance(inspect.getattr_static(type(model), "forward", None), property):
+        return f"the forward of {type(model).__name__} is a property, which no other forward gets past"
     if getattr(model.forward, "__func__", None) is torch.nn.Module.forward:
         return f"{type(model).__name__} has no forward for kpt to replace; rename its __call__ to forward"
     return None
+
+
+def _hidden(model: torch.nn.Module) -> str | None:
+    """What a method of the model's own leaves out of its parts: nobody would hear of writes to that."""
+    parts = _parts(model)
+    held: dict[str, dict[int, str]] = {"modules": {id(module): path for path, module in parts.items()}}
+    for kind in ("parameters", "buffers"):
+        held[kind] = {
+            id(tensor): f"{path}.{name}".lstrip(".")
+            for path, module in parts.items()
+            for name, tensor in getattr(module, f"_{kind}").items()
+            if tensor is not None
+        }
+    for kind, names in held.items():
+        told = {id(part) for part in getattr(model, kind)()}
+        told &= {id(part) for _, part in getattr(model, f"named_{kind}")()}
+        left_out = [name for part, name in names.items() if part not in told]
+        if left_out:
+            return (
+                f"{type(model).__name__} has {kind}() or named_{kind}() of its own, which leaves out "
+                f"{left_out[0]}, so that changes of it would go unnoticed; give that method another name"
+            )
+    return None
+
+
+def _parts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every module by its path, whatever the model's own methods tell."""
+    found, seen, pending = {"": model}, {id(model)}, [("", model)]
+    while pending:
+        path, module = pending.pop()
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                below = f"{path}.{name}".lstrip(".")
+                seen.add(id(child))
+                found[below] = child
+                pending.append((below, child))
+    return found
 
 
 def refuse_unsuitable(model: torch.nn.Module) -> None:
@@ -92,6 +132,9 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
         )
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers())):
         raise Unsuitable("parameters are on the meta device; load weights first")
+    hidden = _hidden(model)
+    if hidden is not None:
+        raise Unsuitable(hidden)
 
 
 def foreign_kind(tensor: torch.Tensor) -> str:
