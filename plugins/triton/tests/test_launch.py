@@ -182,6 +182,26 @@ def test_norms_pass_fractions_whatever_they_are_given() -> None:
     assert [type(value) for value in record.launches[0].arguments[-2:]] == [float, float]
 
 
+@pytest.mark.parametrize(("target", "early"), [("sm_90", 1), ("sm_80", 0), ("gfx942", 0)])
+def test_products_of_few_rows_start_early_where_that_was_faster(target: str, early: int) -> None:
+    from kpt_plugin_triton import skinny
+
+    def last_constant(rows: int, features: int, dtype: torch.dtype) -> Any:
+        x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(features, 4096, dtype=dtype, device="meta")
+        with launch.recording(target) as record:
+            if dtype is torch.int8:
+                skinny.linear_int8(x, weight, torch.empty(features, device="meta"))
+            else:
+                skinny.linear(x, weight)
+        return record.launches[0].constants[-1]
+
+    assert last_constant(1, 4096, torch.bfloat16) == bool(early)
+    assert last_constant(1, 4096, torch.int8) == 0
+    assert last_constant(4, 4096, torch.bfloat16) == 4 * early
+    assert last_constant(4, 28672, torch.bfloat16) == last_constant(4, 4096, torch.int8) == 0
+
+
 class Doubled(torch.autograd.Function):
     recorded: list[bool] = []
 
