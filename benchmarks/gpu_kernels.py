@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, at_most, tensors, with_todays, write_result
+from common import RESULTS, at_most, tensors, versions, with_todays, write_result
 
 FAMILIES = (
     "norms",
@@ -342,6 +342,7 @@ def main() -> None:
     missed: dict[str, dict[str, Any]] = {}
     path: Path | None = None
     for record in measured(cases, options.seconds, until):
+        record["commit"] = versions()["commit"]
         (missed if "failed" in record else done)[f"{record['op']} {record['size']}"] = record
         records = with_todays("gpu_kernels", "cases", done, settings, options.results)
         path = write_result("gpu_kernels", {**content, "cases": {**missed, **records}}, options.results)

@@ -45,7 +45,8 @@ def page(folder: Path) -> str:
         "the smallest round, over the median: where it is large, the figure says little. Errors are relative "
         "to a reference in fp32 or better. A contender that did not run is listed with its reason.",
         f"Device: {content['device']['name']}; Triton {content['triton']}, torch "
-        f"{content['versions']['torch']}, torchao {content['versions']['torchao']}; {content['date']}; file "
+        f"{content['versions']['torch']}, torchao {content['versions']['torchao']}; {content['date']}"
+        f"{_commits(content)}; file "
         f"`benchmarks/results/{path.name}`. Ceilings measured in the same run: a copy moves "
         f"{limits['copy_GB/s']:.0f} GB/s (read and written), bf16 products {products} TFLOP/s.",
         f"![Achieved rates against the measured ceilings](assets/{PLOT})",
@@ -67,6 +68,16 @@ def page(folder: Path) -> str:
     if absent:
         parts += ["## Not measured in this run", table(["case", "size", "why"], sorted(absent))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _commits(content: dict[str, Any]) -> str:
+    """The commits that cases were measured on, where the file says so: a long run may be done in parts."""
+    counts: dict[str, int] = {}
+    for record in content["cases"].values():
+        if "commit" in record and "contenders" in record:
+            counts[record["commit"]] = counts.get(record["commit"], 0) + 1
+    said = [f"{count} cases on commit {commit}" for commit, count in sorted(counts.items(), key=lambda c: -c[1])]
+    return "; " + ", ".join(said) if said else ""
 
 
 def _goals(records: list[dict[str, Any]]) -> list[str]:
