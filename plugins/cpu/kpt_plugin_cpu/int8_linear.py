@@ -76,8 +76,11 @@ def _(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, dtype: 
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 weights, float32 scales [N]) of weights [N, K], symmetric per output channel."""
-    wide = weight.detach().float()
+    """(int8 weights, float32 scales [N]) of weights [N, K], symmetric per output channel.
+
+    Rows lie one after the other, as packing takes them; those of a tied or transposed weight may not.
+    """
+    wide = weight.detach().float().contiguous()
     scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
     return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 

@@ -171,3 +171,11 @@ def test_a_graph_that_no_compiler_fuses_has_the_c_functions_and_packs_once(nativ
     assert torch.allclose(compiled(x).float(), true.float(), atol=0.05)
     assert any("pack_int8" in name for name in compiled.operations)
     assert not any("quantize_rows" in name or "int8_product" in name for name in compiled.operations)
+
+
+@torch.no_grad()
+def test_a_transposed_weight_is_packed_by_its_rows():
+    linear, x = nn.Linear(64, 64, bias=False), torch.randn(8, 64)
+    linear.weight = nn.Parameter(torch.randn(64, 64).t())
+    expected = linear(x)
+    assert (Int8Linear(linear)(x) - expected).norm() < 2e-2 * expected.norm()
