@@ -7,6 +7,7 @@ import gc
 import operator
 import weakref
 
+import numpy
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -475,3 +476,33 @@ def test_nothing_is_cut_where_a_pass_may_have_made_views_of_copies_that_are_writ
     forward = CompiledForward(model.forward, backend=RepeatedParts("aot_eager"), graph_pass=exchange)
     with pytest.raises(Exception, match="strides that were not recorded"):
         forward(torch.randn(2, 5, 8))
+
+
+class Counting(nn.Module):
+    """Writes through an array of numpy's to what a block made, beside what an equal one made."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.blocks, self.named = nn.ModuleList(blocks(8)), named
+
+    def forward(self, x):
+        early = x.exp().mean(-1, keepdim=True)
+        made = []
+        for block in self.blocks:
+            x = block(x, early)
+            made.append(x)
+        array = made[2].numpy()
+        if self.named:
+            array += 1.0
+        else:
+            numpy.add(array, 1.0, array)
+        return made[2] + made[4], x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("named", [True, False])
+def test_a_write_that_nothing_announces_is_seen_when_the_parts_run_on_fake_values(named: bool):
+    forward = CompiledForward(Counting(named).forward, backend=RepeatedParts("aot_eager"))
+    with pytest.raises(BackendCompilerFailed, match="was not known to write; compile it whole"):
+        forward(torch.randn(2, 5, 8))
+    forward.dispose()

@@ -35,6 +35,8 @@ class Part:
         self.inputs = [*(size for size in sizes if size not in needed), *values]
         self.outputs = [node for node in nodes if any(user not in inside for user in node.users)]
         self.nodes = nodes
+        #: Those of the inputs that were seen to be written to when `results` ran.
+        self.written: list[fx.Node] = []
         self._owner = owner
         self.graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -77,10 +79,13 @@ class Part:
 
     def results(self) -> tuple[Any, ...]:
         """Fake values of the outputs."""
-        mode = _fake_mode(self.graph)
+        mode, examples = _fake_mode(self.graph), self._examples()
+        versions = list(map(_version, examples))
         interpreter = fx.Interpreter(fx.GraphModule(self._owner, self.graph))
         with mode if mode is not None else contextlib.nullcontext():
-            found: tuple[Any, ...] = interpreter.run(*self._examples())
+            found: tuple[Any, ...] = interpreter.run(*examples)
+        pairs = zip(self.inputs, versions, map(_version, examples), strict=True)
+        self.written = [node for node, before, after in pairs if before != after]
         return found
 
     def _examples(self) -> list[Any]:
@@ -155,6 +160,11 @@ def _frozen(value: Any, of_node: Callable[[fx.Node], Any]) -> Any:
 def _meta(node: fx.Node) -> Any:
     """Types, shapes and strides of what ``node`` yields."""
     return _described(value_of(node))
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was written to, or None where torch does not count it."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def _strides(value: Any) -> tuple[str, ...]:

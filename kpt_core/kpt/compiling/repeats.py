@@ -76,11 +76,18 @@ def _parts(graph: fx.GraphModule, groups: list[list[fx.Node]]) -> list[Part]:
     """The groups of nodes as parts, each with the values that those before it yield."""
     known: dict[fx.Node, Any] = {}
     results: dict[Any, tuple[Any, ...]] = {}
-    parts = []
+    parts: list[Part] = []
     for group in groups:
         part = Part(graph, group, known)
         if part.key not in results and len(groups) > 1:
             results[part.key] = part.results()
+            if part.written and parts:
+                # Equal parts share their fake values: two inputs may be one to the compiler.
+                names = ", ".join(node.name for node in part.written)
+                raise RuntimeError(
+                    f"one of {part.nodes[0].name} to {part.nodes[-1].name} writes to memory of {names}, made "
+                    "before it, and was not known to write; compile it whole"
+                )
         known.update(zip(part.outputs, results.get(part.key, ()), strict=False))
         parts.append(part)
     return parts
