@@ -10,13 +10,27 @@ from kpt.specs import PassSpec, Variant
 from kpt_plugin_cpu.inductor import Inductor
 
 
-class Frozen(Inductor):
-    """Compiles the whole forward once, with its weights frozen into the code."""
+class _One(Inductor):
+    """Proposes the variant of its ``name`` only."""
+
+    name = ""
 
     def propose(self, observation: Any, hardware: Any) -> Iterator[Variant]:
         for offer in super().propose(observation, hardware):
-            if isinstance(offer, Variant) and offer.name == "frozen":
+            if isinstance(offer, Variant) and offer.name == self.name:
                 yield offer
+
+
+class Frozen(_One):
+    """Compiles the whole forward once, with its weights frozen into the code."""
+
+    name = "frozen"
+
+
+class Repeated(_One):
+    """Compiles one block for all, with packed weights."""
+
+    name = "repeated blocks"
 
 
 class CompilerAndMasks:

@@ -15,6 +15,7 @@ from kpt.compiling import CompiledForward
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.inductor import declared_dims, settings
+from kpt_plugin_cpu.multihead import written_out
 
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Observation, Undo
@@ -48,7 +49,11 @@ class Captured:
         before = model.__dict__.get("forward")
         dims = settings(variant.params)["dynamic_dims"]
         compiled = CompiledForward(
-            model.forward, backend="eager", dynamic_dims=dims, label=type(model).__name__
+            model.forward,
+            backend="eager",
+            dynamic_dims=dims,
+            graph_pass=written_out,
+            label=type(model).__name__,
         )
         self.compiled = compiled
         model.forward = compiled  # type: ignore[method-assign, assignment]

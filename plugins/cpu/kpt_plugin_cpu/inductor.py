@@ -14,6 +14,7 @@ from kpt.compiling import CompiledForward, RepeatedParts
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.attention import ShortAttention
+from kpt_plugin_cpu.multihead import written_out
 from kpt_plugin_cpu.packed_weights import PackedWeights
 
 if TYPE_CHECKING:
@@ -260,8 +261,9 @@ class Inductor:
                     module.__dict__["forward"] = before
             for compiled in self.compiled:
                 compiled.dispose()
-                if isinstance(packed := compiled.graph_pass, _ShortAndPacked):
-                    packed.packed.clear()
+                passes = compiled.graph_pass
+                if isinstance(passes, _Passes) and passes.packed is not None:
+                    passes.packed.clear()
 
         return undo
 
@@ -271,14 +273,17 @@ class Inductor:
         return bool(self.compiled) and all(item.graphs and item.executions for item in self.compiled)
 
 
-class _ShortAndPacked:
-    """Short attention written out, then packed weights."""
+class _Passes:
+    """Multi-head attention written out, and then the others, each where it is wanted."""
 
-    def __init__(self, attention: ShortAttention, packed: PackedWeights) -> None:
+    def __init__(self, attention: ShortAttention | None, packed: PackedWeights | None) -> None:
         self.attention, self.packed = attention, packed
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> torch.fx.GraphModule:
-        return self.packed(self.attention(graph, example_inputs), example_inputs)
+        graph = written_out(graph, example_inputs)
+        for change in (self.attention, self.packed):
+            graph = change(graph, example_inputs) if change is not None else graph
+        return graph
 
 
 def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) -> dict[str, Any]:
@@ -301,13 +306,14 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
         if hasattr(known, "max_autotune_report_choices_stats"):  # JSON of each contest, on stderr
             inductor["max_autotune_report_choices_stats"] = False
     bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
-    attention = ShortAttention(bounds)
-    graph_pass: Any = attention if frozen else None
+    repeated = bool(params.get("repeated")) and model is not None
+    attention = ShortAttention(bounds) if frozen or repeated else None
+    packed: PackedWeights | None = None
     backend: dict[str, Any] = {} if frozen else {"backend": repeatable}
-    if params.get("repeated") and model is not None:
+    if repeated and model is not None:
         # Packed weights have no strides, which generated code would ask its inputs for.
         inductor["size_asserts"] = False
-        graph_pass = _ShortAndPacked(attention, PackedWeights(model, float32=bool(params.get("onednn"))))
+        packed = PackedWeights(model, float32=bool(params.get("onednn")))
         backend["backend"] = RepeatedParts()
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):
@@ -318,7 +324,7 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
             name: {int(axis): dim for axis, dim in axes.items()}
             for name, axes in (params.get("dims") or {}).items()
         },
-        "graph_pass": graph_pass,
+        "graph_pass": _Passes(attention, packed),
         "around_compilation": around,
         **backend,
     }

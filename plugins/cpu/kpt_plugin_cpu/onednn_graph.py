@@ -18,6 +18,7 @@ import torch
 from kpt.compiling import CompiledForward
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
+from kpt_plugin_cpu.multihead import written_out
 
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Observation, Undo
@@ -132,7 +133,9 @@ class OnednnGraph:
         before = model.__dict__.get("forward")
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         backend = functools.partial(lower, own=own)
-        compiled = CompiledForward(model.forward, backend=backend, label=type(model).__name__)
+        compiled = CompiledForward(
+            model.forward, backend=backend, graph_pass=written_out, label=type(model).__name__
+        )
         self.compiled = compiled
         model.forward = compiled  # type: ignore[method-assign, assignment]
 

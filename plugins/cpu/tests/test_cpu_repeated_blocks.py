@@ -17,6 +17,7 @@ from observing import applied, observe, relative, variants
 
 import kpt
 from kpt.compiling import CompiledForward
+from kpt.specs import PassSpec
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.inductor import Inductor, compiler, repeated_blocks, repeated_share
@@ -212,12 +213,21 @@ def test_it_is_offered_where_most_of_a_model_is_repeated():
     assert offered(model.train(), x, mode="training") is None
 
 
+class RepeatedAlone:
+    @kpt.hookimpl
+    def kpt_passes(self):
+        yield PassSpec("inductor", "compile", "few_variants:Repeated")
+
+
 def test_optimised_it_follows_the_weights_and_is_undone():
     torch.manual_seed(4)
     model, x = Stack(10).eval(), torch.randn(8, 32, WIDTH)
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
-    kpt.optimize(model, (x,), level="exact", plugins=["cpu"], budget=60, cache=False)
+    kpt.optimize(model, (x,), level="exact", plugins=[RepeatedAlone()], budget=60, cache=False)
+    receipt = kpt.report(model)
+    found = {entry.name: entry.rule for entry in (*receipt.accepted, *receipt.rejected)}
+    assert found["inductor:repeated blocks"] in ("ok", "slower"), found
     with torch.no_grad():
         true = nn.Sequential(model.first, *model.layers, model.head)
         assert relative(model(x), true(x)) < 1e-5
