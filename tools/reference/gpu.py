@@ -76,7 +76,9 @@ def _commits(content: dict[str, Any]) -> str:
     for record in content["cases"].values():
         if "commit" in record and "contenders" in record:
             counts[record["commit"]] = counts.get(record["commit"], 0) + 1
-    said = [f"{count} cases on commit {commit}" for commit, count in sorted(counts.items(), key=lambda c: -c[1])]
+    said = [
+        f"{count} cases on commit {commit}" for commit, count in sorted(counts.items(), key=lambda c: -c[1])
+    ]
     return "; " + ", ".join(said) if said else ""
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -245,6 +246,30 @@ def test_what_is_saved_is_what_python_saves(serve: Any) -> None:
     assert list(map(torch.Tensor.data_ptr, saved)) == list(map(torch.Tensor.data_ptr, given))
     y.sum().backward()
     assert given[0].grad is not None
+
+
+class Recorded(torch.autograd.Function):
+    """Stands for the node in Python: its result is the input, and it saves what that one does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        assert all(each is not None for each in ctx.saved_tensors)
+        return upstream, None, None
+
+
+def test_a_checkpoint_of_python_is_repeated_by_the_library(serve: Any) -> None:
+    norm, driver = serve()
+    given = inputs()
+    calls: list[Any] = [Recorded.apply, norm]
+    y = checkpoint(lambda *values: calls.pop(0)(*values), *given, use_reentrant=False)
+    y.sum().backward()
+    assert not calls and [each[0] for each in driver.started] == [FORWARD]
+    assert given[0].grad is not None and (given[0].grad == 1.0).all()
 
 
 class Kind(torch.Tensor):
