@@ -114,9 +114,10 @@ def written_by(node: fx.Node) -> list[Any]:
     named = _named_arguments(node)
     if named.get("inplace") is True:
         return list(node.args[:1]) or everything
-    if name in ("batch_norm", "instance_norm"):  # which move running statistics
+    if name in ("batch_norm", "instance_norm"):  # which move running statistics, one of them by default
         using = named.get("training") is True or named.get("use_input_stats") is True or True in _flags(node)
-        return everything if using else []
+        default = name == "instance_norm" and "use_input_stats" not in named and not _flags(node)
+        return everything if using or default else []
     if name in ("embedding", "embedding_bag") and named.get("max_norm") is not None:
         return everything
     return list(node.args[:1]) or everything if name.endswith("_") and not name.endswith("__") else []
