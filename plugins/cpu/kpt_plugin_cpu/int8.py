@@ -121,6 +121,7 @@ class Int8:
                 native=compiler() is not None,
             )
             undos.append(functools.partial(children.__setitem__, name, linear))
+        undos += [_unfused(module) for module in model.modules() if _reads_weights(module)]
         if variant.params["rest"] != "float32":
             rest = getattr(torch, variant.params["rest"])
             undos += [cast_weights(model, rest)[1], cast_calls(model, rest, wide)]
@@ -133,6 +134,20 @@ class Int8:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def _reads_weights(module: torch.nn.Module) -> bool:
+    """Whether eager's fused operation for ``module`` would go on with the weights that were replaced."""
+    return isinstance(module, torch.nn.TransformerEncoderLayer) and any(
+        isinstance(each, Int8Linear) for each in (module.linear1, module.linear2)
+    )
+
+
+def _unfused(layer: torch.nn.Module) -> Callable[[], None]:
+    """Have ``layer`` call its modules, as for an activation that the fused operation does not know."""
+    before = layer.__dict__["activation_relu_or_gelu"]
+    layer.__dict__["activation_relu_or_gelu"] = 0
+    return functools.partial(layer.__dict__.__setitem__, "activation_relu_or_gelu", before)
 
 
 def _large_linears(model: torch.nn.Module) -> list[str]:

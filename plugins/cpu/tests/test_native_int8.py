@@ -11,7 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from observing import observe, variants
+from observing import applied, observe, relative, variants
 
 from kpt.compiling import CompiledForward
 from kpt.specs import Variant
@@ -179,3 +179,23 @@ def test_a_transposed_weight_is_packed_by_its_rows():
     linear.weight = nn.Parameter(torch.randn(64, 64).t())
     expected = linear(x)
     assert (Int8Linear(linear)(x) - expected).norm() < 2e-2 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_that_eager_fuses_call_their_int8_linears(layers: int) -> None:
+    """The fused operation would take the weights that were replaced."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(128, 4, 256, activation="gelu", batch_first=True).eval()
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval() if layers > 1 else layer
+    x = torch.randn(2, 9, 128)
+    true = model(x)
+    (offer, *_) = variants(Int8(), observe(model, x))
+    behaviour, space, undo = applied(Int8, model, offer)
+    found = space.forward(x)
+    assert behaviour.verify_applied(space) and 1e-5 < relative(found, true) < 4e-2
+    undo()
+    assert torch.equal(model(x), true)
+    assert all(
+        m.activation_relu_or_gelu == 2 for m in space.modules() if hasattr(m, "activation_relu_or_gelu")
+    )
