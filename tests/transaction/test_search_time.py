@@ -445,3 +445,23 @@ def test_what_is_replaced_together_with_another_step_is_tried_in_place_before_mu
     assert keys[0] == "half + quick" and "bold + compiler" in keys, keys
     assert "half + compiler" in keys[keys.index("bold + compiler") :] and "compiler" not in keys, keys
     assert set(found.best.plan.steps) == {half, compiler}
+
+
+@pytest.mark.parametrize("phase", ["kernels", "shapes"])
+def test_what_makes_no_difference_without_a_compiler_is_tried_beside_it(phase: Phase) -> None:
+    """Other shapes are dropped all the same: with them, a compiler is set up again."""
+    step, quick = _candidate("step", phase, 0.0, 1.1), _candidate("quick", "compile", 1.0, 1.2)
+    compiler = _candidate("compiler", "compile", 30.0, 1.3)
+
+    def speed(names: set[str]) -> float:
+        compiled = 1.5 if "compiler" in names else 1.2 if "quick" in names else 1.0
+        return compiled * (1.1 if {"step", "compiler"} <= names else 1.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        return 31.0 if "compiler" in names else 2.0, "ok", speed(names) / speed(before)
+
+    found, trials = _outlined(90.0, [step, quick, compiler], fate)
+    keys = [key for key, _ in trials.seen]
+    assert (keys[0].split(" + ").count("step"), keys[1]) == (1, "quick"), keys
+    assert set(found.best.plan.steps) == ({step, compiler} if phase == "kernels" else {compiler}), keys

@@ -152,7 +152,8 @@ class Search:
     def _ablate(self, best: Outcome, *, least: float = 0.0) -> Outcome:
         """Drop every step without which the plan is not slower.
 
-        Where that needs a set-up, a step without which the plan promises less than ``least`` stays.
+        Where that needs a set-up, a step without which the plan promises less than ``least`` stays. So does,
+        as long as a compiler may come, one that costs it nothing and makes no difference without it.
         """
         ledger = self.ledger
         gains = ledger.found.gains
@@ -181,6 +182,9 @@ class Search:
                 ledger.paid.add(step)
                 reduced.close()
                 continue
+            if reduced.timing.low <= 1.0 and self._may_pay_later(step, best):
+                reduced.close()
+                continue
             ledger.reject(
                 step,
                 "slower",
@@ -192,6 +196,14 @@ class Search:
         if len(best.plan) == 1:
             gains[best.plan.steps[0].name] = best.over_eager
         return best
+
+    def _may_pay_later(self, step: Candidate, best: Outcome) -> bool:
+        """Whether a set-up that ``step`` adds nothing to is still to be tried beside it."""
+        ledger = self.ledger
+        if step.phase == "shapes" or step.variant.setup_seconds > 0.0 or ledger.slow(best.plan):
+            return False
+        plans = (best.plan.with_(each) for each in ledger.open() if each not in best.plan.steps)
+        return any(step in plan.steps and ledger.slow(plan) for plan in plans)
 
     def _alternatives(self, best: Outcome, *, least: float = _HOPELESS) -> Outcome:
         """Try what was left out in place of (or beside) what was chosen, most promising first.
