@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread, is_fused
+from kpt.compiling.modules import CompiledModule
 from kpt.compiling.repeats import RepeatedParts
 from kpt.compiling.writes import value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
@@ -26,6 +27,7 @@ from kpt.interruption import DeadlinePassed, deadline, stop_workers
 __all__ = [
     "CapturedForward",
     "CompiledForward",
+    "CompiledModule",
     "DeadlinePassed",
     "RepeatedParts",
     "collect",

@@ -41,6 +41,10 @@ _created: ContextVar[_Created | None] = ContextVar("kpt_compiled_forwards", defa
 _is_compiling = torch.compiler.is_compiling
 
 
+class NothingCaptured(RuntimeError):
+    """A forward holds no tensor operation that could be compiled, or dynamo was told to leave it alone."""
+
+
 class _Thread(threading.local):
     executions = 0
 
@@ -111,7 +115,7 @@ class CompiledForward:
     lock.
 
     Raises what dynamo or the backend raises when a call can't be compiled as a whole graph, with what torch
-    logged of it as ``__notes__``, and `RuntimeError` when it holds no tensor operation to compile.
+    logged of it as ``__notes__``, and `NothingCaptured` when it holds no tensor operation to compile.
     """
 
     def __init__(
@@ -247,7 +251,7 @@ class CompiledForward:
 
     # -- compiling
 
-    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         if self._function is None:
             raise RuntimeError(f"{self!r} was disposed of and can't compile; make a new one")
         from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -288,7 +292,7 @@ class CompiledForward:
             if id(entry.code) not in known
         ]
         if self.graphs == graphs or not fresh:
-            raise RuntimeError(f"{self!r}: no graph was compiled for this call; leave this forward eager")
+            raise NothingCaptured(f"{self!r}: no graph was compiled for this call; leave this forward eager")
         for entry in fresh:
             # What dynamo made of the frame, called as a plain function: no frame hook, no guards.
             target = FunctionType(entry.code, self._globals, "compiled_forward")
@@ -311,6 +315,10 @@ class CompiledForward:
     def constants(self) -> list[torch.Tensor]:
         """Tensors that belong to inductor's generated code: frozen and packed weights."""
         return [v for module in self._modules for v in vars(module).values() if isinstance(v, torch.Tensor)]
+
+    def members(self) -> Iterator[CompiledForward]:
+        """Those that compile: itself, or the parts of a `CompiledModule`."""
+        yield self
 
     # -- life
 

@@ -30,6 +30,7 @@ class RepeatedParts:
 
     ``backend`` is the name of a dynamo backend or a function of (graph, example inputs); what it is given
     are fake tensors. ``parts`` counts the parts that were found in all graphs, ``distinct`` those compiled.
+    After `across` it serves the graphs of several modules: one in which nothing repeats is a part as a whole.
 
     Raises `RuntimeError` for a graph in which nothing repeats that may be cut: a write in place stays in one
     part with what made the tensor, and switches such as `torch.no_grad` with all that comes before them. A
@@ -40,6 +41,12 @@ class RepeatedParts:
         self.backend = backend
         self.parts = 0
         self.distinct = 0
+        self._known: dict[Any, tuple[Callable[..., Any], Part]] | None = None
+
+    def across(self) -> RepeatedParts:
+        """Itself, for the modules of a model that is no single graph."""
+        self._known = {} if self._known is None else self._known
+        return self
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
@@ -53,7 +60,8 @@ class RepeatedParts:
             )
         distinct = {part.key: part for part in reversed(parts)}
         saved = len(nodes) - sum(len(part.nodes) for part in distinct.values())
-        if saved < _least(len(nodes)):
+        known = self._known
+        if saved < _least(len(nodes)) and known is None:
             longest = max(whole, key=lambda each: each[1] - each[0], default=(0, 0))
             last = f" for {nodes[longest[1] - 1].name}, which writes in place or the like" if whole else ""
             raise RuntimeError(
@@ -63,12 +71,15 @@ class RepeatedParts:
         compile_part = self.backend
         if isinstance(compile_part, str):
             compile_part = torch._dynamo.lookup_backend(compile_part)
-        calls = {
-            key: _as_function(part.compiled_by(compile_part), number)
-            for number, (key, part) in enumerate(reversed(distinct.items()))
-        }
+        calls: dict[Any, Callable[..., Any]] = {}
+        for number, (key, part) in enumerate(reversed(distinct.items())):
+            before = known.get(key) if known is not None else None
+            compiled = before[0] if before is not None else part.compiled_by(compile_part)
+            if known is not None and before is None:
+                known[key] = compiled, part  # the part keeps alive what the key names
+            self.distinct += before is None
+            calls[key] = _as_function(compiled, number)
         self.parts += len(parts)
-        self.distinct += len(distinct)
         return _joined(graph, parts, calls)
 
 

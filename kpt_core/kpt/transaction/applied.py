@@ -105,7 +105,8 @@ class Applied:
     @property
     def direct(self) -> compiling.CompiledForward | None:
         """The compiled forward that the workspace's root forward is, if it is one."""
-        only = self.compiled[0] if len(self.compiled) == 1 else None
+        members = [each for compiled in self.compiled for each in compiled.members()]
+        only = members[0] if len(members) == 1 else None
         return only if only is not None and self.forward is only else None
 
     @property
@@ -129,7 +130,8 @@ class Applied:
             misses = getattr(behaviour, "misses", None)
             for site, count in (misses() if callable(misses) else {}).items():
                 found[f"{step.name} at {site or 'the model'}"] = count
-        for compiled in self.compiled if self.direct is None else ():
+        members = (each for compiled in self.compiled for each in compiled.members())
+        for compiled in members if self.direct is None else ():
             if compiled.misses:
                 name = f"compiled {compiled.label or 'forward'}"
                 found[name] = found.get(name, 0) + compiled.misses

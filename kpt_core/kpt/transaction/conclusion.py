@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kpt import compiling, plugins
 from kpt.error_text import described
@@ -98,19 +98,25 @@ def _refused(found: Found, best: Outcome, beneath: Outcome | None, rule: str, re
         found.gains[kept[0].name] = beneath.over_eager
 
 
+def _effect(behaviour: Any) -> str:
+    """What a step tells of what it did to the model, if it does."""
+    tell = getattr(behaviour, "effect", None)
+    return str(tell()) if callable(tell) else ""
+
+
 def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timing: Timing | None) -> None:
     receipt, best = run.receipt, committed.outcome
     run.only_examples = trials.judgement.calls.only_examples
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
-    effects = {s: getattr(behaviour, "effect", None) for s, behaviour in applied if s.kernel}
+    effects = {step: _effect(behaviour) for step, behaviour in applied}
     receipt.accepted = [
         Entry(
             step.name,
             step.phase,
             step.plugin,
             "kept",
-            effect() if (effect := effects.get(step)) else step.variant.note or "right and faster",
+            effects.get(step) or step.variant.note or "right and faster",
             found.gains.get(step.name),
             dict(best.figures),
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kpt.compiling import CompiledForward
+from kpt.compiling import CompiledModule
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.inductor import declared_dims, settings
@@ -30,7 +30,7 @@ class Captured:
     """Replaces the root's forward by its captured graph. Live weights are read on each call."""
 
     def __init__(self) -> None:
-        self.compiled: CompiledForward | None = None
+        self.compiled: CompiledModule | None = None
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         share = estimates.seconds_per_module(observation) / max(observation.baseline_seconds, 1e-9)
@@ -46,26 +46,12 @@ class Captured:
         )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        before = model.__dict__.get("forward")
         dims = settings(variant.params)["dynamic_dims"]
-        compiled = CompiledForward(
-            model.forward,
-            backend="eager",
-            dynamic_dims=dims,
-            graph_pass=written_out,
-            label=type(model).__name__,
-        )
-        self.compiled = compiled
-        model.forward = compiled  # type: ignore[method-assign, assignment]
-
-        def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
-            compiled.dispose()
-
-        return undo
+        self.compiled = CompiledModule(model, backend="eager", dynamic_dims=dims, graph_pass=written_out)
+        return self.compiled.dispose
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
-        return self.compiled is not None and bool(self.compiled.graphs and self.compiled.executions)
+        return self.compiled is not None and self.compiled.ran
+
+    def effect(self) -> str:
+        return self.compiled.told if self.compiled is not None else ""

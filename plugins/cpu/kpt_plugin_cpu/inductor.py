@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.compiling import CompiledForward, RepeatedParts
+from kpt.compiling import CompiledModule, RepeatedParts
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.attention import ShortAttention
@@ -140,7 +140,7 @@ def repeated_share(model: torch.nn.Module, blocks: list[str]) -> float:
 
 
 class Inductor:
-    """Replaces the root's forward (or each block's) by compiled code.
+    """Replaces the root's forward by compiled code, or those of its largest parts where it is not one graph.
 
     With frozen weights, constants are folded and packed: faster, but copies that have to be watched.
     Live weights are read on each call, and serve training too. Where blocks repeat, one is compiled for all,
@@ -148,7 +148,7 @@ class Inductor:
     """
 
     def __init__(self) -> None:
-        self.compiled: list[CompiledForward] = []
+        self.compiled: CompiledModule | None = None
         self.repeated: RepeatedParts | None = None
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
@@ -223,54 +223,27 @@ class Inductor:
                 reproducible=True,
                 note="one block compiled for all, with packed weights",
             )
-        if blocks and not observation.dynamic:
-            yield Variant(
-                "blocks",
-                {
-                    "freeze": not observation.training,
-                    "onednn": True,
-                    "blocks": blocks,
-                    "eager_random": not observation.training,
-                },
-                1 + 0.8 * (live - 1),
-                setup,
-                sites=tuple(blocks),
-                derives=not observation.training,
-                reproducible=True,
-                note="for models that are not one graph",
-            )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        params = variant.params
-        replaced: list[tuple[torch.nn.Module, Any]] = []
-        for path in params.get("blocks") or ("",):
-            module = model.get_submodule(path)
-            replaced.append((module, module.__dict__.get("forward")))
-            arguments = settings(params, model)
-            backend = arguments.get("backend")
-            self.repeated = backend if isinstance(backend, RepeatedParts) else None
-            compiled = CompiledForward(module.forward, label=path or type(module).__name__, **arguments)
-            self.compiled.append(compiled)
-            module.forward = compiled  # type: ignore[method-assign, assignment]
+        arguments = settings(variant.params, model)
+        self.compiled = compiled = CompiledModule(model, **arguments)
+        backend, passes = arguments.get("backend"), arguments["graph_pass"]
+        self.repeated = backend if isinstance(backend, RepeatedParts) else None
 
         def undo() -> None:
-            for module, before in replaced:
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = before
-            for compiled in self.compiled:
-                compiled.dispose()
-                passes = compiled.graph_pass
-                if isinstance(passes, _Passes) and passes.packed is not None:
-                    passes.packed.clear()
+            compiled.dispose()
+            if passes.packed is not None:
+                passes.packed.clear()
 
         return undo
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         if self.repeated is not None and self.repeated.distinct >= self.repeated.parts:
             return False
-        return bool(self.compiled) and all(item.graphs and item.executions for item in self.compiled)
+        return self.compiled is not None and self.compiled.ran
+
+    def effect(self) -> str:
+        return self.compiled.told if self.compiled is not None else ""
 
 
 class _Passes:

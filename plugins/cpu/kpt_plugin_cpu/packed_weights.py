@@ -66,14 +66,17 @@ _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 class PackedWeights:
     """A graph pass that packs the weights of linears, [N, K], once; ``packed`` holds the copies.
 
-    Packed are bfloat16 weights and, with ``float32``, those in float32; int8 weights are those of
-    `Int8Linear`. A weight counts as one where it is a parameter, a buffer or a tensor attribute of a module
-    of ``model``: writes to these are watched. What a graph itself writes to is left alone.
+    Packed are bfloat16 weights, where oneDNN has products for them on this CPU, and, with ``float32``, those
+    in float32; int8 weights are those of `Int8Linear`. A weight counts as one where it is a parameter, a
+    buffer or a tensor attribute of a module of ``model``: writes to these are watched. What a graph itself
+    writes to is left alone.
     """
 
     def __init__(self, model: torch.nn.Module, *, float32: bool = True) -> None:
         self.model = model
-        self.dtypes = {torch.bfloat16, torch.float32} if float32 else {torch.bfloat16}
+        self.dtypes = {torch.float32} if float32 else set()
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.dtypes.add(torch.bfloat16)
         self.packed: list[Tensor] = []
         self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 

@@ -152,7 +152,7 @@ def test_layers_of_transformers_are_compiled_with_packed_weights() -> None:
     behaviour, space, undo = applied(Inductor, model, Variant("repeated blocks", choice))
     torch.testing.assert_close(space.forward(x), model(x), rtol=1e-4, atol=1e-5)
     assert behaviour.verify_applied(space)
-    assert len(behaviour.compiled[0].graph_pass.packed.packed) == 4 * 8
+    assert len(behaviour.compiled.graph_pass.packed.packed) == 4 * 8
     undo()
 
 
