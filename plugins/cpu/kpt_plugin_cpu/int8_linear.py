@@ -12,6 +12,9 @@ maxima of x come from a few calls; another call is right with any factors, only 
 
 The activations are unsigned with a zero point because oneDNN multiplies u8 by s8 natively; signed
 activations fall into a reference path that is slower by orders of magnitude.
+
+Without VNNI oneDNN adds two products in 16 bits, which saturate: 255 * 127 * 2 is too much, 255 * 63 * 2 is
+not. So weights have seven bits where products are seen to saturate.
 """
 
 from __future__ import annotations
@@ -75,14 +78,28 @@ def _(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, dtype: 
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
 
 
+@functools.lru_cache(maxsize=1)
+def largest_weight() -> int:
+    """The largest int8 weight that this process multiplies right: 127, or 63 where products saturate."""
+    width = 64
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        codes = torch.full((1, width), 255, dtype=torch.uint8)
+        weight = torch.full((width, width), 127, dtype=torch.int8)
+        zero_points = torch.zeros(width, dtype=torch.int64)
+        product = _product(codes, weight, torch.ones(width), zero_points, torch.float32)
+    return 127 if bool((product == (255 - ZERO_POINT) * 127 * width).all()) else 63
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 weights, float32 scales [N]) of weights [N, K], symmetric per output channel.
 
-    Rows lie one after the other, as packing takes them; those of a tied or transposed weight may not.
+    The largest of a channel becomes `largest_weight`. Rows lie one after the other, as packing takes them;
+    those of a tied or transposed weight may not.
     """
+    most = largest_weight()
     wide = weight.detach().float().contiguous()
-    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
-    return (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * most) / most
+    return (wide / scale[:, None]).round_().clamp_(-most, most).to(torch.int8), scale
 
 
 def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from observing import PROFILE, applied, observe, relative, skips, variants
 
 from kpt.transaction.plan import Candidate, assemble
-from kpt_plugin_cpu import onednn
+from kpt_plugin_cpu import int8_linear, onednn
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.casting import _widened
 from kpt_plugin_cpu.inductor import Inductor, compiler
 from kpt_plugin_cpu.int8 import Int8
-from kpt_plugin_cpu.int8_linear import Int8Linear, quantize_weight
+from kpt_plugin_cpu.int8_linear import Int8Linear, largest_weight, quantize_weight
 
 
 @torch.no_grad()
@@ -218,7 +218,30 @@ def test_int8_weights_are_symmetric_per_channel():
     weight = torch.randn(6, 32) * torch.logspace(-4, 4, 6)[:, None]
     quantized, scale = quantize_weight(weight)
     assert quantized.dtype is torch.int8
-    assert int(quantized.abs().max()) == 127
+    assert int(quantized.abs().max()) == largest_weight()
+    assert ((quantized * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_int8_products_do_not_saturate(sign):
+    """Where two products are added in 16 bits, those of the largest codes and weights are cut off."""
+    linear = nn.Linear(256, 64, bias=False).eval()
+    linear.weight.fill_(sign)
+    x = torch.ones(4, 256)
+    assert relative(Int8Linear(linear)(x), linear(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_int8_weights_lose_a_bit_where_products_saturate(monkeypatch):
+    weight = torch.randn(6, 32) * torch.logspace(-4, 4, 6)[:, None]
+    product = int8_linear._product
+    largest_weight.cache_clear()
+    cut = 2**15 - 1
+    monkeypatch.setattr(int8_linear, "_product", lambda *given: product(*given).clamp(-cut, cut))
+    quantized, scale = quantize_weight(weight)
+    largest_weight.cache_clear()
+    assert int(quantized.abs().max()) == 63
     assert ((quantized * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
 
 
