@@ -54,13 +54,19 @@ class PackPadding:
         if share < _WORTH or all(shape[0] < 2 for shape in shapes):
             yield Skip(f"{share:.0%} of the positions are padding: too few to gain from")
             return
-        groups, gain, overhead = _best_split(
-            [call.kwargs[name] for call in observation.calls], observation, hardware
-        )
-        if groups < 2:
+        masks_given = [call.kwargs[name] for call in observation.calls]
+        if not any(_chunks(mask, _GROUPS, 0.0) for mask in masks_given):
             yield Skip(
-                f"{share:.0%} of the positions are padding: each further call would cost as much as "
-                f"{overhead:.0f} of the {shapes[0].numel()} positions"
+                f"{share:.0%} of the positions are padding, but groups of rows save less than {_WORTH:.0%} "
+                "of them: rows must be padded on the right, and to different lengths"
+            )
+            return
+        groups, gain, overhead = _best_split(masks_given, observation, hardware)
+        if groups < 2:
+            fixed = overhead / (overhead + sum(mask.numel() for mask in masks_given) / len(masks_given))
+            yield Skip(
+                f"{share:.0%} of the positions are padding, but about {fixed:.0%} of a call does not depend "
+                "on their number (weights are read, Python runs), and each group would take that again"
             )
             return
         # A static axis can be as long as the sequence by accident: only a declared one follows it.
