@@ -21,6 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kpt.globalstate import seed_torch
+from kpt.judge.codestate import CodeState
 from kpt.judge.outputs import bitwise_equal
 from kpt.judge.poison import PoisonMode
 from kpt.judge.state import ModelState, Snapshot, untouched
@@ -297,6 +298,27 @@ def test_the_first_import_of_dynamo_is_no_change_of_code() -> None:
         "import torch._dynamo; assert state.differences() == [], state.differences()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+class Broken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+
+def test_what_the_compiler_takes_away_of_a_model_that_died_is_no_change_of_code() -> None:
+    """A user's compiled model may be collected during a trial, whose plan was rejected for it."""
+    compiled = torch.compile(Broken(), backend="eager")
+    compiled(torch.ones(2))
+    made = {name: f for name, f in globals().items() if name.startswith(("__compiled_fn", "__resume_at"))}
+    assert made
+    state = CodeState(Broken())
+    for name in made:  # what its finalizer does, at a time that is not ours to choose
+        del globals()[name]
+    found = state.differences()
+    globals().update(made)
+    assert found == []
 
 
 def test_a_seed_is_left_for_no_device_that_is_used_later() -> None:

@@ -18,6 +18,9 @@ import torch
 _DESCRIPTORS = (property, classmethod, staticmethod)
 #: What torch's compiler replaces in `torch.nn.Module` when it is first used.
 _OF_TORCH = frozenset({"__init__", "__setstate__"})
+#: What torch's compiler puts among the globals of code that it compiled, and takes away when that dies: a
+#: user's compiled model that is collected during a trial is no change, and is not to be revived.
+_OF_COMPILER = ("__compiled_fn", "__resume_at")
 _MISSING = object()
 #: What every forward may call. Their other names (modules, constants) are not code.
 _SHARED: dict[str, ModuleType] = {
@@ -94,7 +97,11 @@ def _is_code(value: Any) -> bool:
 
 
 def _code_of(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if name not in _OF_TORCH and _is_code(value)}
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if name not in _OF_TORCH and not name.startswith(_OF_COMPILER) and _is_code(value)
+    }
 
 
 def _inherited(cls: type) -> frozenset[str]:
