@@ -34,9 +34,11 @@ class ChannelsLast:
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         innermost = False
+        replaced: list[tuple[torch.nn.Module, Any]] = []
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d) and module.weight is not None and module.weight.dim() == 4:
                 innermost = innermost or _innermost(module.weight)
+                replaced.append((module, module.weight))
                 weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
                 module._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
                 self.weights += 1
@@ -65,6 +67,8 @@ class ChannelsLast:
                 model.__dict__.pop("forward", None)
             else:
                 model.__dict__["forward"] = before
+            for module, weight in replaced:
+                module._parameters["weight"] = weight
 
         return undo
 

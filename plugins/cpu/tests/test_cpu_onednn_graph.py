@@ -96,6 +96,9 @@ def test_other_sizes_get_code_of_their_own_until_it_is_sealed():
     undo()
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no products in bf16 on this CPU"
+)
 @torch.no_grad()
 def test_with_bf16_products_run_in_bf16():
     model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(8, 64)
