@@ -11,7 +11,7 @@ import torch
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
 from kpt_plugin_cpu import native_int8
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
-from kpt_plugin_cpu.estimates import gain_of_dtype
+from kpt_plugin_cpu.estimates import gain_of_dtype, rate_ratio
 from kpt_plugin_cpu.inductor import compiler
 from kpt_plugin_cpu.int8_linear import Int8Linear, smoothing
 
@@ -19,6 +19,8 @@ from kpt_plugin_cpu.int8_linear import Int8Linear, smoothing
 _SMALLEST = 128 * 128
 #: A decoder of 30 layers took inductor 72 s in int8 and 40 s in bfloat16: each linear is a dozen operations.
 _COMPILE_RATIO = 1.8
+#: How many times the rate of float32's products int8's need on a CPU without an instruction for them.
+_LEAST_FASTER = 1.2
 #: To compile the C++, once in a process: 2 to 4 s on a Zen 4.
 _NATIVE_SECONDS = 3.0
 
@@ -45,8 +47,10 @@ class Int8:
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
         paths = tuple(_large_linears(observation.model))
-        if "int8" not in hardware.native_dtypes:
-            yield Skip("this CPU has no int8 dot product")
+        faster = rate_ratio(hardware, "int8")
+        if "int8" not in hardware.native_dtypes and faster < _LEAST_FASTER:
+            measured = f", and its int8 products run at {faster:.1f} times the rate of float32's"
+            yield Skip(f"this CPU has no int8 dot product{measured if faster != 1.0 else ''}")
         elif not paths:
             yield Skip("the model has no large linear layer")
         elif not hasattr(torch.ops.onednn, "qlinear_prepack"):

@@ -57,7 +57,7 @@ def kpt_precision_policies() -> Iterator[PolicySpec]:
         "int8",
         level="aggressive",
         hardware=("cpu",),
-        summary="linears in int8 arithmetic, all else in bfloat16",
+        summary="linears in int8 arithmetic, all else in bfloat16 where the CPU has it",
     )
 
 

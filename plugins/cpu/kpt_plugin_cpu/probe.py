@@ -193,7 +193,10 @@ def _bandwidth() -> float:
 
 
 def _rates() -> dict[str, float]:
-    """Operations per second by dtype of a 768-wide product; "float32:onednn" is fp32 through oneDNN."""
+    """Operations per second by dtype of a 768-wide product; "float32:onednn" is fp32 through oneDNN.
+
+    "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear` multiplies.
+    """
     import torch
 
     rows, width = 512, 768
@@ -213,10 +216,12 @@ def _rates() -> dict[str, float]:
         )
     half, half_square = wide.bfloat16(), square.bfloat16()
     rates["bfloat16"] = _best(lambda: torch.mm(half, half_square), work)
-    codes = torch.randint(-127, 127, (rows, width), dtype=torch.int8, generator=generator)
-    code_square = torch.randint(-127, 127, (width, width), dtype=torch.int8, generator=generator)
-    try:
-        rates["int8"] = _best(lambda: torch._int_mm(codes, code_square), work)
-    except RuntimeError:  # no integer product in this build
-        pass
+    if hasattr(torch.ops.onednn, "qlinear_prepack"):
+        from kpt_plugin_cpu import int8_linear
+
+        codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
+        weight, scale = int8_linear.quantize_weight(square)
+        zero_points = torch.zeros(width, dtype=torch.int64)
+        product = torch.ops.kpt_cpu.int8_product
+        rates["int8"] = _best(lambda: product(codes, weight, scale, zero_points, torch.float32), work)
     return rates

@@ -181,9 +181,15 @@ def test_bf16_leaves_alone_what_the_model_keeps(compiled: bool):
 
 def test_bf16_needs_the_instructions_and_fp32_weights(mlp):
     x = torch.randn(2, 128)
-    old = replace(PROFILE, native_dtypes=("float32",))
+    rates = {"float32": 1e11, "bfloat16": 1e9, "int8": 1.1e11}
+    old = replace(PROFILE, native_dtypes=("float32",), matmul_rates=rates)
     assert skips(Bf16(), observe(mlp, x), old)
-    assert skips(Int8(), observe(mlp, x), old)
+    assert "1.1 times the rate" in skips(Int8(), observe(mlp, x), old)[0]
+    unmeasured = replace(old, matmul_rates={})
+    assert skips(Int8(), observe(mlp, x), unmeasured) == ["this CPU has no int8 dot product"]
+    # Pairs of products added in 16 bits, as AVX2 has them, are faster than float32's, too.
+    (offer,) = variants(Int8(), observe(mlp, x), replace(old, matmul_rates={**rates, "int8": 2e11}))
+    assert offer.name == "linears, float32 between" and offer.compute_dtype == "int8"
     half = nn.Sequential(nn.Linear(128, 128)).bfloat16()
     assert skips(Bf16(), observe(half, x.bfloat16()))
 
