@@ -13,7 +13,7 @@ from kpt_plugin_cpu import native_int8
 from kpt_plugin_cpu.casting import cast_calls, cast_weights, wide_dtype
 from kpt_plugin_cpu.estimates import gain_of_dtype, rate_ratio
 from kpt_plugin_cpu.inductor import compiler
-from kpt_plugin_cpu.int8_linear import Int8Linear, smoothing
+from kpt_plugin_cpu.int8_linear import Int8Linear, joined, smoothing
 
 #: Smaller weights gain nothing: quantising the activations costs more than the product saves.
 _SMALLEST = 128 * 128
@@ -95,7 +95,7 @@ class Int8:
             if path not in ranges:
                 ranges[path] = last[1]
                 last[1].include_weight(module.weight.detach())
-            ranges[path].include_input(x.detach())
+            ranges[path].include_input(joined(x.detach()))
 
         paths = _large_linears(model)
         hooks = [

@@ -117,6 +117,11 @@ def smoothing(weights: Tensor, inputs: Tensor) -> Tensor:
     return torch.where(usable, exponents.round().clamp(-_MOST, _MOST), 0.0).exp2()
 
 
+def joined(x: Tensor) -> Tensor:
+    """``x``, or the rows of a nested one one after the other: encoders leave padding out by such tensors."""
+    return torch.cat(x.unbind()) if x.is_nested else x
+
+
 class Int8Linear(nn.Module):
     """Replaces an `nn.Linear` in a workspace; holds copies derived from its weights.
 
@@ -152,6 +157,10 @@ class Int8Linear(nn.Module):
         return self._linear[0].weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            lengths = [len(part) for part in input.unbind()]
+            parts = self(joined(input)).split(lengths)
+            return torch.nested.as_nested_tensor(list(parts))
         x = input
         rows = x.reshape(-1, self.in_features)
         # A compiler makes one loop of what is written out, and of what comes before and after it.

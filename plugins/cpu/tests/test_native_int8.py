@@ -15,6 +15,7 @@ from observing import applied, observe, relative, variants
 
 from kpt.compiling import CompiledForward
 from kpt.specs import Variant
+from kpt.transaction import workspace
 from kpt_plugin_cpu import int8
 from kpt_plugin_cpu.inductor import compiler, settings
 from kpt_plugin_cpu.int8 import Int8
@@ -199,3 +200,24 @@ def test_layers_that_eager_fuses_call_their_int8_linears(layers: int) -> None:
     assert all(
         m.activation_relu_or_gelu == 2 for m in space.modules() if hasattr(m, "activation_relu_or_gelu")
     )
+
+
+@torch.no_grad()
+def test_encoders_that_leave_padding_out_by_nested_tensors_run_in_int8() -> None:
+    """Which they do in inference, with a padding mask: their outputs are zero where the padding is."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(3, 9, 128), torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 5:] = mask[2, 2:] = True
+    call = {"src": x, "src_key_padding_mask": mask}
+    true = model(**call)
+    (offer, *_) = variants(Int8(), observe(model, call))
+    behaviour, space = Int8(), workspace.clone(model)
+    behaviour.calibrate(space, offer, lambda: space(**call))
+    undo = behaviour.apply(space, offer)
+    found = space.forward(**call)
+    assert behaviour.verify_applied(space) and 1e-5 < relative(found, true) < 4e-2
+    assert not found[mask].any() and not true[mask].any()
+    undo()
+    assert torch.equal(space.forward(**call), true)
