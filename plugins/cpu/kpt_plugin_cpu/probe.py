@@ -223,5 +223,8 @@ def _rates() -> dict[str, float]:
         weight, scale = int8_linear.quantize_weight(square)
         zero_points = torch.zeros(width, dtype=torch.int64)
         product = torch.ops.kpt_cpu.int8_product
-        rates["int8"] = _best(lambda: product(codes, weight, scale, zero_points, torch.float32), work)
+        try:
+            rates["int8"] = _best(lambda: product(codes, weight, scale, zero_points, torch.float32), work)
+        except RuntimeError:  # oneDNN has no such product for this CPU
+            pass
     return rates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -50,6 +51,8 @@ def test_rates_are_measured(monkeypatch):
     measured = probe.CpuProbe().measure(profile)
     assert measured.bandwidth > 1e8
     assert measured.matmul_rates["float32"] > 1e8
+    if platform.machine() == "x86_64":  # signed by signed falls into a reference path: it was 1/60 here
+        assert measured.matmul_rates["int8"] > 0.3 * measured.matmul_rates["float32"]
     assert measured.predicted_seconds(0.0, 1e9, "float32") > 0
 
 
