@@ -359,6 +359,7 @@ def test_an_output_that_view_refuses_is_rejected_where_eagers_is_contiguous() ->
     assert judge_strides(turned, dense).rule == "stride"
     found = judge_strides({"logits": turned}, {"logits": dense})
     assert found.rule == "stride" and "logits has the strides [1, 4]" in found.detail
+    assert judge_strides({"maps": [dense, turned]}, {"maps": [dense, dense]}).rule == "stride"
     assert judge_strides({"cache": [(turned, dense)]}, {"cache": [(dense, dense)]})  # the model's own to read
 
 

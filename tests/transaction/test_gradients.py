@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
+import kpt
 from fingerprints import fallbacks, fast_calls, optimized
 from planned import eager, plans, ready, trains
-from slow_models import DirectScale, net, plugin
+from slow_models import DirectScale, SlowScale, net, plugin
 from subtle_passes import Captured
 
 
@@ -224,3 +225,47 @@ def test_parameters_that_were_frozen_when_it_was_optimised_get_their_gradients()
     plain(example).sum().backward()
     for mine, true in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, true.grad)
+
+
+class WithBuffer(SlowScale):
+    """The slow scale, with a buffer that each call multiplies by ``by``."""
+
+    by = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.rand(16) + 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.factor.mul_(self.by)
+        return super().forward(x)
+
+
+class MovesALittle(DirectScale):
+    """Computes the buffer anew as compiled code may: another last bit."""
+
+    def replacement(self):
+        def forward(self, x):
+            self.factor.mul_(self.by * (1.0 + 2.0**-22))
+            return x * self.weight + self.bias
+
+        return forward
+
+
+class LeavesIt(DirectScale):
+    """Writes to no buffer."""
+
+
+@pytest.mark.parametrize(
+    ("by", "kind", "kept"), [(1.0, MovesALittle, True), (1.5, LeavesIt, False), (1.0, LeavesIt, True)]
+)
+def test_a_buffer_that_moves_in_one_run_only_is_judged_by_its_value(by: float, kind: type, kept: bool):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), WithBuffer(), torch.nn.Linear(16, 1)).train()
+    model[1].by = by
+    kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(kind)], budget=20, cache=False)
+    receipt = kpt.report(model)
+    assert (receipt.status == "optimized") == kept, (receipt.reason, receipt.rejected)
+    if not kept:
+        (entry,) = receipt.rejected
+        assert entry.rule == "value" and "buffers that the forward moves: 1.factor" in entry.reason

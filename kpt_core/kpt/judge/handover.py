@@ -21,13 +21,13 @@ def judge_inputs(before: Any, after: Any) -> Verdict:
 def judge_strides(candidate: Any, eager: Any) -> Verdict:
     """Reject under ``stride`` an output that is not contiguous where eager's is: ``view`` fails on it.
 
-    That holds for what a caller gets at hand; what lies deeper (layers of a cache) is read by the model
-    itself.
+    That holds for what a caller gets at hand, in a list or a field too; what lies deeper (layers of a cache)
+    is read by the model itself.
     """
     own = {path: leaf for path, leaf in tree.walk(eager) if isinstance(leaf, torch.Tensor)}
     for path, mine in tree.walk(candidate):
         theirs = own.get(path)
-        if len(path) > 1 or theirs is None or not isinstance(mine, torch.Tensor):
+        if len(path) > 2 or theirs is None or not isinstance(mine, torch.Tensor):
             continue
         plain = mine.layout is torch.strided and theirs.layout is torch.strided
         if plain and theirs.is_contiguous() and not mine.is_contiguous():

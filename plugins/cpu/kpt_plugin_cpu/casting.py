@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt_plugin_cpu.attributes import attributes
+from kpt_plugin_cpu import nested
 
 _FLOATS = (torch.float32, torch.float64)
-#: How deep tensors are looked for inside objects that a model returns (a cache of layers of keys).
-_DEPTH = 4
 
 
 def wide_dtype(model: torch.nn.Module) -> torch.dtype | None:
@@ -76,12 +73,13 @@ def cast_calls(
     inner = model.forward
     before = model.__dict__.get("forward")
 
+    def cast(tensor: torch.Tensor) -> torch.Tensor | None:
+        return tensor.to(dtype) if tensor.dtype in _FLOATS else None
+
     def narrow(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf.to(dtype) if leaf.dtype in _FLOATS else leaf
-        if leaf is None or isinstance(leaf, (int, float, str)):
-            return leaf
-        return _cast_inside(leaf, _FLOATS, dtype, _DEPTH)[0] if dataclasses.is_dataclass(leaf) else leaf
+        if isinstance(leaf, torch.Tensor) or dataclasses.is_dataclass(leaf):
+            return nested.changed(leaf, cast)
+        return leaf
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(narrow, (args, kwargs))
@@ -101,49 +99,7 @@ def cast_calls(
 def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
     """``output`` with ``narrow`` tensors in ``wide``; what holds some is copied: the model may keep it."""
 
-    def leaf(value: Any) -> Any:
-        return _cast_inside(value, (narrow,), wide, _DEPTH)[0]
+    def cast(tensor: torch.Tensor) -> torch.Tensor | None:
+        return tensor.to(wide) if tensor.dtype is narrow else None
 
-    return pytree.tree_map(leaf, output)
-
-
-def _cast_inside(
-    value: Any, dtypes: tuple[torch.dtype, ...], dtype: torch.dtype, depth: int
-) -> tuple[Any, bool]:
-    """A tensor of one of ``dtypes`` in ``dtype``, or a copy of an object that holds some (a cache, say)
-    within ``depth`` levels, and True; or ``value`` itself and False: dynamo of torch 2.11 can't ask whether
-    it is the same."""
-    if isinstance(value, torch.Tensor):
-        return (value.to(dtype), True) if value.dtype in dtypes else (value, False)
-    if depth == 0 or value is None or isinstance(value, (int, float, str, bytes, torch.nn.Module, type)):
-        return value, False
-    if isinstance(value, (list, tuple)):
-        items = [_cast_inside(item, dtypes, dtype, depth - 1) for item in value]
-        if not any(differs for _, differs in items):
-            return value, False
-        parts = [item for item, _ in items]
-        return (type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)), True
-    held = value if isinstance(value, dict) else attributes(value)
-    changed = {}
-    for name, item in list(held.items()):
-        if isinstance(item, (list, tuple, dict)) or not callable(item):  # dynamo can't ask it of these
-            new, differs = _cast_inside(item, dtypes, dtype, depth - 1)
-            if differs:
-                changed[name] = new
-    if not changed:
-        return value, False
-    if type(value) is dict:
-        return {**value, **changed}, True
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update(changed)
-        return copied, True
-    cls: Any = type(value)
-    try:
-        twin = object.__new__(cls)
-    except TypeError:  # laid out by a base that is not Python's
-        twin = cls.__new__(cls)
-    for name, item in list(held.items()):
-        # A frozen dataclass refuses what goes through its own interface.
-        object.__setattr__(twin, name, changed.get(name, item))
-    return twin, True
+    return pytree.tree_map(lambda leaf: nested.changed(leaf, cast), output)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt_plugin_cpu import nested
 from kpt_plugin_cpu.estimates import matmul_seconds
 
 
@@ -16,7 +17,7 @@ class ChannelsLast:
     """Converts 4-d inputs at the root and convolution weights in the workspace.
 
     Outputs keep the layout that eager gives them: it computes in the layout of inputs and weights, so
-    where none of these has channels innermost, outputs that have it are made contiguous.
+    where none of these has channels innermost, outputs that have it, flattened ones too, are made contiguous.
     """
 
     def __init__(self) -> None:
@@ -44,20 +45,19 @@ class ChannelsLast:
                 self.weights += 1
         inner = model.forward
 
-        def convert(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.dim() == 4:
-                return leaf.contiguous(memory_format=torch.channels_last)
-            return leaf
+        def convert(tensor: torch.Tensor) -> torch.Tensor | None:
+            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else None
 
-        def restore(leaf: Any) -> Any:
-            return leaf.contiguous() if _innermost(leaf) else leaf
+        def restore(tensor: torch.Tensor) -> torch.Tensor | None:
+            turned = tensor.layout is torch.strided and tensor.dim() > 2 and tensor.stride(1) == 1
+            return tensor.contiguous() if turned and not tensor.is_contiguous() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self.calls += 1
-            stays = innermost or any(_innermost(value) for value in (*args, *kwargs.values()))
-            output = inner(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
-            return output if stays else pytree.tree_map(restore, output)
+            stays = innermost or any(map(_innermost, pytree.tree_leaves((args, kwargs))))
+            output = inner(*_each(args, convert), **_each(kwargs, convert))
+            return output if stays else _each(output, restore)
 
         before = model.__dict__.get("forward")
         model.forward = forward  # type: ignore[method-assign, assignment]
@@ -74,6 +74,10 @@ class ChannelsLast:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.weights > 0
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    return pytree.tree_map(lambda leaf: nested.changed(leaf, change), value)
 
 
 def _innermost(value: Any) -> bool:
