@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from kpt.transaction import workspace
 from kpt.transaction.hooks import global_hooks, is_own
@@ -117,10 +120,13 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
                 f"other forward; set its _compiled_call_impl = None first to have it optimised instead"
             )
         for hooks in workspace.CALLED_HOOKS:
-            if any(not is_own(model, hook) for hook in (getattr(module, hooks, None) or {}).values()):
+            for hook in (getattr(module, hooks, None) or {}).values():
+                if is_own(model, hook):
+                    continue
+                advice = next((text for kind, text in _COMPUTED.items() if isinstance(hook, kind)), None)
                 raise Unsuitable(
                     f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
-                    "remove it, or optimise the modules inside"
+                    + (advice or "remove it, or optimise the modules inside")
                 )
     if "fsdp" in type(model).__module__.lower() or any("FSDP" in type(m).__name__ for m in model.modules()):
         raise Unsuitable("the model is sharded (FSDP); optimise it before it is wrapped")
@@ -135,6 +141,16 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     hidden = _hidden(model)
     if hidden is not None:
         raise Unsuitable(hidden)
+
+
+#: Hooks of torch's that compute a weight before each call, and what does it without one.
+_COMPUTED: dict[type, str] = {
+    WeightNorm: "it computes the weight: use torch.nn.utils.parametrizations.weight_norm in place of "
+    "torch.nn.utils.weight_norm (the state dict of either can be loaded)",
+    SpectralNorm: "it computes the weight: use torch.nn.utils.parametrizations.spectral_norm in place of "
+    "torch.nn.utils.spectral_norm",
+    BasePruningMethod: "it masks the weight: torch.nn.utils.prune.remove makes that permanent",
+}
 
 
 def foreign_kind(tensor: torch.Tensor) -> str:

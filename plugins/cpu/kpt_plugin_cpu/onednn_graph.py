@@ -108,6 +108,9 @@ class OnednnGraph:
             yield Skip("oneDNN Graph compiles for one size, and sizes are declared dynamic")
         elif not products:
             yield Skip("the model has no linear layer and no convolution")
+        elif not observation.parameter_dtypes & {"float32", *({"bfloat16"} & {*hardware.native_dtypes})}:
+            dtypes = ", ".join(sorted(observation.parameter_dtypes))
+            yield Skip(f"oneDNN Graph has no products on this CPU for weights that are {dtypes}")
         elif observation.parameter_bytes > _LARGEST:
             size = observation.parameter_bytes >> 20
             yield Skip(

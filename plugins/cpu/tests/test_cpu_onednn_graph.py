@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from observing import applied, observe, relative, skips, variants
+from observing import PROFILE, applied, observe, relative, skips, variants
 
 import kpt
 from kpt.specs import Variant
@@ -124,6 +125,12 @@ def test_reasons_to_skip():
     linear, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
     assert "dynamic" in skips(OnednnGraph(), observe(linear, x, dynamic_shapes={"input": {0: "batch"}}))[0]
     assert "no linear layer" in skips(OnednnGraph(), observe(nn.Sequential(nn.ReLU()), x))[0]
+    for dtype, known in ((torch.float64, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        native = ("float32", "float64", *(["bfloat16"] if known else []))
+        other = observe(linear.to(dtype), x.to(dtype))
+        found = skips(OnednnGraph(), other, replace(PROFILE, native_dtypes=native))
+        assert bool(found) == (dtype is torch.float64 or not known), found
+    linear.float()
     assert "300 MiB" in skips(OnednnGraph(), observe(linear, x, parameter_bytes=300 << 20))[0]
 
 
