@@ -171,7 +171,9 @@ def test_the_gain_of_the_one_step_left_is_over_eager() -> None:
     assert found.gains == {"compiler": pytest.approx(4.0)}
 
 
-def _outlined(budget: float, offered: list[Candidate], fate: Any, latency: float = 1e-3) -> tuple[Any, Any]:
+def _outlined(
+    budget: float, offered: list[Candidate], fate: Any, latency: float = 1e-3, fuel: int | None = None
+) -> tuple[Any, Any]:
     """A search in which ``fate(names, patience)`` says how long each trial takes and how it ends."""
 
     class Told(_Trials):
@@ -201,7 +203,8 @@ def _outlined(budget: float, offered: list[Candidate], fate: Any, latency: float
             )
 
     trials = Told()
-    search = Search(trials, Proposals(offered), Budget(budget, clock=lambda: trials.now))  # type: ignore[arg-type]
+    time = Budget(budget, clock=lambda: trials.now)
+    search = Search(trials, Proposals(offered), time, fuel=fuel)  # type: ignore[arg-type]
     search._gate = lambda: None  # type: ignore[method-assign]
     return search.run(), trials
 
@@ -465,3 +468,17 @@ def test_what_makes_no_difference_without_a_compiler_is_tried_beside_it(phase: P
     keys = [key for key, _ in trials.seen]
     assert (keys[0].split(" + ").count("step"), keys[1]) == (1, "quick"), keys
     assert set(found.best.plan.steps) == ({step, compiler} if phase == "kernels" else {compiler}), keys
+
+
+@pytest.mark.parametrize(("setup", "fuel"), [(500.0, None), (30.0, 2)])
+def test_what_makes_no_difference_is_dropped_where_no_compiler_comes(setup: float, fuel: int | None) -> None:
+    """One that there is no time for, or no fuel, stays open to the end; the plan does not wait for it."""
+    step, quick = _candidate("step", "kernels", 0.0, 1.1), _candidate("quick", "runtime", 1.0, 1.2)
+    compiler = _candidate("compiler", "compile", setup, 1.15)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        return 2.0, "ok", (1.2 if "quick" in names else 1.0) / (1.2 if "quick" in before else 1.0)
+
+    found, trials = _outlined(90.0, [step, quick, compiler], fate, fuel=fuel)
+    assert set(found.best.plan.steps) == {quick}, trials.seen

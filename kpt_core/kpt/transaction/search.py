@@ -153,7 +153,8 @@ class Search:
         """Drop every step without which the plan is not slower.
 
         Where that needs a set-up, a step without which the plan promises less than ``least`` stays. So does,
-        as long as a compiler may come, one that costs it nothing and makes no difference without it.
+        as long as a compiler may come, one that costs it nothing and makes no difference without it: not
+        where ``least`` is 0, after which none comes.
         """
         ledger = self.ledger
         gains = ledger.found.gains
@@ -182,7 +183,7 @@ class Search:
                 ledger.paid.add(step)
                 reduced.close()
                 continue
-            if reduced.timing.low <= 1.0 and self._may_pay_later(step, best):
+            if least > 0.0 and reduced.timing.low <= 1.0 and self._may_pay_later(step, best):
                 reduced.close()
                 continue
             ledger.reject(
@@ -202,8 +203,9 @@ class Search:
         ledger = self.ledger
         if step.phase == "shapes" or step.variant.setup_seconds > 0.0 or ledger.slow(best.plan):
             return False
-        plans = (best.plan.with_(each) for each in ledger.open() if each not in best.plan.steps)
-        return any(step in plan.steps and ledger.slow(plan) for plan in plans)
+        plans = [best.plan.with_(each) for each in ledger.open() if each not in best.plan.steps]
+        slow = [plan for plan in plans if step in plan.steps and ledger.slow(plan)]
+        return any(ledger.time_for_plan(plan, best) for plan in slow)
 
     def _alternatives(self, best: Outcome, *, least: float = _HOPELESS) -> Outcome:
         """Try what was left out in place of (or beside) what was chosen, most promising first.
