@@ -143,7 +143,7 @@ class Int8:
 def _reads_weights(module: torch.nn.Module) -> bool:
     """Whether eager's fused operation for ``module`` would go on with the weights that were replaced."""
     return isinstance(module, torch.nn.TransformerEncoderLayer) and any(
-        isinstance(each, Int8Linear) for each in (module.linear1, module.linear2)
+        isinstance(getattr(module, name, None), Int8Linear) for name in ("linear1", "linear2")
     )
 
 

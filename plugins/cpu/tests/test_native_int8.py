@@ -221,3 +221,26 @@ def test_encoders_that_leave_padding_out_by_nested_tensors_run_in_int8() -> None
     assert not found[mask].any() and not true[mask].any()
     undo()
     assert torch.equal(space.forward(**call), true)
+
+
+class OwnFeedForward(nn.TransformerEncoderLayer):
+    """Has another network between its norms, and none of the linears that the class comes with."""
+
+    def __init__(self) -> None:
+        super().__init__(128, 4, 256, batch_first=True)
+        del self.linear1, self.linear2
+        self.wide = nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128))
+
+    def forward(self, src: torch.Tensor) -> torch.Tensor:
+        src = self.norm1(src + self._sa_block(src, None, None))
+        return self.norm2(src + self.wide(src))
+
+
+@torch.no_grad()
+def test_layers_without_the_linears_of_their_class_run_in_int8() -> None:
+    torch.manual_seed(0)
+    model, x = OwnFeedForward().eval(), torch.randn(2, 9, 128)
+    (offer, *_) = variants(Int8(), observe(model, x))
+    _, space, undo = applied(Int8, model, offer)
+    assert 1e-5 < relative(space.forward(x), model(x)) < 4e-2
+    undo()
