@@ -220,10 +220,10 @@ def _rates() -> dict[str, float]:
         from kpt_plugin_cpu import int8_linear
 
         codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
-        weight, scale = int8_linear.quantize_weight(square)
         zero_points = torch.zeros(width, dtype=torch.int64)
         product = torch.ops.kpt_cpu.int8_product
         try:
+            weight, scale = int8_linear.quantize_weight(square)  # multiplies, too, to see what saturates
             rates["int8"] = _best(lambda: product(codes, weight, scale, zero_points, torch.float32), work)
         except RuntimeError:  # oneDNN has no such product for this CPU
             pass

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from kpt.specs import HardwareProfile
-from kpt_plugin_cpu import probe
+from kpt_plugin_cpu import int8_linear, probe
 
 
 def test_detection_needs_no_torch_and_names_what_can_be_used():
@@ -54,6 +54,17 @@ def test_rates_are_measured(monkeypatch):
     if platform.machine() == "x86_64":  # signed by signed falls into a reference path: it was 1/60 here
         assert measured.matmul_rates["int8"] > 0.3 * measured.matmul_rates["float32"]
     assert measured.predicted_seconds(0.0, 1e9, "float32") > 0
+
+
+def test_a_cpu_without_int8_products_has_the_other_rates(monkeypatch):
+    def refused(*given):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(probe, "_SPAN", 0.01)
+    monkeypatch.setattr(int8_linear, "_product", refused)
+    int8_linear.largest_weight.cache_clear()
+    rates = probe.CpuProbe().measure(probe.CpuProbe().detect()).matmul_rates
+    assert "int8" not in rates and rates["float32"] > 1e8
 
 
 def test_rates_are_those_of_fp32_whatever_the_default_dtype(monkeypatch):
