@@ -61,7 +61,7 @@ def _product(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, 
 
 @functools.lru_cache(maxsize=1)
 def _constants() -> tuple[Tensor, Tensor]:
-    return torch.ones(1, device="cpu"), torch.tensor([ZERO_POINT], device="cpu")
+    return torch.ones(1, dtype=torch.float32, device="cpu"), torch.tensor([ZERO_POINT], device="cpu")
 
 
 # Not `torch.library.custom_op`: what that checks in Python takes longer than small products.
@@ -86,7 +86,8 @@ def largest_weight() -> int:
         codes = torch.full((1, width), 255, dtype=torch.uint8)
         weight = torch.full((width, width), 127, dtype=torch.int8)
         zero_points = torch.zeros(width, dtype=torch.int64)
-        product = _product(codes, weight, torch.ones(width), zero_points, torch.float32)
+        scale = torch.ones(width, dtype=torch.float32)
+        product = _product(codes, weight, scale, zero_points, torch.float32)
     return 127 if bool((product == (255 - ZERO_POINT) * 127 * width).all()) else 63
 
 
@@ -144,7 +145,7 @@ class Int8Linear(nn.Module):
         self.quantized = quantized
         self.scale = scale
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.one = torch.ones(1)
+        self.one = torch.ones(1, dtype=torch.float32)
         self.zero_point = torch.tensor([ZERO_POINT])
         self.weight_zero_points = torch.zeros(self.out_features, dtype=torch.int64)
         self._packed: list[Tensor] = []

@@ -252,6 +252,21 @@ def test_int8_weights_lose_a_bit_where_products_saturate(monkeypatch):
 
 
 @torch.no_grad()
+def test_int8_does_not_ask_for_the_default_dtype():
+    linear, x = nn.Linear(128, 64).eval(), torch.randn(8, 128)
+    expected = linear(x)
+    largest_weight.cache_clear()
+    int8_linear._constants.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = Int8Linear(linear)
+        assert layer.one.dtype is torch.float32 and relative(layer(x), expected) < 3e-2
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
 def test_int8_of_zeros_and_of_no_rows():
     layer = Int8Linear(nn.Linear(128, 64).eval())
     assert torch.isfinite(layer(torch.zeros(3, 128))).all()
