@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import signal
+import string
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -77,7 +78,10 @@ def versions() -> dict[str, str]:
 
 
 def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Store ``content`` with date, machine and versions as ``name-YYYY-MM-DD.json``."""
+    """Store ``content`` with date, machine and versions as ``name-YYYY-MM-DD.json``.
+
+    What another machine wrote on that day stays: a letter follows the date then.
+    """
     import torch
 
     whole = {
@@ -89,7 +93,7 @@ def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) 
         **content,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{today()}.json"
+    path = _todays(name, folder)
     path.write_text(json.dumps(rounded(whole), indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -106,15 +110,26 @@ def with_todays(
     Records of another machine or of a run with other ``settings`` are left out; None where each record names
     its own. Each names the commit it was measured on.
     """
-    path = folder / f"{name}-{today()}.json"
+    path = _todays(name, folder)
     if not path.exists():
         return dict(records)
     before = json.loads(path.read_text(encoding="utf-8"))
-    here = rounded(machine())
-    same_machine = all(before["machine"].get(key) == value for key, value in here.items())
-    if not same_machine or (settings is not None and before["settings"] != rounded(settings)):
+    if settings is not None and before["settings"] != rounded(settings):
         return dict(records)
     return {**before[part], **records}
+
+
+def _todays(name: str, folder: Path) -> Path:
+    """Where today's results of this machine go: into the file that it wrote before, or into a new one."""
+    here = rounded(machine())
+    for letter in ("", *string.ascii_lowercase[1:]):  # letters sort behind the name without one
+        path = folder / f"{name}-{today()}{letter}.json"
+        if not path.exists():
+            break
+        before = json.loads(path.read_text(encoding="utf-8"))["machine"]
+        if all(before.get(key) == value for key, value in here.items()):
+            break
+    return path
 
 
 def today() -> str:

@@ -1,0 +1,35 @@
+"""Result files of the benchmarks: parts of one machine's day come together, another machine's stay apart."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import common
+from common import with_todays, write_result
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    facts: dict[str, object] = {"processor": "one", "memory_gib": 1.23456789}
+    monkeypatch.setattr(common, "machine", lambda: dict(facts))
+    return facts
+
+
+def test_a_second_machine_takes_nothing_from_the_first(tmp_path: Path, machine: dict[str, object]) -> None:
+    first = write_result("speed", {"settings": None, "models": {"a": 1}}, tmp_path)
+    machine["processor"] = "other"
+    assert with_todays("speed", "models", {"b": 2}, None, tmp_path) == {"b": 2}
+    second = write_result("speed", {"settings": None, "models": {"b": 2}}, tmp_path)
+    assert sorted(tmp_path.iterdir()) == [first, second], "the newer one comes last"
+    assert json.loads(first.read_text())["models"] == {"a": 1}
+    for processor, path, known in (("one", first, {"a": 1}), ("other", second, {"b": 2})):
+        machine["processor"] = processor
+        assert with_todays("speed", "models", {"c": 3}, None, tmp_path) == {**known, "c": 3}
+        assert with_todays("speed", "models", {"c": 3}, {"budget": 1}, tmp_path) == {"c": 3}
+        assert write_result("speed", {"settings": None, "models": known}, tmp_path) == path
