@@ -24,6 +24,8 @@ from kpt.compiling import value_of
 _ATTENTION = functional.multi_head_attention_forward
 _LAYER = torch._transformer_encoder_layer_fwd
 _LINEAR = (functional.linear, torch._C._nn.linear)
+#: By the kind of a layer's mask (of pairs, of keys, of both), what makes it one of [B, H, T, T].
+_AXES: dict[Any, tuple[Any, ...]] = {0: (), 1: (slice(None), None, None), 2: ()}
 _SIGNATURE = inspect.signature(_ATTENTION)
 
 
@@ -83,15 +85,18 @@ class _Writer:
         return node
 
     def attention(
-        self, x: fx.Node, heads: int, weights: list[Any], order: tuple[int, ...], causal: bool
+        self, x: fx.Node, heads: int, weights: list[Any], order: tuple[int, ...], **masks: Any
     ) -> fx.Node:
-        """Self-attention of ``x`` [*, *, E]; ``order`` takes its axes, the last split, to [B, H, T, D]."""
+        """Self-attention of ``x`` [*, *, E]; ``order`` takes its axes, the last split, to [B, H, T, D].
+
+        ``masks``: ``attn_mask`` or ``is_causal`` of the attention.
+        """
         projected = self.call(functional.linear, x, *weights[:2])
         parts = self.call(torch.chunk, projected, 3, -1)
         each = (self.call(operator.getitem, parts, number) for number in range(3))
         split = (self.call(torch.unflatten, part, -1, (heads, -1)) for part in each)
         states = [self.call(torch.permute, part, order) for part in split]
-        mixed = self.call(functional.scaled_dot_product_attention, *states, is_causal=causal)
+        mixed = self.call(functional.scaled_dot_product_attention, *states, **masks)
         back = tuple(order.index(axis) for axis in range(4))
         joined = self.call(torch.flatten, self.call(torch.permute, mixed, back), 2)
         return self.call(functional.linear, joined, *weights[2:])
@@ -104,7 +109,8 @@ def _write_out(graph: fx.Graph, node: fx.Node, given: dict[str, Any]) -> None:
     with graph.inserting_before(node):
         x = writer.call(torch.Tensor.contiguous, given["query"])
         weights = [given[name] for name in names]
-        output = writer.attention(x, given["num_heads"], weights, (1, 2, 0, 3), bool(given["is_causal"]))
+        causal = bool(given["is_causal"])
+        output = writer.attention(x, given["num_heads"], weights, (1, 2, 0, 3), is_causal=causal)
     for user in list(node.users):
         user.replace_all_uses_with(output)
         graph.erase_node(user)
@@ -112,8 +118,11 @@ def _write_out(graph: fx.Graph, node: fx.Node, given: dict[str, Any]) -> None:
 
 
 def _write_out_layer(graph: fx.Graph, node: fx.Node) -> bool:
-    """Whether eager's fused layer of a `nn.TransformerEncoder` was written out: one without a mask is."""
-    if node.kwargs or len(node.args) < 18 or any(each is not None for each in node.args[18:]):
+    """Whether eager's fused layer of a `nn.TransformerEncoder` was written out."""
+    if node.kwargs or len(node.args) < 18:
+        return False
+    mask, kind = (*node.args[18:], None, None)[:2]
+    if mask is not None and kind not in _AXES:
         return False
     x, _, heads, *weights = node.args[:7]
     gelu, norm_first, eps, *others = node.args[7:18]
@@ -127,7 +136,7 @@ def _write_out_layer(graph: fx.Graph, node: fx.Node) -> bool:
         return call(functional.layer_norm, hidden, (width,), *others[2 * which : 2 * which + 2], eps)
 
     def mixed(hidden: fx.Node) -> fx.Node:
-        return writer.attention(hidden, heads, weights, (0, 2, 1, 3), False)
+        return writer.attention(hidden, heads, weights, (0, 2, 1, 3), **masks)
 
     def wide(hidden: fx.Node) -> fx.Node:
         inner = call(functional.linear, hidden, *others[4:6])
@@ -136,6 +145,11 @@ def _write_out_layer(graph: fx.Graph, node: fx.Node) -> bool:
         )
 
     with graph.inserting_before(node):
+        masks: dict[str, Any] = {}
+        if mask is not None:
+            # The operation leaves out what is not zero, -inf among it; of a row without a key it makes NaN.
+            kept = call(torch.logical_not, mask)
+            masks["attn_mask"] = call(operator.getitem, kept, _AXES[kind]) if _AXES[kind] else kept
         hidden = x
         for number, branch in enumerate((mixed, wide)):
             if norm_first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,11 +173,44 @@ def test_layers_that_eager_fuses_are_written_out(norm_first: bool, activation: s
     assert not any("encoder_layer" in name for name in operations if "_module" not in name)
 
 
+PAIRS = torch.ones(7, 7, dtype=torch.bool).triu(1)
+PADDING = torch.arange(7) >= torch.tensor([7, 5, 3, 1, 6])[:, None]
+
+
 @torch.no_grad()
-def test_fused_layers_with_a_mask_stay_as_they_are() -> None:
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"mask": PAIRS},
+        {"mask": nn.Transformer.generate_square_subsequent_mask(7), "is_causal": True},
+        {"mask": (torch.rand(5 * 4, 7, 7) > 0.7) & ~torch.eye(7, dtype=torch.bool)},
+        {"src_key_padding_mask": PADDING},
+        {"mask": PAIRS, "src_key_padding_mask": PADDING},
+    ],
+    ids=["pairs", "causal", "by head", "padding", "both"],
+)
+def test_fused_layers_with_masks_are_written_out(masks: dict[str, Any], norm_first: bool) -> None:
     torch.manual_seed(3)
-    model = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True).eval()
-    x, mask = torch.randn(5, 7, WIDTH), torch.ones(7, 7, dtype=torch.bool).triu(1)
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, norm_first=norm_first, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(5, 7, WIDTH)
     forward, operations = captured(model)
-    torch.testing.assert_close(forward(x, src_mask=mask), model(x, src_mask=mask))
-    assert "scaled_dot_product_attention" not in operations
+    torch.testing.assert_close(forward(x, **masks), model(x, **masks))
+    assert operations.count("scaled_dot_product_attention") == 2
+    assert not any("encoder_layer" in name for name in operations if "_module" not in name)
+
+
+@torch.no_grad()
+def test_a_row_without_a_key_attends_to_nothing() -> None:
+    """The fused operation makes NaN of it, and in the layers after it of all."""
+    torch.manual_seed(4)
+    model = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True).eval()
+    barred = PAIRS.clone()
+    barred[2] = True
+    x = torch.randn(5, 7, WIDTH)
+    forward, _ = captured(model)
+    found, true = forward(x, src_mask=barred), model(x, src_mask=barred)
+    assert found.isfinite().all()
+    rows = [0, 1, 3, 4, 5, 6]
+    torch.testing.assert_close(found[:, rows], true[:, rows])
