@@ -38,7 +38,7 @@ FAMILIES = (
     "attention",
 )
 ROUNDS = 3
-#: Seconds that one contender may take to be prepared.
+#: Seconds that one contender may take to be prepared, where nothing else is asked for.
 PATIENCE = 45.0
 #: A contender with a larger relative error computes something else, and its time is nobody's goal.
 TOLERANCE = 0.05
@@ -93,7 +93,7 @@ def peak_memory(call: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def measure(case: Any, seconds: float) -> dict[str, Any]:
+def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, Any]:
     """The record of one case: for every contender its time, rate, error, and memory where that matters."""
     import torch
 
@@ -113,7 +113,7 @@ def measure(case: Any, seconds: float) -> dict[str, Any]:
     for name, prepare in case.contenders.items():
         started = time.perf_counter()
         try:
-            with at_most(PATIENCE):
+            with at_most(patience):
                 fresh()
                 call = prepare()
                 worst = error(call(), reference)  # of the first call: it may write over its inputs
@@ -266,7 +266,7 @@ def chosen(families: list[str], matching: re.Pattern[str]) -> list[Any]:
     return sorted(found, key=lambda case: case.rank)
 
 
-def measured(cases: list[Any], seconds: float, until: float) -> Iterator[dict[str, Any]]:
+def measured(cases: list[Any], seconds: float, until: float, patience: float) -> Iterator[dict[str, Any]]:
     import torch
 
     while cases:
@@ -275,7 +275,7 @@ def measured(cases: list[Any], seconds: float, until: float) -> Iterator[dict[st
             facts = {"op": case.op, "size": case.size, "unit": case.unit, "goal": case.goal}
             yield {**facts, "failed": "no time left"}
             continue
-        record = measure(case, seconds)
+        record = measure(case, seconds, patience)
         show(record)
         yield record
         del case
@@ -308,6 +308,9 @@ def main() -> None:
     parser.add_argument("--matching", type=re.compile, default=re.compile(""), help="cases, as 'op size'")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender and case")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no case is begun")
+    parser.add_argument(
+        "--setup-limit", type=float, default=PATIENCE, help="seconds a contender's set-up may take"
+    )
     parser.add_argument("--share", help="which of the cases to prepare only, as 0/8")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
@@ -341,7 +344,7 @@ def main() -> None:
     done: dict[str, dict[str, Any]] = {}
     missed: dict[str, dict[str, Any]] = {}
     path: Path | None = None
-    for record in measured(cases, options.seconds, until):
+    for record in measured(cases, options.seconds, until, options.setup_limit):
         record["commit"] = versions()["commit"]
         (missed if "failed" in record else done)[f"{record['op']} {record['size']}"] = record
         records = with_todays("gpu_kernels", "cases", done, settings, options.results)
