@@ -21,7 +21,7 @@ Names = Annotated[str, typer.Option(metavar="NAME,…", help="Only these contend
 Seconds = Annotated[
     float | None,
     typer.Option(
-        "--seconds",  # or typer 0.27 takes the metavar for the name, as it is the parameter's but for the case
+        "--seconds",  # typer 0.27 takes a metavar that is the parameter in capitals for the name
         metavar="SECONDS",
         help="How long all of them are timed together (20); with --tune, each size of a kernel (2).",
     ),
