@@ -250,3 +250,132 @@ def test_what_a_backend_refuses_is_not_refused_again_by_parts():
         model(torch.randn(2, 5, 8))
     assert compiled.parts == [] and isinstance(model.forward, CompiledForward)
     compiled.dispose()
+
+
+class Switching(nn.Module):
+    """Changes what its part depends on between calls of it."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mode, self.norm = "double", nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) * 2 if self.mode == "double" else self.norm(x) * 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Switching.Part()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.part.mode = "double" if x.sum().item() > 0.0 else "triple"
+        y = self.part(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.max().item() > 50.0):
+            return y + self.part(x)
+
+
+@torch.no_grad()
+def test_parts_follow_what_the_code_between_them_changes():
+    model = Switching().eval()
+    compiled = CompiledModule(model, backend="eager")
+    ones = torch.ones(2, 3)
+    for seal in (False, True):
+        for x in (ones, -ones, 2 * ones, -2 * ones, 60 * ones):
+            assert torch.equal(model(x), Switching.forward(model, x)) and model(x)[0, 0] in (
+                4,
+                -6,
+                8,
+                -12,
+                240,
+            )
+        if not seal:
+            compiled.seal()
+    assert compiled.parts and compiled.parts[0].executions
+    compiled.dispose()
+
+
+class Twice(nn.Module):
+    """A block that is the root's, too, and one that two of its parts hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.first, shared = self.blocks[0], Block()
+        self.left, self.right = nn.Sequential(shared, nn.GELU()), nn.Sequential(nn.GELU(), shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if x.sum() > 1e9:
+            return x
+        return self.right(self.left(self.blocks[1](x)))
+
+
+@torch.no_grad()
+def test_what_has_several_parents_is_no_part_of_its_own():
+    model, x = Twice().eval(), torch.randn(2, 5, 8)
+    compiled = CompiledModule(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(model(x), Twice.forward(model, x))
+    assert [each.label for each in compiled.members() if each.graphs] == ["blocks.1", "left", "right"]
+    compiled.dispose()
+    assert forwards(model) == []
+
+
+class Bodies(nn.Module):
+    """Parts whose graphs differ in the bodies of an operator only."""
+
+    class Choice(nn.Module):
+        def __init__(self, one, other) -> None:
+            super().__init__()
+            self.one, self.other = one, other
+
+        def forward(self, x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+            return torch.cond(flag, self.one, self.other, (x,))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Bodies.Choice(lambda x: x.sin(), lambda x: x.cos())
+        self.b = Bodies.Choice(lambda x: x.exp(), lambda x: x.tanh())
+
+    def forward(self, x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+        x = self.a(x, flag)
+        return self.b(x, flag) if x.sum().item() < 1e9 else x
+
+
+@torch.no_grad()
+def test_parts_with_bodies_are_not_taken_for_equal():
+    model, x, repeated = Bodies().eval(), torch.randn(4), RepeatedParts(Compiles())
+    compiled = CompiledModule(model, backend=repeated)
+    for flag in (torch.tensor(True), torch.tensor(False)):
+        assert torch.allclose(model(x, flag), Bodies.forward(model, x, flag))
+        one = x.sin().exp() if flag else x.cos().tanh()
+        assert torch.allclose(model(x, flag), one)
+    assert repeated.parts == repeated.distinct
+    compiled.dispose()
+
+
+class ByKind(nn.Module):
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+            if kind == "asks" and x.sum() > 0.0:
+                return x - 1
+            return x + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ByKind.Part()
+
+    def forward(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return self.part(x, kind) if x.sum().item() < 1e9 else x * 2
+
+
+@torch.no_grad()
+def test_a_kind_of_call_that_cannot_be_captured_runs_as_it_is():
+    model, x = ByKind().eval(), torch.ones(4)
+    compiled = CompiledModule(model, backend="eager")
+    assert torch.equal(model(x, "plain"), x + 1)
+    assert torch.equal(model(x, "asks"), x - 1) and torch.equal(model(-x, "asks"), -x + 1)
+    assert torch.equal(model(x, "plain"), x + 1)
+    (part,) = compiled.parts
+    assert part.graphs == 1 and part.misses == 2
+    compiled.dispose()

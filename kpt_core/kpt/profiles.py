@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kpt.specs import HardwareSpec
 
 OVERRIDE_VARIABLE = "KPT_OVERRIDE_HARDWARE"
-_SCHEMA = 2
+_SCHEMA = 3
 
 _log = logging.getLogger("kpt")
 _lock = threading.RLock()

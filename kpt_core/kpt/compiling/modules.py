@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CompiledForward, NothingCaptured
@@ -24,7 +26,8 @@ class CompiledModule(CompiledForward):
 
     ``settings`` are those of a `CompiledForward`. `dispose` puts the forwards back. ``uncaptured`` is why the
     whole was not captured; ``parts`` are then what took its place. A part that can't be captured either, nor
-    any part of it, runs as it is.
+    any part of it, runs as it is, and so does each kind of call that can't. Guards of parts are evaluated at
+    each call, other than those of the whole.
     """
 
     def __init__(self, module: torch.nn.Module, *, label: str = "", **settings: Any) -> None:
@@ -94,22 +97,46 @@ class CompiledModule(CompiledForward):
         else:
             self.module.__dict__["forward"] = self._before
 
+    def _select(
+        self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        if self.uncaptured:
+            return None
+        # Between parts runs code that may change what they depend on: their guards are asked at each call.
+        return super()._select(key if self._within is None else None, args, kwargs)
+
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         if self.uncaptured:
             return None
         if self._within is not None and self._settings.get("dynamic_dims"):
             self._look_at_sizes(args, kwargs)
         try:
-            return super()._compile(args, kwargs)
+            try:
+                return super()._compile(args, kwargs)
+            except ConstraintViolationError:
+                if self._within is None:
+                    raise
+                self.dynamic_dims = {}  # the part asks for one size there
+                return super()._compile(args, kwargs)
         except (torch._dynamo.exc.TorchDynamoException, NothingCaptured) as error:
             # What a backend refuses would be refused of the parts too.
-            if self.graphs or isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
                 raise
-            children = _children(self.module)
+            if self.graphs and self._within is not None:
+                return None  # a call of another kind, which is counted
+            children = {} if self.graphs else self._children()
             if not children and self._within is None:
                 raise
             self._open(children, described(error))
             return None
+
+    def _children(self) -> dict[str, torch.nn.Module]:
+        """The children that may be parts. What has several parents is left to those that hold it whole."""
+        top = self
+        while top._within is not None:
+            top = top._within
+        parents = Counter(id(child) for module in top.module.modules() for child in module.children())
+        return {name: child for name, child in _children(self.module).items() if parents[id(child)] == 1}
 
     def _look_at_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the axes in which these inputs differ from the first ones for dynamic."""

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from kpt.compiling.graph_parts import Part, signature
-from kpt.compiling.writes import unbroken, value_of
+from kpt.compiling.writes import unbroken, value_of, written_by
 
 #: Operations that must not be compiled again for a cut to pay, at least, and their share of the graph.
 _LEAST, _LEAST_SHARE = 32, 0.1
@@ -48,6 +48,11 @@ class RepeatedParts:
         self._known = {} if self._known is None else self._known
         return self
 
+    def clear(self) -> None:
+        """Let go of the code that `across` keeps, and of what it was made for."""
+        if self._known is not None:
+            self._known.clear()
+
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         whole = unbroken(nodes)
@@ -73,14 +78,31 @@ class RepeatedParts:
             compile_part = torch._dynamo.lookup_backend(compile_part)
         calls: dict[Any, Callable[..., Any]] = {}
         for number, (key, part) in enumerate(reversed(distinct.items())):
-            before = known.get(key) if known is not None else None
+            shared = known is not None and _may_be_shared(part)
+            before = known.get(key) if known is not None and shared else None
             compiled = before[0] if before is not None else part.compiled_by(compile_part)
-            if known is not None and before is None:
+            if known is not None and shared and before is None:
                 known[key] = compiled, part  # the part keeps alive what the key names
             self.distinct += before is None
             calls[key] = _as_function(compiled, number)
         self.parts += len(parts)
         return _joined(graph, parts, calls)
+
+
+def _may_be_shared(part: Part) -> bool:
+    """Whether the key of a part says all that its code depends on, in other graphs too.
+
+    It names bodies of operators by numbers of their graph, symbolic sizes by those of their environment, and
+    does not say which inputs share the memory that is written to.
+    """
+    values = torch.utils._pytree.tree_leaves([value_of(node) for node in part.graph.nodes])
+    symbolic = any(
+        isinstance(each, torch.SymInt)
+        or (isinstance(each, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in each.shape))
+        for each in values
+    )
+    bodies = any(node.op == "get_attr" for node in part.graph.nodes)
+    return not (symbolic or bodies or any(written_by(node) for node in part.nodes))
 
 
 def _parts(graph: fx.GraphModule, groups: list[list[fx.Node]]) -> list[Part]:

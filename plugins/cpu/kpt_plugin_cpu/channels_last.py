@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,19 +45,29 @@ class ChannelsLast:
                 self.weights += 1
         inner = model.forward
 
-        def convert(tensor: torch.Tensor) -> torch.Tensor | None:
-            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else None
+        def convert(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() == 4:
+                return leaf.contiguous(memory_format=torch.channels_last)
+            return leaf
+
+        def converted(value: Any) -> Any:
+            # Other holders stay the caller's own: a model may write to them.
+            return pytree.tree_map(convert, value) if type(value) in (list, tuple) else convert(value)
 
         def restore(tensor: torch.Tensor) -> torch.Tensor | None:
-            turned = tensor.layout is torch.strided and tensor.dim() > 2 and tensor.stride(1) == 1
+            plain = tensor.layout is torch.strided and not tensor.is_nested
+            turned = plain and tensor.dim() > 2 and tensor.stride(1) == 1
             return tensor.contiguous() if turned and not tensor.is_contiguous() else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 self.calls += 1
             stays = innermost or any(map(_innermost, pytree.tree_leaves((args, kwargs))))
-            output = inner(*_each(args, convert), **_each(kwargs, convert))
-            return output if stays else _each(output, restore)
+            named = {name: converted(value) for name, value in kwargs.items()}
+            output = inner(*map(converted, args), **named)
+            if stays:
+                return output
+            return pytree.tree_map(lambda leaf: nested.changed(leaf, restore), output)
 
         before = model.__dict__.get("forward")
         model.forward = forward  # type: ignore[method-assign, assignment]
@@ -74,10 +84,6 @@ class ChannelsLast:
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.weights > 0
-
-
-def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
-    return pytree.tree_map(lambda leaf: nested.changed(leaf, change), value)
 
 
 def _innermost(value: Any) -> bool:

@@ -232,15 +232,16 @@ class Inductor:
 
         def undo() -> None:
             compiled.dispose()
+            if isinstance(backend, RepeatedParts):
+                backend.clear()
             if passes.packed is not None:
                 passes.packed.clear()
 
         return undo
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
-        if self.repeated is not None and self.repeated.distinct >= self.repeated.parts:
-            return False
-        return self.compiled is not None and self.compiled.ran
+        ran = self.compiled is not None and self.compiled.ran
+        return ran and (self.repeated is None or self.repeated.distinct < self.repeated.parts)
 
     def effect(self) -> str:
         return self.compiled.told if self.compiled is not None else ""

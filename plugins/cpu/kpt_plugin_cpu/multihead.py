@@ -2,8 +2,8 @@
 
 No compiler sees into them. Eager's fused attention is not captured; the one that is multiplies a transposed
 input batch by batch with copies of the weights, and keeps its two products, and the attention between them,
-from whoever packs weights or has a better attention. So self-attention and layers without masks are written
-out, and other inputs that are not contiguous are copied first, as are those of linears.
+from whoever packs weights or has a better attention. So whole layers, and self-attention without masks, are
+written out, and other inputs that are not contiguous are copied first, as are those of linears.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,18 +170,23 @@ def _caches() -> dict[str, int]:
 # What is measured
 
 
-def _best(run: Callable[[], Any], work: float) -> float:
-    """``work`` per second of the fastest of as many runs as fit the span."""
-    run()
-    best, end = math.inf, time.perf_counter() + _SPAN
-    for _ in range(50):
-        start = time.perf_counter()
+def _fastest(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of the fastest run of each, of as many as fit its span.
+
+    They take turns: what else the machine does for a moment hits all of them, and leaves their ratios.
+    """
+    best, spent = dict.fromkeys(runs, math.inf), dict.fromkeys(runs, 0.0)
+    for run in runs.values():
         run()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            break
-    return work / best
+    for _ in range(50):
+        for name, run in runs.items():
+            if spent[name] < _SPAN:
+                start = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - start
+                spent[name] += seconds
+                best[name] = min(best[name], seconds)
+    return best
 
 
 def _bandwidth() -> float:
@@ -189,7 +194,8 @@ def _bandwidth() -> float:
 
     source = torch.ones(32 << 20, dtype=torch.float32)  # 128 MiB: beyond the usual last-level cache
     target = torch.empty_like(source)
-    return _best(lambda: target.copy_(source), 2.0 * source.numel() * source.element_size())
+    seconds = _fastest({"copy": lambda: target.copy_(source)})["copy"]
+    return 2.0 * source.numel() * source.element_size() / seconds
 
 
 def _rates() -> dict[str, float]:
@@ -201,21 +207,21 @@ def _rates() -> dict[str, float]:
 
     rows, width = 512, 768
     work = 2.0 * rows * width * width
-    rates: dict[str, float] = {}
+    runs: dict[str, Callable[[], Any]] = {}
     generator = torch.Generator().manual_seed(0)
     # A model of the user's may have another default dtype.
     wide = torch.randn(rows, width, generator=generator, dtype=torch.float32)
     square = torch.randn(width, width, generator=generator, dtype=torch.float32)
-    rates["float32"] = _best(lambda: torch.mm(wide, square), work)
+    runs["float32"] = lambda: torch.mm(wide, square)
     if torch.backends.mkldnn.is_available():
         from kpt_plugin_cpu.onednn import pack
 
         packed = pack(square)
-        rates["float32:onednn"] = _best(
-            lambda: torch.ops.mkldnn._linear_pointwise(wide, packed, None, "none", [], ""), work
+        runs["float32:onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
+            wide, packed, None, "none", [], ""
         )
     half, half_square = wide.bfloat16(), square.bfloat16()
-    rates["bfloat16"] = _best(lambda: torch.mm(half, half_square), work)
+    runs["bfloat16"] = lambda: torch.mm(half, half_square)
     if hasattr(torch.ops.onednn, "qlinear_prepack"):
         from kpt_plugin_cpu import int8_linear
 
@@ -224,7 +230,8 @@ def _rates() -> dict[str, float]:
         product = torch.ops.kpt_cpu.int8_product
         try:
             weight, scale = int8_linear.quantize_weight(square)  # multiplies, too, to see what saturates
-            rates["int8"] = _best(lambda: product(codes, weight, scale, zero_points, torch.float32), work)
+            product(codes, weight, scale, zero_points, torch.float32)
+            runs["int8"] = lambda: product(codes, weight, scale, zero_points, torch.float32)
         except RuntimeError:  # oneDNN has no such product for this CPU
             pass
-    return rates
+    return {name: work / seconds for name, seconds in _fastest(runs).items()}
