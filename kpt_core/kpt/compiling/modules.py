@@ -75,11 +75,6 @@ class CompiledModule(CompiledForward):
         for part in self.parts:
             part.seal()
 
-    def forget(self) -> None:
-        super().forget()
-        for part in self.parts:
-            part.forget()
-
     def constants(self) -> list[torch.Tensor]:
         return [*super().constants(), *(each for part in self.parts for each in part.constants())]
 

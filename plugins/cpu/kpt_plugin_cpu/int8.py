@@ -50,7 +50,9 @@ class Int8:
         faster = rate_ratio(hardware, "int8")
         if "int8" not in hardware.native_dtypes and faster < _LEAST_FASTER:
             measured = f", and its int8 products run at {faster:.1f} times the rate of float32's"
-            yield Skip(f"this CPU has no int8 dot product{measured if faster != 1.0 else ''}")
+            yield Skip(
+                f"this CPU has no int8 dot product{measured if 'int8' in hardware.matmul_rates else ''}"
+            )
         elif not paths:
             yield Skip("the model has no large linear layer")
         elif not hasattr(torch.ops.onednn, "qlinear_prepack"):
