@@ -14,7 +14,7 @@ from kpt.judge import outputs, tree
 from kpt.judge.calls import Call
 from kpt.judge.handover import judge_inputs, judge_strides
 from kpt.judge.outputs import equal_objects, leaves
-from kpt.judge.referee import judge, judge_dropout, judge_gradients
+from kpt.judge.referee import Spread, judge, judge_dropout, judge_gradients, spread
 from kpt.judge.verdict import RULES, rejected
 
 
@@ -305,18 +305,50 @@ def test_modified_inputs_are_found_bit_for_bit() -> None:
     assert judge_inputs(before, Call((x,))).rule == "input-modified"
 
 
-def dropout_runs(rate: float, keep_scale: bool = True) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(int(rate * 100))
-    scale = 1.0 / (1.0 - rate) if keep_scale else 1.0
-    return [EAGER * (torch.rand(EAGER.shape, generator=generator) > rate) * scale for _ in range(16)]
+def over_seeds(rate: float, values: torch.Tensor = EAGER, seed: int = 0) -> Spread:
+    generator = torch.Generator().manual_seed(1000 * seed + int(rate * 100))
+    kept = [torch.rand(values.shape, generator=generator) > rate for _ in range(16)]
+    return spread({"out": values * each / (1.0 - rate)} for each in kept)
 
 
 def test_the_rate_of_dropout_is_judged_by_its_spread() -> None:
-    assert judge_dropout(dropout_runs(0.1), dropout_runs(0.11))
-    assert judge_dropout([EAGER] * 8, [EAGER] * 8)
-    for wrong in (dropout_runs(0.3), [EAGER] * 16, dropout_runs(0.01)):
-        assert judge_dropout(wrong, dropout_runs(0.1)).rule == "dropout"
-    assert judge_dropout(dropout_runs(0.1), [EAGER] * 16).rule == "dropout"
+    still = spread([{"out": EAGER}] * 16)
+    assert judge_dropout(over_seeds(0.1), over_seeds(0.11))
+    assert judge_dropout(still, spread([{"out": EAGER}] * 8))
+    for wrong in (over_seeds(0.3), still, over_seeds(0.01)):
+        assert judge_dropout(wrong, over_seeds(0.1)).rule == "dropout"
+    assert judge_dropout(over_seeds(0.1), still).rule == "dropout"
+
+
+def test_chance_does_not_refuse_the_spread_of_a_single_number() -> None:
+    """Over 8 seeds that of one normal number is off by a quarter more often than not."""
+
+    def loss(seed: int, scale: float = 1.0) -> Spread:
+        generator = torch.Generator().manual_seed(seed)
+        return spread({"loss": scale * torch.randn((), generator=generator)} for _ in range(8))
+
+    assert all(judge_dropout(loss(seed), loss(1000 + seed)) for seed in range(300))
+    assert not judge_dropout(loss(0, 100.0), loss(1))
+    assert not judge_dropout(loss(0), loss(1, 0.0)) and not judge_dropout(loss(0, 0.0), loss(1))
+
+
+def test_the_spread_is_that_of_all_runs_together_and_passes_over_what_is_not_finite() -> None:
+    runs = [torch.randn(5, 7) for _ in range(9)]
+    found = spread({"out": run, "which": run.long()} for run in runs)
+    expected = float(torch.stack(runs).double().var(dim=0).mean().sqrt())
+    assert found.deviations == {"out": pytest.approx(expected, rel=1e-12)}
+    assert found.elements == {"out": 35} and found.runs == 9
+    masked = [{"out": torch.tensor([-math.inf, math.nan, 1.0])}] * 8
+    assert spread(masked).deviations == {"out": 0.0}
+
+
+def test_a_distance_is_the_same_where_everything_is_finite_and_where_one_element_is_not() -> None:
+    values, reference = torch.randn(1000), torch.randn(1000, dtype=torch.float64)
+    finite = outputs.distance(values, reference, values)
+    odd = torch.tensor([math.inf])
+    with_odd = outputs.distance(torch.cat([values, odd]), torch.cat([reference, odd.double()]))
+    for name in ("error", "scale", "cosine", "norm_ratio", "misfits", "mismatches", "elements"):
+        assert getattr(finite, name) == pytest.approx(getattr(with_odd, name), rel=1e-12)
 
 
 def test_distances_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

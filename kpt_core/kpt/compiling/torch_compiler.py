@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
@@ -11,6 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+#: What `functools.lru_cache` and `functools.cache` make of a function.
+_CACHED = type(functools.cache(lambda: None))
 
 
 @contextmanager
@@ -27,6 +31,7 @@ def settings_of(dynamo: Mapping[str, Any], inductor: Mapping[str, Any], *, dynam
         "fail_on_recompile_limit_hit": True,
         "record_runtime_overhead": False,
         "suppress_errors": False,
+        **_messages_logged_once(dynamo_config),
         **dynamo,
     }
     with ExitStack() as stack:
@@ -43,6 +48,19 @@ def settings_of(dynamo: Mapping[str, Any], inductor: Mapping[str, Any], *, dynam
 
             stack.enter_context(inductor_config.patch(dict(inductor)))
         yield
+
+
+def _messages_logged_once(dynamo_config: Any) -> dict[str, set[Any]]:
+    """The setting by which dynamo goes over methods of loggers that write a message only the first time.
+
+    Libraries add them to `logging.Logger`, around a cache. Eager's own calls have written these messages
+    before anything is compiled; all others end a graph, since they have to be written at each call.
+    """
+    once = {method for method in vars(logging.Logger).values() if isinstance(method, _CACHED)}
+    for name in ("ignore_logging_functions", "ignore_logger_methods"):  # the second is the older name
+        if once and hasattr(dynamo_config, name):
+            return {name: getattr(dynamo_config, name) | once}
+    return {}
 
 
 @contextmanager

@@ -8,8 +8,8 @@ candidate is measured against the reference and allowed what eager itself needed
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from kpt.judge.handover import judge_structure
 from kpt.judge.tolerances import Terms, judge_leaf, keep_worst
 from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.specs import LEVELS, Level
+
+#: Times as much as eager's that results may vary over seeds with dropout, but for chance,
+_DROPOUT = 1.25
+#: which is ruled out at this many of its standard deviations.
+_SURE = 4.0
 
 
 def judge(
@@ -132,36 +137,61 @@ def judge_gradients(
     return passed(figures=figures)
 
 
-def judge_dropout(candidate: list[Any], eager: list[Any], *, tolerance: float = 0.25) -> Verdict:
-    """Judge the rate of dropout by how much outputs of one call vary from seed to seed.
+def judge_dropout(candidate: Spread, eager: Spread) -> Verdict:
+    """Judge the rate of dropout by how much the results of one call vary from seed to seed.
 
-    ``candidate`` and ``eager`` hold outputs for as many seeds each (8 or more). The standard deviation
-    over seeds must agree within ``tolerance``; where eager's outputs do not vary, the candidate's must not.
+    Standard deviations over seeds may differ by a quarter, and by four times what those of as many runs of as
+    many independent elements differ by chance: a loss, which is one number, is no more than looked at. Where
+    eager's results do not vary, the candidate's must not.
     """
     figures: dict[str, float] = {}
-    theirs = _spread(eager)
-    for name, mine in _spread(candidate).items():
-        own = theirs.get(name, 0.0)
+    for name, mine in candidate.deviations.items():
+        own = eager.deviations.get(name, 0.0)
         if own == 0.0 and mine == 0.0:
             continue
         ratio = mine / own if own else math.inf
         keep_worst(figures, {"dropout_ratio": max(ratio, 1.0 / ratio if ratio else math.inf)})
-        if abs(ratio - 1.0) > tolerance:
+        freedom = max(min(candidate.runs, eager.runs) - 1, 1) * max(candidate.elements[name], 1)
+        chance = _SURE / math.sqrt(freedom)
+        if not ratio or abs(math.log(ratio)) > math.log(_DROPOUT) + chance:
             return rejected(
                 "dropout", f"{name} varies {ratio:.3g} times as much over seeds as in eager mode", figures
             )
     return passed(figures=figures)
 
 
-def _spread(runs: list[Any]) -> dict[str, float]:
-    """Root mean square over elements of the standard deviation over runs, by leaf name."""
-    named = [outputs.tensors(run) for run in runs]
-    spread: dict[str, float] = {}
-    for name, first in named[0].items():
-        if first.is_floating_point():
-            stacked = torch.stack([run[name].detach().to(torch.float64) for run in named])
-            spread[name] = float(stacked.var(dim=0).mean().sqrt())
-    return spread
+@dataclass(frozen=True)
+class Spread:
+    """How much each result varied over ``runs``: the root mean square over its elements of their standard
+    deviation, and how many ``elements`` it has, both by name."""
+
+    deviations: dict[str, float]
+    elements: dict[str, int]
+    runs: int
+
+
+def spread(runs: Iterable[Mapping[str, torch.Tensor]]) -> Spread:
+    """The spread of ``runs``, each of which gives tensors by name; all but floating-point ones are left out.
+
+    They are read one by one, and none is kept: means and squares are updated (Welford, 1962). What is not
+    finite counts as 0.
+    """
+    means: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    count = 0
+    for run in runs:
+        count += 1
+        for name, value in run.items():
+            if not value.is_floating_point():
+                continue
+            wide = value.detach().to(torch.float64).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            mean = means.setdefault(name, torch.zeros_like(wide))
+            change = wide - mean
+            mean += change / count
+            squares.setdefault(name, torch.zeros_like(wide)).addcmul_(change, wide - mean)
+    variances = {name: sums.sum() / max(sums.numel() * (count - 1), 1) for name, sums in squares.items()}
+    deviations = {name: float(variance.sqrt()) for name, variance in variances.items()}
+    return Spread(deviations, {name: sums.numel() for name, sums in squares.items()}, count)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -109,7 +109,7 @@ def commit(
     with trials.kept.untouched():
         verdicts = [_judge_values(outcome, trials)]
         if trials.observation.stochastic and verdicts[0].passed:
-            verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied)))
+            verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied, fresh=True)))
         verdict = verdicts[-1]
         for key, value in (item for each in verdicts for item in each.figures.items()):
             outcome.figures[key] = max(outcome.figures.get(key, value), value)

@@ -104,8 +104,11 @@ class Runner:
                 torch.autograd.grad(loss, sources, allow_unused=True)
         return output
 
-    def collect(self, forward: Forward, call: Call, *, seed: int = 0) -> Execution:
-        """One call with everything that is to be compared; buffers are put back afterwards."""
+    def collect(self, forward: Forward, call: Call, *, seed: int = 0, gradients: bool = True) -> Execution:
+        """One call with everything that is to be compared; buffers are put back afterwards.
+
+        Without ``gradients`` the backward of a training step, and its results, are left out.
+        """
         with self.buffers_kept() as before:
             if not self.training:
                 with torch.no_grad():
@@ -114,14 +117,14 @@ class Runner:
             with torch.enable_grad():
                 sources = {**self.parameters, **_sources(call)}
                 output = forward(*call.args, **call.kwargs)
-                loss = scalar_loss(output, seed)
-                gradients: dict[str, torch.Tensor | None] = dict.fromkeys(sources)
+                loss = scalar_loss(output, seed) if gradients else None
+                found: dict[str, torch.Tensor | None] = dict.fromkeys(sources)
                 if loss is not None and sources:
-                    found = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
-                    gradients = {
-                        name: None if g is None else g.detach().clone() for name, g in zip(sources, found)
+                    each = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+                    found = {
+                        name: None if g is None else g.detach().clone() for name, g in zip(sources, each)
                     }
-            return Execution(detached(output), gradients, self.moved(before), _with_history(output))
+            return Execution(detached(output), found, self.moved(before), _with_history(output))
 
     @contextmanager
     def buffers_kept(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 _STOPS = (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError)
 #: Times the allowed error up to which a rejection for precision may be by chance.
 _NEAR = 1.5
+#: Seeds over which outputs vary with dropout.
+_SEEDS = 8
+#: Numbers of which fewer say little of a rate of dropout: those of a loss, or of a few classes.
+_FEW = 1000
+#: What gradients are called beside outputs, and how many of each parameter's are looked at, about.
+_GRADIENTS, _SAMPLED = "the gradients together", 4096
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -41,6 +47,8 @@ class Judgement:
         self.calls = FreshCalls(observation, baseline)
         #: Numbers outside of tensors that moved when the plan that is judged now was called.
         self._moved_by_plan: set[str] = set()
+        #: A call, and how much the untouched model's results vary over seeds in it.
+        self._varied: tuple[Call, referee.Spread] | None = None
 
     def judge(self, applied: Applied, draws: list[Draw]) -> Verdict:
         """The first rejection over ``draws``, or an acceptance with the worst figures."""
@@ -178,16 +186,33 @@ class Judgement:
         except Exception:  # noqa: BLE001 - what cannot run under a dispatch mode is judged without
             return False
 
-    def judge_dropout(self, applied: Applied) -> Verdict:
-        """Whether outputs vary from seed to seed as much as the untouched model's do."""
-        runner, call = self.baseline.runner, self.baseline.draw()
-        mine: list[Any] = []
-        eager: list[Any] = []
-        for seed in range(8):
-            for forward, results in ((applied.forward, mine), (self.baseline.plain.forward, eager)):
-                with seeded(seed):
-                    results.append(runner.collect(forward, call.clone()).output)
-        return referee.judge_dropout(mine, eager)
+    def judge_dropout(self, applied: Applied, *, fresh: bool = False) -> Verdict:
+        """Whether outputs vary from seed to seed as much as the untouched model's do.
+
+        Of one call, the same for all plans, unless a ``fresh`` one is asked for. Where the outputs are few
+        numbers, as a loss is, which say little of a rate, the gradients are looked at too.
+        """
+        if fresh or self._varied is None:
+            call, plain = self.baseline.draw(), self.baseline.plain.forward
+            eager = self._spread(plain, call, gradients=False)
+            few = self.observation.training and max(eager.elements.values(), default=0) < _FEW
+            self._varied = call, self._spread(plain, call, gradients=True) if few else eager
+        call, eager = self._varied
+        return referee.judge_dropout(
+            self._spread(applied.forward, call, gradients=_GRADIENTS in eager.elements), eager
+        )
+
+    def _spread(self, forward: Any, call: Call, *, gradients: bool) -> referee.Spread:
+        def results(seed: int) -> dict[str, torch.Tensor]:
+            with seeded(seed):
+                ran = self.baseline.runner.collect(forward, call.clone(), gradients=gradients)
+            found = dict(outputs.tensors(ran.output))
+            samples = [_sample(each) for each in ran.gradients.values() if each is not None]
+            if samples:
+                found[_GRADIENTS] = torch.cat([each.cpu().double() for each in samples])
+            return found
+
+        return referee.spread(map(results, range(_SEEDS)))
 
     def _one(self, applied: Applied, draw: Draw, given: Call | None = None) -> tuple[Verdict, Any]:
         """Judge one call, made with ``given`` where that is another copy of it."""
@@ -308,3 +333,9 @@ def _copied(output: Any) -> Any:
     return tree.rebuild(
         output, lambda path, leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
     )
+
+
+def _sample(gradient: torch.Tensor) -> torch.Tensor:
+    """Some of its elements, from all over it."""
+    flat = outputs.flat(gradient)
+    return flat[:: max(1, flat.numel() // _SAMPLED)]

@@ -161,11 +161,18 @@ class Ledger:
 
     def setup(self, plan: Plan) -> float:
         """Expected seconds to set ``plan`` up: what its steps announced, at the pace of the trials so far."""
-        return self.pace * announced(plan)
+        return self.pace * self.announced(plan)
+
+    def announced(self, plan: Plan) -> float:
+        """The seconds of set-up that a trial of ``plan`` was announced to take, of all its applications.
+
+        Where dropout decides the outputs, the values are judged on a second one.
+        """
+        return announced(plan) * (2 if self.trials.observation.stochastic else 1)
 
     def slow(self, plan: Plan) -> bool:
         """Whether the set-up of ``plan`` is worth a thought."""
-        return announced(plan) >= QUICK * self.budget.seconds
+        return self.announced(plan) >= QUICK * self.budget.seconds
 
     def cost(self, plan: Plan, best: Outcome | None = None) -> float:
         """Expected seconds of a trial: its set-up, and what judging and timing took for ``best``."""
@@ -211,7 +218,7 @@ class Ledger:
 
     def _learn_pace(self, outcome: Outcome) -> None:
         """Other set-ups will take as many times what they announced as this one did."""
-        seconds = announced(outcome.plan)
+        seconds = self.announced(outcome.plan)
         if seconds < _TELLING:
             return
         if outcome.rule == "deadline":  # it would have taken longer still
@@ -232,7 +239,7 @@ class Ledger:
         left = max(0.5, self.budget.left() - self._reserve)
         if len(self.open()) < 2:
             return left
-        needed = _OVERRUN * (announced(plan) + self.seconds_of_calls())
+        needed = _OVERRUN * (self.announced(plan) + self.seconds_of_calls())
         share = 1.0 / among if among is not None else _PATIENCE_WITHOUT_SETUP
         if self.slow(plan):
             left = max(0.5, left - self.spare)
@@ -247,10 +254,10 @@ class Ledger:
 
         It may take as many times what it announced. One that is about as long would not come back either.
         """
-        most = _PATIENCE * announced(plan)
+        most = _PATIENCE * self.announced(plan)
         others = [Plan.of([other]) for other in self.open() if other not in plan.steps]
-        quicker = [other for other in others if self.slow(other) and announced(other) < most]
-        return min((1.0 + _OVERRUN * announced(other) for other in quicker), default=0.0)
+        quicker = [other for other in others if self.slow(other) and self.announced(other) < most]
+        return min((1.0 + _OVERRUN * self.announced(other) for other in quicker), default=0.0)
 
 
 def announced(plan: Plan) -> float:

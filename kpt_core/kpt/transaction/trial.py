@@ -143,7 +143,7 @@ class Trials:
         else:
             holder.append(applied := self._prepared(self.source, plan))
             verdict = self.judgement.judge(applied, draws)
-        outcome.setup_seconds = holder[0].setup_seconds if holder else 0.0
+        outcome.setup_seconds = sum(each.setup_seconds for each in holder)
         outcome.figures = dict(verdict.figures)
         if not verdict.passed and not self.metric.overrules(verdict.rule):
             outcome.rule, outcome.reason = verdict.rule, verdict.detail

@@ -26,6 +26,8 @@ _LEAST_REPEATED = 0.4
 #: How much longer a call takes whose products are not fused with what follows them, and for each part, in
 #: seconds, the call of its code: 2 and 4 % were measured for 30 layers.
 _UNFUSED, _PER_PART = 1.02, 30e-6
+#: How many times as long a model takes to compile for training: the backward graph is about twice the other.
+_WITH_BACKWARD = 3
 
 
 def compiler() -> str | None:
@@ -144,7 +146,7 @@ class Inductor:
 
     With frozen weights, constants are folded and packed: faster, but copies that have to be watched.
     Live weights are read on each call, and serve training too. Where blocks repeat, one is compiled for all,
-    with packed weights as inputs: nearly as fast, and ready in a fraction of the time.
+    with weights as inputs, packed ones in inference: nearly as fast, and ready in a fraction of the time.
     """
 
     def __init__(self) -> None:
@@ -167,7 +169,7 @@ class Inductor:
         }
         live = estimate.gain(rest_ratio=estimates.FUSED)
         if observation.training:
-            setup *= 3  # the backward graph is about twice the forward one
+            setup *= _WITH_BACKWARD
         yield Variant("live", {**shared, "freeze": False}, live, setup, reproducible=True)
         if not observation.training:
             onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
@@ -205,24 +207,42 @@ class Inductor:
                 derives=True,
                 note="C++ templates compete with the library for each product",
             )
+        yield from self._repeated(observation, hardware, shared)
+
+    def _repeated(
+        self, observation: Observation, hardware: HardwareProfile, shared: dict[str, Any]
+    ) -> Iterator[Variant | Skip]:
+        """One block compiled for all, where enough of the model is blocks that repeat."""
+        training = observation.training
         blocks = repeated_blocks(observation.model)
         share = repeated_share(observation.model, blocks)
-        packs = torch.backends.mkldnn.is_available()
-        if share >= _LEAST_REPEATED and not observation.training and not packs:
+        if share < _LEAST_REPEATED:
+            return
+        if not training and not torch.backends.mkldnn.is_available():
             yield Skip("this torch has no oneDNN, which weights of repeated blocks are packed for")
-        elif share >= _LEAST_REPEATED and not observation.training:
-            onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
-            frozen = estimate.gain(rate_ratio=max(onednn, 1.0), rest_ratio=0.9 * estimates.FUSED)
-            seconds = _UNFUSED * estimate.total / frozen + _PER_PART * len(blocks)
-            yield Variant(
-                "repeated blocks",
-                {**shared, "freeze": False, "onednn": True, "repeated": True},
-                estimate.total / seconds,
-                estimates.compile_seconds(observation, share),
-                derives=True,
-                reproducible=True,
-                note="one block compiled for all, with packed weights",
-            )
+            return
+        setup = estimates.compile_seconds(observation, share)
+        estimate = estimates.estimate(observation, hardware)
+        params = {**shared, "freeze": False, "repeated": True, "packs": not training}
+        if training:
+            seconds = estimate.total / estimate.gain(rest_ratio=estimates.FUSED)
+            seconds += _WITH_BACKWARD * _PER_PART * len(blocks)
+            gain, setup = estimate.total / seconds, _WITH_BACKWARD * setup
+            note = "one block compiled for all"
+            yield Variant("repeated blocks", params, gain, setup, reproducible=True, note=note)
+            return
+        onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
+        frozen = estimate.gain(rate_ratio=max(onednn, 1.0), rest_ratio=0.9 * estimates.FUSED)
+        seconds = _UNFUSED * estimate.total / frozen + _PER_PART * len(blocks)
+        yield Variant(
+            "repeated blocks",
+            {**params, "onednn": True},
+            estimate.total / seconds,
+            setup,
+            derives=True,
+            reproducible=True,
+            note="one block compiled for all, with packed weights",
+        )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         arguments = settings(variant.params, model)
@@ -281,14 +301,17 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
             inductor["max_autotune_report_choices_stats"] = False
     bounds = {int(axis): most for axis, most in (params.get("bounds") or {}).items()}
     repeated = bool(params.get("repeated")) and model is not None
-    attention = ShortAttention(bounds) if frozen or repeated else None
+    packs = repeated and bool(params.get("packs", True))
+    attention = ShortAttention(bounds) if frozen or packs else None
     packed: PackedWeights | None = None
     backend: dict[str, Any] = {} if frozen else {"backend": repeatable}
-    if repeated and model is not None:
+    if packs and model is not None:
         # Packed weights have no strides, which generated code would ask its inputs for.
         inductor["size_asserts"] = False
         packed = PackedWeights(model, float32=bool(params.get("onednn")))
         backend["backend"] = RepeatedParts()
+    elif repeated:
+        backend["backend"] = RepeatedParts(repeatable)
     around: Callable[[], Any] | None = None
     if frozen and params.get("onednn") and hasattr(torch.backends.mkldnn, "matmul"):
         around = packing_for_onednn

@@ -106,7 +106,7 @@ def test_a_graph_is_not_captured_where_hardly_any_time_is_between_operations(mlp
     assert "too little" in reason
 
 
-def test_training_is_offered_live_weights_only(mlp):
+def test_training_without_repeated_blocks_is_offered_live_weights_only(mlp):
     names = [offer.name for offer in variants(Inductor(), observe(mlp, torch.randn(2, 128), mode="training"))]
     assert names == ["live"]
 

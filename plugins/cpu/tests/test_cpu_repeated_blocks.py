@@ -211,7 +211,6 @@ def test_it_is_offered_where_most_of_a_model_is_repeated():
     assert offer.setup_seconds == compile_seconds(observation, share) < 0.75 * whole.setup_seconds
     assert 0.8 * whole.predicted_gain < offer.predicted_gain < whole.predicted_gain
     assert offered(Stack(1), x) is None
-    assert offered(model.train(), x, mode="training") is None
 
 
 class RepeatedAlone:
