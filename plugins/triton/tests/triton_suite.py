@@ -23,6 +23,13 @@ class TritonSuite(KernelSuite):
         return None  # the functions are tested; what sites they take is the business of other tests
 
 
+class InOneDtype(TritonSuite):
+    """In fp32 only while interpreted: addresses differ from another suite of the op, not arithmetic."""
+
+    def dtypes(self) -> list[torch.dtype]:
+        return [torch.float32] if INTERPRETED else super().dtypes()
+
+
 def gradcheck(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> bool:
     """Whether gradients are those by differences: of each element, if interpreted along a random direction.
 

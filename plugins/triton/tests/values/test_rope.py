@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_suite import TritonSuite, gradcheck
+from triton_suite import InOneDtype, TritonSuite, gradcheck
 
 import kpt_plugin_triton.plugin as plugin
 from kpt.ops import reference
@@ -23,7 +23,7 @@ class TestRope(TritonSuite):
     most_rows = 17 if INTERPRETED else 70
 
 
-class TestInterleavedRope(TritonSuite):
+class TestInterleavedRope(InOneDtype):
     """Pairs side by side, fewer key heads than query heads, features that do not turn."""
 
     kernel = KERNELS["rope"]
