@@ -10,9 +10,17 @@ from typing import Any, ClassVar
 import numpy
 import torch
 
+import kpt
 from kpt.compiling import CompiledForward
 from kpt.specs import Variant
-from slow_models import DerivedScale, DirectScale, SlowScale, fast_forward
+from slow_models import DerivedScale, DirectScale, SlowScale, fast_forward, plugin
+
+
+def rule_of(model: torch.nn.Module, offered: type, *example: torch.Tensor, phase: str = "layout") -> str:
+    """The rule that rejects ``offered``, or "kept"."""
+    kpt.optimize(model, example, plugins=[plugin(offered, phase=phase)], budget=20.0, cache=False)
+    receipt = kpt.report(model)
+    return "kept" if receipt.optimized else receipt.rejected[0].rule
 
 
 class RootWrapper(DirectScale):

@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+import kpt
+import saved_models
 from kpt.cli.main import run
+from stand_ins import receipt
 
 ARCHITECTURES = "kpt_test_cli_architectures"
 
@@ -67,3 +70,35 @@ def model_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, s
     torch.manual_seed(0)
     torch.save(Net().state_dict(), tmp_path / "net.pt")
     return tmp_path / "net.pt", f"{ARCHITECTURES}:chatty"
+
+
+@pytest.fixture
+def architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of ``saved_models.ARCH`` can be imported."""
+    monkeypatch.setitem(sys.modules, saved_models.ARCH, saved_models.architectures())
+
+
+@pytest.fixture
+def model() -> saved_models.Small:
+    torch.manual_seed(0)
+    return saved_models.Small().eval()
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Stands in for the transaction: records what it was asked and leaves the model alone."""
+    asked: dict[str, object] = {}
+
+    def optimize(model, inputs, **options):
+        asked.update(options, inputs=inputs, model=model)
+        return model
+
+    def save(model, folder, build=None):
+        asked["build"] = build
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.json").write_text(json.dumps({"build": {"kind": "named", **(build or {})}}))
+        (folder / "receipt.json").write_text(receipt().to_json())
+
+    for name, value in (("optimize", optimize), ("report", lambda model: receipt()), ("save", save)):
+        monkeypatch.setitem(vars(kpt), name, value)
+    return asked

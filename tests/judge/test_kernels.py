@@ -233,6 +233,19 @@ def test_an_honest_kernel_passes_every_probe(dtype: torch.dtype) -> None:
     assert verdict.figures["probes"] >= 15
 
 
+def test_what_was_judged_on_ordinary_inputs_is_looked_at_for_the_rest_alone() -> None:
+    seen: list[int] = []
+
+    def large_only(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+        seen.append(x.shape[-2])
+        return honest(x, weight, eps) * (1.0 if x.shape[-2] == 33 else 1.01)
+
+    rest: dict[str, Any] = {"ordinary": False, "layouts": (), "scales": ()}
+    assert judge_kernel(large_only, rms_norm, MAKE, rows=(33,), **rest).passed and seen == [33]
+    assert judge_kernel(large_only, rms_norm, MAKE, rows=(33, 7), **rest).rule == "size"
+    assert judge_kernel(large_only, rms_norm, MAKE, rows=(33,), **{**rest, "ordinary": True}).rule == "value"
+
+
 def test_a_promise_of_reproducible_results_is_checked() -> None:
     verdict = judge_kernel(random_sum, rms_norm, MAKE, reproducible=True, level="exact")
     assert verdict.rule == "nondeterministic"

@@ -1,4 +1,4 @@
-"""`KernelSuite` on half precision and on streams: errors of gradients, coarse kernels, scratch memory."""
+"""`KernelSuite`: what each test looks at, half precision, streams, scratch memory, errors of gradients."""
 
 from __future__ import annotations
 
@@ -96,6 +96,23 @@ def test_errors_of_gradients_are_compared_with_those_of_eager(suite_of):
         suite.test_gradient_error_like_eager()
     with pytest.raises(SkipTest, match="declares no backward"):
         suite_of(coarse).test_gradient_error_like_eager()
+
+
+def test_ordinary_inputs_are_judged_by_one_test_and_not_again_by_each(suite_of):
+    calls = []
+
+    def counted(x, dim=-1):
+        calls.append(x.shape)
+        return torch.softmax(x, dim)
+
+    suite = suite_of(counted, reproducible=True)
+    suite.test_reproducible()
+    assert len(calls) == 2
+    calls.clear()
+    suite.test_odd_sizes()
+    assert len(calls) == len(suite.rows)
+    with pytest.raises(AssertionError, match="softmax/k in torch.float16: value"):
+        suite_of(lambda x, dim=-1: torch.softmax(x, dim) * 1.1).test_values()
 
 
 def test_a_missing_gradient_is_named(suite_of):

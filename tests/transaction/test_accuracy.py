@@ -243,3 +243,12 @@ def test_a_copy_that_the_metric_keeps_runs_the_original_forward():
     for candidate in kept:
         assert torch.equal(candidate(example), net()(example))
         assert fingerprints.ours(candidate) == []
+
+
+def test_the_users_metric_outranks_the_tolerance():
+    x = torch.randn(8, 16)
+    loose = kpt.Accuracy(lambda model: 1.0, max_drop=0.0)
+    for accuracy, kept in ((None, False), (loose, True)):
+        model, offered = net(), [plugin(hostile_passes.OnePercent)]
+        kpt.optimize(model, x, plugins=offered, accuracy=accuracy, budget=20, cache=False)
+        assert kpt.report(model).optimized is kept, kpt.report(model)

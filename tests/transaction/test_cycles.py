@@ -62,7 +62,7 @@ def in_a_process(arguments: str) -> None:
     path = os.pathsep.join([os.path.dirname(__file__), *(part for part in sys.path if part)])
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,17 @@ JOBS = Path(__file__).resolve().parent.parent / "jobs.py"
 
 
 def at_once(number: int, name: str, folder: Path) -> list[Any]:
-    """What ``number`` processes print that do the same job; they are ended after five minutes."""
+    """What ``number`` processes print that do the same job; they are ended after five minutes.
+
+    Each compiles by itself: helpers of the compiler's would import torch anew for each of them.
+    """
     command = [sys.executable, str(JOBS), name, str(folder)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["env"] = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         started = []
         for _ in range(number):
-            job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            job = subprocess.Popen(command, **pipes)
             started.append(stack.enter_context(job))
             stack.callback(job.kill)
         printed = [job.communicate(timeout=300) for job in started]

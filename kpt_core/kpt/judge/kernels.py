@@ -38,6 +38,7 @@ def judge_kernel(
     fixed: Collection[str] = (),
     changing: Collection[str] = (),
     few: int | None = None,
+    ordinary: bool = True,
     rows: Sequence[int] = ROWS,
     layouts: Sequence[str] = LAYOUTS,
     scales: Sequence[float] = SCALES,
@@ -62,6 +63,8 @@ def judge_kernel(
             two calls.
         scales: factors on the activations; with any, results also have to stay finite at `LARGE`.
         few: rows for the probes that look at scales and layouts, where those of the site take too long.
+        ordinary: begin with the ordinary inputs, memory that is never written and replays; False where they
+            were judged before, and only what the other arguments ask for is looked at.
 
     Raises:
         ValueError: the reference cannot run the ordinary inputs.
@@ -71,7 +74,9 @@ def judge_kernel(
         trial = Trial(
             run, reference, make_inputs, level, as_dtype(compute_dtype), frozenset(fixed), dtype, seed, few
         )
-        probes: list[Callable[[], Verdict | None]] = [trial.plain, trial.unwritten, trial.replay]
+        probes: list[Callable[[], Verdict | None]] = []
+        if ordinary:
+            probes += [trial.plain, trial.unwritten, trial.replay]
         if changing:
             probes.append(partial(trial.new_weights, tuple(changing)))
         probes += [partial(trial.scaled, factor) for factor in scales]

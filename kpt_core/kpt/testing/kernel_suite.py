@@ -65,14 +65,19 @@ class KernelSuite(Suite, standard=True):
         return [getattr(torch, name) for name in self.kernel.dtypes] or [torch.float32]
 
     def verdict(self, **probes: Any) -> None:
-        """Judge the kernel with the given probes; fails with the rule and the detail."""
+        """Judge the kernel with the given probes alone; fails with the rule and the detail.
+
+        Ordinary inputs, which are the same in each call, are judged by `test_values`.
+        """
         judged = 0
         for dtype in self.dtypes():
             place = self.site(dtype)
             refusal = None if place is None else self._refusal(place[0])
             if refusal is None:
                 judged += 1
-                self._judge(dtype, place, {"rows": (), "layouts": (), "scales": (), **probes})
+                self._judge(
+                    dtype, place, {"ordinary": False, "rows": (), "layouts": (), "scales": (), **probes}
+                )
         if not judged:
             raise skip(f"the kernel refuses the typical site: {refusal}; override site()")
 
@@ -107,7 +112,7 @@ class KernelSuite(Suite, standard=True):
 
     def test_values(self) -> None:
         """Values are right, memory is written in full, inputs stay as they were, nothing is replayed."""
-        self.verdict()
+        self.verdict(ordinary=True)
 
     def test_small_and_large_values(self) -> None:
         """A wrong epsilon shows on small inputs, an overflow on large ones."""

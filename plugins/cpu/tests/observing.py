@@ -1,16 +1,19 @@
-"""What the tests of this folder share: observations and profiles made by hand."""
+"""What the tests of this folder share: observations and profiles made by hand, and parts of the plugin."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+import kpt
 from kpt.judge.calls import as_calls
 from kpt.judge.draws import InputSpec
-from kpt.specs import HardwareProfile, Skip, Variant
+from kpt.specs import HardwareProfile, HardwareSpec, KernelSpec, PassSpec, Skip, Variant
 from kpt.transaction import workspace
 from kpt.transaction.observe import Observation
+from kpt_plugin_cpu import plugin
 
 PROFILE = HardwareProfile(
     name="cpu",
@@ -63,3 +66,22 @@ def applied(kind: type, model: torch.nn.Module, variant: Variant) -> tuple[Any, 
 def relative(output: torch.Tensor, reference: torch.Tensor) -> float:
     """||output - reference|| / ||reference||."""
     return float((output.double() - reference.double()).norm() / reference.double().norm())
+
+
+class Only:
+    """The plugin with one of its passes or kernels ("op/name"): a search without the others ends sooner."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @kpt.hookimpl
+    def kpt_hardware(self) -> Iterator[HardwareSpec]:
+        yield from plugin.kpt_hardware()
+
+    @kpt.hookimpl
+    def kpt_kernels(self) -> Iterator[KernelSpec]:
+        yield from (spec for spec in plugin.kpt_kernels() if f"{spec.op}/{spec.name}" == self.name)
+
+    @kpt.hookimpl
+    def kpt_passes(self) -> Iterator[PassSpec]:
+        yield from (spec for spec in plugin.kpt_passes() if spec.name == self.name)

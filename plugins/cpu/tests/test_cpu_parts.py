@@ -63,7 +63,7 @@ class InductorAlone:
 @compiles
 def test_what_can_be_captured_is_compiled_and_the_receipt_says_so():
     torch.manual_seed(5)
-    model, x = Choosing().eval(), torch.randn(64, 256, 64)
+    model, x = Choosing().eval(), torch.randn(16, 128, 64)
     kpt.optimize(model, (x,), level="exact", plugins=[InductorAlone("Frozen")], budget=60, cache=False)
     receipt = kpt.report(model)
     (kept,) = receipt.accepted
@@ -71,7 +71,7 @@ def test_what_can_be_captured_is_compiled_and_the_receipt_says_so():
     assert "compiled in 4 parts (first, often.0, often.1, often.2)" in kept.reason
     assert "can't be captured" in kept.reason
     with torch.no_grad():
-        for inputs in (torch.randn(64, 256, 64), torch.full_like(x, 200.0)):
+        for inputs in (torch.randn(16, 128, 64), torch.full_like(x, 200.0)):
             assert relative(model(inputs), Choosing.forward(model, inputs)) < 1e-5
         assert kpt.report(model).calls["misses"], "the other way was not compiled: it is counted"
         model.often[1].scale.mul_(3.0)

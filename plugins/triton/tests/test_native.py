@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -14,12 +13,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from kpt_plugin_triton import tuning
+from kpt_plugin_triton.native import norms as native
+
 pytest.importorskip("triton")
 
-from kpt_plugin_triton import tuning
-from kpt_plugin_triton.launch import Bound
-from kpt_plugin_triton.native import library
-from kpt_plugin_triton.native import norms as native
 
 ROWS, COLUMNS, PROGRAMS = 6, 20, 3
 EPS, OFFSET = 1e-5, 0.25
@@ -29,14 +27,6 @@ LAUNCH = ctypes.CFUNCTYPE(
 )
 STREAM = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))
 CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-
-
-@pytest.fixture(scope="session")
-def compiled() -> ModuleType:
-    try:
-        return library.load("kpt_triton_norms")
-    except library.NotCompiled as error:
-        pytest.skip(str(error))
 
 
 def tensor(address: int | None, *shape: int) -> torch.Tensor:
@@ -125,12 +115,12 @@ def slots(*names: str) -> list[tuple[int, str, Any]]:
 
 
 @pytest.fixture
-def serve(compiled: ModuleType) -> Iterator[Callable[..., tuple[Callable[..., Any], Driver]]]:
+def serve(norms_library: ModuleType) -> Iterator[Callable[..., tuple[Callable[..., Any], Driver]]]:
     """(norm, the driver) for fp32 [ROWS, COLUMNS] with a weight, a bias (layer_norm) and gradients wanted."""
 
     def begin(centred: bool = True, wanted: int = 7) -> tuple[Callable[..., Any], Driver]:
         driver = Driver(centred, wanted)
-        compiled.connect(*driver.addresses())
+        norms_library.connect(*driver.addresses())
         numbers = [(-1, "i32", ROWS), (-1, "fp32", EPS)]
         first = FORWARD, (4, 1, 1), 128, 64, slots("x", "weight", "bias", "y") + numbers
         first[-1].extend(slots("rstd", "mean"))
@@ -141,18 +131,18 @@ def serve(compiled: ModuleType) -> Iterator[Callable[..., tuple[Callable[..., An
             then.append((TOTAL, (1, 1, 1), 32, 0, ends))
         like, vector = torch.empty(ROWS, COLUMNS), torch.empty(COLUMNS)
         bias = vector if centred else None
-        compiled.add(
+        norms_library.add(
             like, vector, bias, EPS, OFFSET, centred, wanted, first, then if wanted else [], PROGRAMS, 5
         )
 
         def norm(x: Any, weight: Any, bias: Any = None, **other: Any) -> Any:
             given = {"eps": EPS, "offset": OFFSET, "centred": centred} | other
-            return compiled.norm(x, weight, bias, *given.values())
+            return norms_library.norm(x, weight, bias, *given.values())
 
         return norm, driver
 
     yield begin
-    compiled.forget()
+    norms_library.forget()
 
 
 def inputs(wanted: int = 7, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> list[torch.Tensor]:
@@ -333,134 +323,14 @@ def test_a_thread_without_a_context_is_given_one_and_errors_are_raised(serve: An
 
 
 def test_launches_can_be_planned_anew_while_a_graph_waits(
-    serve: Any, compiled: ModuleType, monkeypatch: pytest.MonkeyPatch
+    serve: Any, norms_library: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where tables are read again."""
     norm, driver = serve()
-    monkeypatch.setattr(native, "_library", compiled)
+    monkeypatch.setattr(native, "_library", norms_library)
     given = inputs()
     y = norm(*given)
     tuning.forget()
-    assert norm(*given) is None and compiled.count() == 0
+    assert norm(*given) is None and norms_library.count() == 0
     y.sum().backward()
     assert given[0].grad is not None and len(driver.started) == 3
-
-
-def test_parameters_leave_out_what_compiled_code_holds() -> None:
-    signature = ["*bf16", "constexpr", "i32", "constexpr", "fp32"]
-    arguments = [("x", torch.bfloat16), None, 48, 1, 0.5]
-    slot = native._SLOTS.index("x")
-    assert native._parameters(signature, arguments) == [(slot, "", None), (-1, "i32", 48), (-1, "fp32", 0.5)]
-
-
-class Code:
-    """Stands for a compiled kernel."""
-
-    def __init__(self, scratch: int = 0, clusters: int = 1) -> None:
-        target = type("Target", (), {"warp_size": 64})
-        self.run = type("Run", (), {"global_scratch_size": scratch, "profile_scratch_size": 0})
-        values = {"num_warps": 4, "shared": 96, "num_ctas": clusters, "launch_cooperative_grid": False}
-        self.metadata = type("Metadata", (), values | {"target": target})
-        self.src = type("Source", (), {"signature": {"x": "*fp32", "rows": "i32", "BLOCK": "constexpr"}})
-        self.function = 11
-
-    def warmup(self, *given: Any, **options: Any) -> Code:
-        self.given, self.options = given, options
-        return self
-
-
-def test_a_launch_is_described_by_its_compiled_code() -> None:
-    code = Code()
-    kernel: Any = type("Kernel", (), {"function": code})
-    bound = Bound(kernel, (5, 1, 1), (32,), 4, 2)
-    described = native._launch(bound, ("x", torch.float32), 7)
-    assert described == (11, (5, 1, 1), 256, 96, [(0, "", None), (-1, "i32", 7)])
-    assert code.given == (torch.float32, 7, 32)
-    assert code.options == {"grid": (5, 1, 1), "num_warps": 4, "num_stages": 2}
-    for other in (Code(scratch=1), Code(clusters=2)):
-        kernel.function = other
-        assert native._launch(bound, ("x", torch.float32), 7) is None
-
-
-@pytest.fixture
-def anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not trained yet."""
-    for name, value in {
-        "norm": None,
-        "_library": None,
-        "_thread": None,
-        "_state": "not needed so far",
-    }.items():
-        monkeypatch.setattr(native, name, value)
-    monkeypatch.setattr(native, "INTERPRETED", False)
-    monkeypatch.setattr(native, "version", lambda: "3.6.0")
-
-
-def test_the_library_is_compiled_in_the_background_once(
-    anew: None, monkeypatch: pytest.MonkeyPatch, compiled: ModuleType
-) -> None:
-    go, loads = threading.Event(), []
-
-    def load(name: str) -> ModuleType:
-        loads.append(name)
-        assert go.wait(30)
-        return compiled
-
-    monkeypatch.setattr(native, "load", load)
-    monkeypatch.setattr(native, "_driver", lambda: (0, 0, 0))
-    native.begin()
-    native.begin()
-    assert native.state() == "being compiled" and native.norm is None
-    go.set()
-    assert native.wait() == "in use" and native.norm is compiled.norm and loads == ["kpt_triton_norms"]
-
-
-def test_without_a_compiler_python_goes_on_and_the_state_says_why(
-    anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    monkeypatch.setattr("triton.runtime.cache.FileCacheManager.get_file", lambda *given: None)
-    with caplog.at_level("INFO", logger="kpt"):
-        assert native.wait().startswith("no C++ compiler was found")
-    assert native.norm is None and "norms are launched from Python: no C++ compiler" in caplog.text
-
-
-def test_it_is_left_out_where_asked_and_where_triton_launches_otherwise(
-    anew: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "load", lambda name: pytest.fail("nothing is to be compiled"))
-    monkeypatch.setattr(native, "version", lambda: "4.0.1")
-    assert native.wait() == "Triton is 4.0.1, and the library knows how 3.6.x launches"
-    monkeypatch.setattr(native, "_thread", None)
-    monkeypatch.setenv(native.VARIABLE, "0")
-    assert native.wait() == "KPT_TRITON_NATIVE is 0"
-
-
-def test_a_compiler_that_was_ended_is_started_again(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As at the end of a search's time."""
-
-    def ended(name: str) -> ModuleType:
-        raise library.NotCompiled("g++ was ended by signal 15", ended=True)
-
-    monkeypatch.setattr(native, "load", ended)
-    assert native.wait() == "g++ was ended by signal 15"
-    assert native._thread is None
-
-
-@pytest.mark.parametrize(
-    ("script", "said", "ended"),
-    [
-        ("echo 'norms.cpp:1: error: no such header' >&2; exit 1", "no such header", False),
-        ("kill -TERM $$", "ended by signal 15", True),
-    ],
-)
-def test_what_the_compiler_says_is_passed_on(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, script: str, said: str, ended: bool
-) -> None:
-    program = tmp_path / "cxx"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("CXX", str(program))
-    with pytest.raises(library.NotCompiled, match=said) as raised:
-        library._compiled(library.SOURCES / "norms.cpp")
-    assert raised.value.ended is ended

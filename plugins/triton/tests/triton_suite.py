@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from kpt.testing import KernelSuite
@@ -18,3 +21,18 @@ class TritonSuite(KernelSuite):
 
     def site(self, dtype: torch.dtype) -> None:
         return None  # the functions are tested; what sites they take is the business of other tests
+
+
+class InOneDtype(TritonSuite):
+    """In fp32 only while interpreted: addresses differ from another suite of the op, not arithmetic."""
+
+    def dtypes(self) -> list[torch.dtype]:
+        return [torch.float32] if INTERPRETED else super().dtypes()
+
+
+def gradcheck(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients are those by differences: of each element, if interpreted along a random direction.
+
+    The interpreter would run the kernels twice for each element of each input.
+    """
+    return torch.autograd.gradcheck(function, tuple(inputs), fast_mode=INTERPRETED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import heads, randn, with_options
-from triton_suite import TritonSuite
+from triton_suite import InOneDtype, TritonSuite
 
 import kpt_plugin_triton.plugin as plugin
 from kpt_plugin_triton.attention import attention
@@ -35,13 +35,6 @@ class TestAttention(TritonSuite):
     def arguments(self):
         q, k, v = randn(1, 2, 9, 16), randn(1, 1, 9, 16, seed=1), randn(1, 1, 9, 16, seed=2)
         return {"q": q, "k": k, "v": v, "is_causal": True, "softcap": 4.0, "sinks": randn(2, seed=3)}
-
-
-class InOneDtype(TritonSuite):
-    """In fp32 only while interpreted: what differs from `TestAttention` are addresses, not arithmetic."""
-
-    def dtypes(self):
-        return [torch.float32] if INTERPRETED else super().dtypes()
 
 
 class TestPackedAttention(InOneDtype):

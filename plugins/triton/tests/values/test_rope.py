@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_suite import TritonSuite
+from triton_suite import InOneDtype, TritonSuite, gradcheck
 
 import kpt_plugin_triton.plugin as plugin
 from kpt.ops import reference
@@ -23,7 +23,7 @@ class TestRope(TritonSuite):
     most_rows = 17 if INTERPRETED else 70
 
 
-class TestInterleavedRope(TritonSuite):
+class TestInterleavedRope(InOneDtype):
     """Pairs side by side, fewer key heads than query heads, features that do not turn."""
 
     kernel = KERNELS["rope"]
@@ -108,7 +108,7 @@ def test_any_size(batch, heads, kv, sequence, half, rest, shared, interleaved, t
 @pytest.mark.parametrize("interleaved", (False, True))
 def test_gradients_of_everything_by_differences(interleaved: bool) -> None:
     inputs = tuple(t.detach().requires_grad_() for t in _inputs(1, 2, 1, 3, 6, 4, 1, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda *a: rope(*a, interleaved), inputs)
+    assert gradcheck(lambda *a: rope(*a, interleaved), inputs)
 
 
 @pytest.mark.parametrize("learned", (False, True))

@@ -1,0 +1,179 @@
+"""``kpt bench``: contenders see the same inputs, and wrong, failing or absent ones are told apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kpt
+from kpt.cli.contest import Entrant, by_name, contest, eager
+from kpt.cli.output import CommandError
+from kpt.judge.calls import Call
+from kpt.plugins import registry
+from stand_ins import INPUTS, receipt
+
+
+def entrants(*functions):
+    def prepared(function):
+        return lambda model, example: lambda inputs: function(model, inputs)
+
+    return [eager(), *(Entrant(f.__name__, prepared(f)) for f in functions)]
+
+
+def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told_apart():
+    seen: dict[str, list[float]] = {"right": [], "wrong": []}
+
+    def right(model, inputs):
+        seen["right"].append(float(inputs["input"].sum()))
+        return model(**inputs)
+
+    def wrong(model, inputs):
+        seen["wrong"].append(float(inputs["input"].sum()))
+        inputs["input"].zero_()
+        return {"out": model(**inputs) * 1.01}
+
+    def failing(model, inputs):
+        raise SystemExit("no licence")
+
+    def late(model, inputs):
+        if calls["late"]:
+            raise OSError("only the first shape")
+        calls["late"] += 1
+        return model(**inputs)
+
+    calls = {"late": 0}
+    model = torch.nn.Linear(4, 4)
+    weights = model.weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    found = entrants(right, wrong, failing, late)
+    contest(
+        model,
+        found,
+        lambda: Call((torch.randn(2, 4, generator=generator),)),
+        seconds=0.0,
+        rounds=6,
+        tell=lambda t: None,
+    )
+    by = {entrant.name: entrant for entrant in found}
+    assert by["right"].error == 0.0 and by["wrong"].error > 1e-3
+    assert "SystemExit: no licence" in by["failing"].failed and "OSError" in by["late"].failed
+    assert len(by["right"].spans) == len(by["eager"].spans) == len(by["wrong"].spans) >= 5
+    assert by["right"].low <= by["right"].ratio <= by["right"].high
+    assert seen["right"][1:] == seen["wrong"][1:] and len(set(seen["right"][1:])) > 5
+    assert torch.equal(model.weight, weights)
+
+
+def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_in():
+    left = 4
+
+    def tires(model, inputs):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit("out of credits")
+        return model(**inputs)
+
+    def steady(model, inputs):
+        return model(**inputs)
+
+    model = torch.nn.Linear(4, 4)
+    found = entrants(tires, steady)
+    contest(model, found, lambda: Call((torch.ones(2, 4),)), seconds=0.0, rounds=6, tell=lambda text: None)
+    reference, tired, other = found
+    assert "while it was timed: SystemExit: out of credits" in tired.to_dict()["reason"]
+    assert tired.to_dict()["state"] == "failed" and other.to_dict()["state"] == "ran"
+    assert len(other.spans) == len(reference.spans) >= 5
+
+
+def test_what_a_contender_does_while_it_is_prepared_is_its_own():
+    def changes(model, example):
+        example["input"].zero_()
+        torch.set_default_dtype(torch.float64)
+        return lambda inputs: model(**inputs)
+
+    seen = []
+
+    def looks(model, example):
+        seen.append((float(example["input"].sum()), torch.get_default_dtype()))
+        return lambda inputs: model(**inputs)
+
+    found = [eager(), Entrant("changes", changes), Entrant("looks", looks)]
+    draw = lambda: Call((torch.ones(2, 4),))  # noqa: E731
+    contest(torch.nn.Linear(4, 4), found, draw, seconds=0.0, rounds=5, tell=lambda text: None)
+    assert seen == [(8.0, torch.float32)] and torch.get_default_dtype() is torch.float32
+
+
+def test_a_model_that_does_not_run_itself_is_an_error_before_anybody_is_prepared():
+    found = [eager(), Entrant("other", lambda model, example: pytest.fail("it was prepared"))]
+    with pytest.raises(CommandError, match="does not run on these inputs: RuntimeError"):
+        contest(
+            torch.nn.Linear(4, 4),
+            found,
+            lambda: Call((torch.ones(2, 5),)),
+            seconds=0.0,
+            tell=lambda text: None,
+        )
+
+
+def test_inputs_get_the_names_of_the_forward():
+    class Net(torch.nn.Module):
+        def forward(self, x, mask=None, **rest):
+            return x
+
+    x = torch.ones(1)
+    assert by_name(Net(), Call((x,), {"extra": 1})) == {"x": x, "extra": 1}
+
+
+def test_bench_prints_every_contender_with_machine_and_versions(kpt_cli, model_file, optimized):
+    path, arch = model_file
+    options = (
+        "bench",
+        "--model",
+        path,
+        "--arch",
+        arch,
+        "--inputs",
+        INPUTS,
+        "--seconds",
+        "0.1",
+        "--no-plugins",
+    )
+    answer = kpt_cli(*options, "--json")
+    assert answer.code == 0, answer.err
+    data = answer.json
+    assert [entry["name"] for entry in data["contenders"]] == ["eager", "kpt"]
+    assert all(entry["state"] == "ran" and entry["seconds"] > 0 for entry in data["contenders"])
+    assert data["versions"]["torch"] == torch.__version__ and data["machine"]["profile"]["name"]
+    headline = receipt().headline()
+    assert [entry["note"] for entry in data["contenders"]] == ["", headline]
+    shown = kpt_cli(*options).out
+    assert "vs eager" in shown and f"kpt prepared {headline}" in " ".join(shown.split())
+    assert kpt_cli(*options, "--contenders", "nobody").code == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--seconds", "-4"), ("--seconds", "0"), ("--seconds", "inf"), ("--budget", "0")]
+)
+def test_bench_refuses_times_that_are_none_before_anything_runs(wrong, kpt_cli, model_file, optimized):
+    path, arch = model_file
+    answer = kpt_cli("bench", "--model", path, "--arch", arch, "--inputs", INPUTS, "--json", *wrong)
+    assert answer.code == 2 and answer.json["code"] == "usage"
+    assert f"{wrong[0]} {wrong[1]} is not a number of seconds above 0" in answer.json["message"]
+    assert wrong[0] in answer.json["hint"] and not optimized
+    assert kpt_cli("bench", "--tune", *wrong).code == 2
+
+
+def test_contenders_of_plugins_take_part_or_say_what_they_lack():
+    from kpt.cli.contest import installed
+    from kpt.specs import ContenderSpec
+
+    class Plugin:
+        @kpt.hookimpl
+        def kpt_contenders(self):
+            yield ContenderSpec("lacking", "math:sqrt", requires=("not_there_42", "json"))
+            yield ContenderSpec("present", "math:sqrt", requires=("json",))
+            yield ContenderSpec("eager", "math:sqrt")
+
+    found = {entrant.name: entrant for entrant in installed(registry([Plugin()]))}
+    assert found["lacking"].absent == "needs not_there_42" and not found["present"].absent
+    assert "needs another name" in found["eager"].absent

@@ -1,0 +1,158 @@
+"""Steps that gain, lose or fail in the company of others only."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kpt.judge.clock import Timing
+from kpt.specs import Phase
+from kpt.transaction.budget import Budget
+from kpt.transaction.outcome import Outcome
+from kpt.transaction.plan import Candidate, Plan, Proposals
+from kpt.transaction.search import Search
+from told_trials import FASTER, Applied, Trials, candidate, outlined
+
+
+class Company(Trials):
+    """Compilers take long, and fail or lose as told; a half alone is slower, with a compiler it is faster."""
+
+    def __init__(self, fate: str) -> None:
+        super().__init__()
+        self.fate = fate
+        self.seen: list[str] = []
+
+    def run(self, plan: Plan, **options: Any) -> Outcome:
+        self.seen.append(plan.key)
+        names = {step.name for step in plan.steps}
+        known = options["against"].plan if options["against"] else None
+        slower = names == {"half"} or (known is not None and names < set(known.names))
+        facts: dict[str, Any] = {"timing": SLOWER, "rule": "slower"} if slower else {"timing": FASTER}
+        if "compiler" not in names:
+            self.now += 1.0
+            return Outcome(plan, seconds=1.0, applied=Applied(plan), **facts)  # type: ignore[arg-type]
+        self.now += 30.0
+        if self.fate == "no-effect" and "kernel" in names:
+            (culprit,) = [step for step in plan.steps if step.name == "kernel"]
+            return Outcome(plan, rule="no-effect", reason="traced away", culprit=culprit, seconds=30.0)
+        if self.fate in ("deadline", "value"):
+            return Outcome(plan, rule=self.fate, reason="as told", seconds=30.0)
+        return Outcome(plan, setup_seconds=29.0, seconds=30.0, applied=Applied(plan), **facts)  # type: ignore[arg-type]
+
+
+SLOWER = Timing(0.9, 0.8, 0.95, 1.0, 1.1, 16)
+
+
+def searched(fate: str, offered: list[Candidate], latency: float = 1e-3) -> tuple[Any, Company]:
+    trials = Company(fate)
+    trials.observation = SimpleNamespace(deterministic=False, baseline_seconds=latency)  # type: ignore[attr-defined]
+    trials.log = []  # type: ignore[attr-defined]
+    budget = Budget(200.0, clock=lambda: trials.now)
+    search = Search(trials, Proposals(offered), budget)  # type: ignore[arg-type]
+    search._gate = lambda: None  # type: ignore[method-assign]
+    return search.run(), trials
+
+
+@pytest.mark.parametrize("fate", ["deadline", "value"])
+def test_what_needs_no_setup_is_kept_when_the_compiler_fails(fate: str) -> None:
+    cast, compiler = candidate("cast", "precision", 0.0), candidate("compiler", "compile", 10.0)
+    found, trials = searched(fate, [cast, compiler])
+    assert trials.seen[:2] == ["cast", "cast + compiler"]
+    assert found.best.plan.steps == (cast,)
+    assert {entry.name: entry.rule for entry in found.rejected} == {"compiler": fate}
+
+
+def test_a_slow_model_is_not_tried_twice_where_once_will_do() -> None:
+    cast, compiler = candidate("cast", "precision", 0.0), candidate("compiler", "compile", 10.0)
+    found, trials = searched("ok", [cast, compiler], latency=2.0)
+    assert trials.seen[0] == "cast + compiler" and len(found.best.plan) == 2
+
+
+def test_what_is_slower_alone_may_be_faster_under_the_compiler() -> None:
+    half, compiler = candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)
+    found, trials = searched("ok", [half, compiler])
+    assert trials.seen[:2] == ["half", "half + compiler"] and len(found.best.plan) == 2
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_step_without_effect_in_company_is_left_out_of_that_company(wins: bool) -> None:
+    """It stays in the plan that it served, until the company without it is faster."""
+    kernel, compiler = candidate("kernel", "kernels", 0.0), candidate("compiler", "compile", 10.0)
+    trials: Any
+    if wins:
+        found, trials = searched("no-effect", [kernel, compiler])
+        assert found.best.plan.steps == (compiler,)
+        assert [(entry.name, entry.rule) for entry in found.rejected] == [("kernel", "no-effect")]
+        assert trials.seen == ["kernel", "kernel + compiler", "compiler"]
+    else:
+        cast = candidate("cast", "precision", 0.0)
+        found, trials = searched("deadline", [kernel, cast, compiler])
+        assert set(found.best.plan.steps) == {kernel, cast}
+
+
+def test_the_gain_of_the_one_step_left_is_over_eager() -> None:
+    """Not over the plan that the last trial was timed against."""
+    kernel, compiler = candidate("kernel", "kernels", 0.0), candidate("compiler", "compile", 10.0)
+    found, _ = searched("no-effect", [kernel, compiler])
+    assert found.gains == {"compiler": pytest.approx(4.0)}
+
+
+def test_a_step_that_was_timed_with_and_without_it_is_not_dropped_again() -> None:
+    kernel, compiler = candidate("kernel", "kernels", 0.0), candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return 1.0, "ok", 1.5 if against is None or len(names) == 2 else 0.7
+
+    found, trials = outlined(200.0, [kernel, compiler], fate)
+    assert [key for key, _ in trials.seen] == ["kernel", "kernel + compiler", "compiler"]
+    assert found.gains["compiler"] == pytest.approx(1.5)
+
+
+def test_a_compiler_that_fails_in_company_only_is_kept_without_it() -> None:
+    """What it takes to see that it is innocent is not thrown away."""
+    half, compiler = candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        if names == {"half", "compiler"}:
+            return 8.0, "failed", 1.0
+        return (20.0, "ok", 2.0) if "compiler" in names else (1.0, "ok", 0.8)
+
+    found, trials = outlined(40.0, [half, compiler], fate)
+    assert [key for key, _ in trials.seen] == ["half", "half + compiler", "compiler"]
+    assert found.best.plan.steps == (compiler,)
+
+
+@pytest.mark.parametrize("phase", ["kernels", "shapes"])
+def test_what_makes_no_difference_without_a_compiler_is_tried_beside_it(phase: Phase) -> None:
+    """Other shapes are dropped all the same: with them, a compiler is set up again."""
+    step, quick = candidate("step", phase, 0.0, 1.1), candidate("quick", "compile", 1.0, 1.2)
+    compiler = candidate("compiler", "compile", 30.0, 1.3)
+
+    def speed(names: set[str]) -> float:
+        compiled = 1.5 if "compiler" in names else 1.2 if "quick" in names else 1.0
+        return compiled * (1.1 if {"step", "compiler"} <= names else 1.0)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        return 31.0 if "compiler" in names else 2.0, "ok", speed(names) / speed(before)
+
+    found, trials = outlined(90.0, [step, quick, compiler], fate)
+    keys = [key for key, _ in trials.seen]
+    assert (keys[0].split(" + ").count("step"), keys[1]) == (1, "quick"), keys
+    assert set(found.best.plan.steps) == ({step, compiler} if phase == "kernels" else {compiler}), keys
+
+
+@pytest.mark.parametrize(("setup", "fuel"), [(500.0, None), (30.0, 2)])
+def test_what_makes_no_difference_is_dropped_where_no_compiler_comes(setup: float, fuel: int | None) -> None:
+    """One that there is no time for, or no fuel, stays open to the end; the plan does not wait for it."""
+    step, quick = candidate("step", "kernels", 0.0, 1.1), candidate("quick", "runtime", 1.0, 1.2)
+    compiler = candidate("compiler", "compile", setup, 1.15)
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        return 2.0, "ok", (1.2 if "quick" in names else 1.0) / (1.2 if "quick" in before else 1.0)
+
+    found, trials = outlined(90.0, [step, quick, compiler], fate, fuel=fuel)
+    assert set(found.best.plan.steps) == {quick}, trials.seen
