@@ -20,6 +20,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)
 
     def run(self, plan: Plan, **options: Any) -> Outcome:
         self.now += 50.0
@@ -47,7 +48,9 @@ def outlined(
     class Told(Trials):
         def __init__(self) -> None:
             super().__init__()
-            self.observation = SimpleNamespace(deterministic=False, baseline_seconds=latency)
+            self.observation = SimpleNamespace(
+                deterministic=False, stochastic=False, baseline_seconds=latency
+            )
             self.log: list[Outcome] = []
             self.seen: list[tuple[str, float]] = []
 

@@ -169,7 +169,7 @@ def test_a_trial_that_runs_out_of_memory_is_tried_again_without_the_plan_beneath
     held, tried = half.applied, []
 
     class CrowdedTrials:
-        observation = types.SimpleNamespace(baseline_seconds=0.0)
+        observation = types.SimpleNamespace(baseline_seconds=0.0, stochastic=False)
 
         def run(self, plan, **options):
             tried.append(plan.key)
@@ -191,7 +191,7 @@ def test_a_trial_that_runs_out_of_memory_with_nothing_beneath_is_not_tried_again
     best, tried = alive("best", "exact"), []
 
     class Crowded:
-        observation = types.SimpleNamespace(baseline_seconds=0.0)
+        observation = types.SimpleNamespace(baseline_seconds=0.0, stochastic=False)
 
         def run(self, plan, **options):
             tried.append(plan.key)

@@ -47,7 +47,7 @@ SLOWER = Timing(0.9, 0.8, 0.95, 1.0, 1.1, 16)
 
 def searched(fate: str, offered: list[Candidate], latency: float = 1e-3) -> tuple[Any, Company]:
     trials = Company(fate)
-    trials.observation = SimpleNamespace(deterministic=False, baseline_seconds=latency)  # type: ignore[attr-defined]
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=latency)  # type: ignore[attr-defined]
     trials.log = []  # type: ignore[attr-defined]
     budget = Budget(200.0, clock=lambda: trials.now)
     search = Search(trials, Proposals(offered), budget)  # type: ignore[arg-type]

@@ -33,6 +33,18 @@ def test_a_trial_that_was_wrong_says_nothing_of_the_commit() -> None:
     assert ledger.time_for(89.0)
 
 
+@pytest.mark.parametrize(("stochastic", "seconds"), [(False, 10.0), (True, 20.0)])
+def test_with_dropout_a_trial_is_expected_to_set_its_plan_up_twice(stochastic: bool, seconds: float) -> None:
+    """Once with dropout, and once without, for the values."""
+    trials = Trials()
+    trials.observation.stochastic = stochastic
+    ledger = Ledger(trials, (), Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    plan = Plan.of([candidate("compiler", "compile", 10.0)])
+    assert ledger.setup(plan) == ledger.announced(plan) == seconds
+    ledger.run(plan)  # which takes 20 s to set up
+    assert ledger.setup(plan) == 20.0
+
+
 class Stopping(Trials):
     """Compilers never come back; whatever else is tried is faster."""
 
@@ -52,7 +64,7 @@ def test_a_compiler_that_was_stopped_says_nothing_of_the_shapes_beside_it(setup:
     trials = Stopping()
     offered = Proposals([shapes, compiler, other] if setup < 10.0 else [shapes, other, compiler])
     search = Search(trials, offered, Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
-    trials.observation = SimpleNamespace(deterministic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)
     found = search.run()
     assert found.best is not None and found.best.plan.steps == (shapes,)
     assert {entry.name: entry.rule for entry in found.rejected} == {

@@ -141,6 +141,11 @@ def repeated_share(model: torch.nn.Module, blocks: list[str]) -> float:
     return repeated / max(count(model), 1)
 
 
+def _moves_statistics(block: torch.nn.Module) -> bool:
+    """Whether ``block`` writes to running statistics when it is called in training."""
+    return any(getattr(each, "track_running_stats", False) and each.training for each in block.modules())
+
+
 class Inductor:
     """Replaces the root's forward by compiled code, or those of its largest parts where it is not one graph.
 
@@ -220,6 +225,11 @@ class Inductor:
             return
         if not training and not torch.backends.mkldnn.is_available():
             yield Skip("this torch has no oneDNN, which weights of repeated blocks are packed for")
+            return
+        if training and any(_moves_statistics(observation.model.get_submodule(path)) for path in blocks):
+            yield Skip(
+                "blocks in training move running statistics, and a graph that writes to them is not cut"
+            )
             return
         setup = estimates.compile_seconds(observation, share)
         estimate = estimates.estimate(observation, hardware)

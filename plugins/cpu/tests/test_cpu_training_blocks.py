@@ -11,7 +11,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from observing import applied, observe, relative, variants
+from observing import applied, observe, relative, skips, variants
 
 import kpt
 from kpt.specs import PassSpec, Variant
@@ -60,6 +60,16 @@ def test_it_is_offered_with_live_weights_where_most_of_a_model_is_repeated():
     assert repeated.setup_seconds < live.setup_seconds
     assert 1.0 < repeated.predicted_gain < live.predicted_gain
     assert list(in_training(Stack(1).train(), x)) == ["live"]
+
+
+def test_blocks_that_move_running_statistics_are_not_cut_in_training():
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(5)]
+    model, x = nn.Sequential(*blocks).train(), torch.randn(6, WIDTH)
+    assert list(in_training(model, x)) == ["live"]
+    assert "running statistics" in " ".join(skips(Inductor(), observe(model, x, mode="training")))
+    for block in blocks:
+        block[1].eval()  # fine-tuning with frozen statistics
+    assert "repeated blocks" in in_training(model, x)
 
 
 def test_gradients_are_eagers_in_every_layer_and_weights_are_read_at_each_call():
