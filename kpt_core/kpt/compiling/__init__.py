@@ -20,6 +20,7 @@ from __future__ import annotations
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread, is_fused
 from kpt.compiling.modules import CompiledModule
+from kpt.compiling.padding import zero_padding
 from kpt.compiling.repeats import RepeatedParts
 from kpt.compiling.writes import value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
@@ -38,4 +39,5 @@ __all__ = [
     "stop_workers",
     "value_of",
     "written_by",
+    "zero_padding",
 ]

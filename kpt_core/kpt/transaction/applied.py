@@ -56,6 +56,7 @@ class Applied:
         self.plan = plan
         self._threads = StartedThreads()
         self.module: torch.nn.Module | None = workspace.clone(model)
+        compiling.zero_padding(self.module)
         self.compiled: list[compiling.CompiledForward] = []
         self._undos: list[tuple[Candidate, Callable[[], None]]] = []
         self.behaviours: list[tuple[Candidate, Any]] = []
