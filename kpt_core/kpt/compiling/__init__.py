@@ -9,7 +9,7 @@ back to eager without a word after eight entries, and evaluates every guard on e
 * Guards are *memoised*: the full set is evaluated when an input structure (shapes, strides, dtypes,
   values of scalars, grad mode) is first seen; afterwards one dictionary look-up selects the compiled
   code, which is called directly. Whoever calls guards the rest: module modes, hooks, weights, scalar
-  attributes (`forget` drops what was memoised when those changed).
+  attributes.
 * After `seal` nothing is ever compiled: an unknown structure that satisfies the guards of existing
   code is memoised, any other one runs the original forward and is counted as a miss.
 * Settings of the compiler hold during compilation only.
