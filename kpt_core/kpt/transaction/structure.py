@@ -26,6 +26,7 @@ import torch
 
 from kpt.judge.slots import slot_names, slots_of
 from kpt.transaction.copies import HANDLE, REDUCE
+from kpt.transaction.hooks import computed
 from kpt.transaction.reading import reading_of
 
 _MISSING = object()
@@ -177,7 +178,8 @@ class Structure:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module holds beside its parameters, buffers, children and hooks."""
-    held = {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
+    left_out = NOT_ATTRIBUTES | computed(module) if module._forward_pre_hooks else NOT_ATTRIBUTES
+    held = {name: value for name, value in module.__dict__.items() if name not in left_out}
     return {**held, **slots_of(module)} if slot_names(module.__class__) else held
 
 

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from kpt.transaction import workspace
-from kpt.transaction.hooks import global_hooks, is_own
+from kpt.transaction.hooks import computed, global_hooks, is_own
 from kpt.transaction.reading import reading_of
 
 if TYPE_CHECKING:
@@ -90,6 +87,11 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     reason = unreachable(model)
     if reason is not None:
         raise Unsuitable(reason)
+    if names := computed(model):
+        raise Unsuitable(
+            f"a hook of the model itself computes its {min(names)} before the forward, where no plan would "
+            "see it; optimise a module that holds this one, as torch.nn.Sequential(model)"
+        )
     if global_hooks():
         raise Unsuitable(
             "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
@@ -123,10 +125,9 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
             for hook in (getattr(module, hooks, None) or {}).values():
                 if is_own(model, hook):
                     continue
-                advice = next((text for kind, text in _COMPUTED.items() if isinstance(hook, kind)), None)
                 raise Unsuitable(
                     f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
-                    + (advice or "remove it, or optimise the modules inside")
+                    "remove it, or optimise the modules inside"
                 )
     if "fsdp" in type(model).__module__.lower() or any("FSDP" in type(m).__name__ for m in model.modules()):
         raise Unsuitable("the model is sharded (FSDP); optimise it before it is wrapped")
@@ -141,16 +142,6 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     hidden = _hidden(model)
     if hidden is not None:
         raise Unsuitable(hidden)
-
-
-#: Hooks of torch's that compute a weight before each call, and what does it without one.
-_COMPUTED: dict[type, str] = {
-    WeightNorm: "it computes the weight: use torch.nn.utils.parametrizations.weight_norm in place of "
-    "torch.nn.utils.weight_norm (the state dict of either can be loaded)",
-    SpectralNorm: "it computes the weight: use torch.nn.utils.parametrizations.spectral_norm in place of "
-    "torch.nn.utils.spectral_norm",
-    BasePruningMethod: "it masks the weight: torch.nn.utils.prune.remove makes that permanent",
-}
 
 
 def foreign_kind(tensor: torch.Tensor) -> str:
