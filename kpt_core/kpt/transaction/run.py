@@ -126,7 +126,7 @@ def _transact(
             registry=request.registry,
             deadline=budget,
         )
-    _describe(receipt, observation, request)
+    _describe(run, observation)
     emit("baseline", "storing the reference", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
         baseline = Baseline(observation, plain, seed=_seed(observation))
@@ -197,7 +197,8 @@ def _seed(observation: Observation) -> int:
     return 0 if observation.deterministic else time.time_ns() % (1 << 31)
 
 
-def _describe(receipt: Receipt, observation: Observation, request: Request) -> None:
+def _describe(run: Run, observation: Observation) -> None:
+    request, receipt = run.request, run.receipt
     receipt.mode = observation.mode
     receipt.hardware = profiles.to_dict(observation.hardware)
     receipt.versions = recipe.versions(request.registry)
@@ -208,6 +209,10 @@ def _describe(receipt: Receipt, observation: Observation, request: Request) -> N
             f"{observation.unfinished_proofs} modules or functions were not recognised for lack of time, so "
             "that no kernel was tried there; a larger budget, or a machine with less to do, gives it"
         )
+    parts = [(n, m) for n, m in run.model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    outermost = [n for n, _ in parts if not any(n.startswith(f"{other}.") for other, _ in parts)]
+    if outermost:
+        receipt.notes.append(f"left as they are, being scripted or traced: {', '.join(outermost[:8])}")
     receipt.left_alone = [list(entry) for entry in observation.left_alone]
     receipt.baseline = {"seconds": observation.baseline_seconds, "operations": observation.operations}
     receipt.seconds_before = receipt.seconds_after = observation.baseline_seconds

@@ -60,6 +60,8 @@ class Watch:
         self._undo: list[Callable[[], None]] = []
         modules = list(dict.fromkeys(model.modules()))
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its tensors are watched with all others
             self._watch_hooks(module, is_root=module is model)
             self._watch_apply(module)
             self._undo.append(clean_copies(module))
