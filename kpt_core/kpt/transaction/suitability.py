@@ -187,6 +187,16 @@ def refuse_bypassed(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
         )
 
 
+def _runs_with_gradients(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:
+    given = call.clone()
+    try:
+        with runner.buffers_kept(), torch.enable_grad():
+            plain.forward(*given.args, **given.kwargs)
+    except Exception:  # noqa: BLE001 - the forward itself fails, which the first error says
+        return False
+    return True
+
+
 def explain_failure(
     model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, call: Call, error: Exception
 ) -> None:
@@ -202,7 +212,15 @@ def explain_failure(
             "which may change what it is called with; optimise without examples, so that a call of the "
             "forward is observed, or optimise the modules inside"
         ) from error
-    if not runner.training or isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
+        return
+    if not runner.training:
+        if torch.is_grad_enabled() and _runs_with_gradients(runner, plain, call):
+            raise Unsuitable(
+                "the forward runs only where gradients are recorded, as one that takes a gradient itself "
+                f"({told}), and inference is optimised without; put `with torch.enable_grad():` around what "
+                "it differentiates, or optimise the modules inside"
+            ) from error
         return
     try:
         with torch.enable_grad():
