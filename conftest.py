@@ -20,6 +20,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: What CUDA and HIP read when a process first asks for a device.
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _only_on_gpus(config):
+        os.environ.update(dict.fromkeys(_VISIBLE, ""))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"GPUs: {'in sight' if _only_on_gpus(config) else 'hidden; tests that need one run with -m gpu'}"
+
+
+def _only_on_gpus(config: pytest.Config) -> bool:
+    """Whether ``-m`` chooses the tests that need a GPU, and none beside them.
+
+    All others are about CPUs: with a GPU in sight, `nn.DataParallel` and sparse tensors do something else.
+    """
+    from _pytest.mark.expression import Expression
+
+    if not config.option.markexpr:
+        return False
+    chosen = Expression.compile(config.option.markexpr)
+    return chosen.evaluate(lambda name, **_: name == "gpu") and not chosen.evaluate(lambda name, **_: False)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.path != _begun.get("path"):

@@ -401,3 +401,22 @@ def test_a_thread_counts_what_it_ran_itself(model):
     thread.start()
     thread.join(60)
     assert forward.executions == 2 and executions_of_thread() == before + 1
+
+
+@torch.no_grad()
+def test_a_gradient_that_a_forward_takes_is_part_of_its_graph() -> None:
+    class Forces(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return -torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+    model, x = Forces().eval(), torch.randn(3, 4)
+    captured = CompiledForward(model.forward, backend="eager")
+    for example in (x, 2 * x):
+        torch.testing.assert_close(captured(example), model(example))
+    assert captured.graphs == 1 and captured.misses == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -270,3 +271,33 @@ def test_every_distribution_builds_a_wheel() -> None:
     assert {"cpu", "huggingface"} <= set(plugins)
     for name in ("kpt_core", *(f"kpt_plugin_{name.replace('-', '_')}" for name in plugins), "kernel_pytorch"):
         assert f"{name}-{kpt.__version__}-py3-none-any.whl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("expression", "seen"),
+    [("", False), ("not gpu", False), ("not slow", False), ("gpu", True), ("gpu and not slow", True)],
+)
+def test_only_runs_of_gpu_tests_have_a_gpu_in_sight(tmp_path: Path, expression: str, seen: bool) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  slow\n")
+    (tmp_path / "test_sight.py").write_text(
+        "import os\n\nimport pytest\n\n\n"
+        "NAMES = ('CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES')\n\n\n"
+        "def seen():\n    return [os.environ[name] for name in NAMES] == ['0', '0']\n\n\n"
+        "def test_cpu():\n    assert not seen()\n\n\n@pytest.mark.gpu\ndef test_gpu():\n    assert seen()\n"
+    )
+    visible = {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        expression,
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **visible})
+    failed = not seen and expression != "not gpu"  # there, what needs a GPU is left out
+    assert done.stdout.splitlines()[-1].startswith("1 failed" if failed else "1 passed"), done.stdout

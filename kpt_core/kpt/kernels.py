@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import plugins
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.specs import LEVELS, KernelSpec, Undo, Variant
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def variants_of(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a stranger's `predict` may raise anything; it loses this kernel only
-        raised = f"predict raised {described(error)}"
+        raised = f"predict raised {summary(error)}"
         reason = error.message if isinstance(error, plugins.PluginError) else raised
         proposals.skip(f"{behaviour.spec.op}/{behaviour.spec.name}", registered.plugin, "kernels", reason)
         return []
@@ -342,7 +342,7 @@ def supported(spec: KernelSpec, candidates: Iterable[Site], mode: str) -> tuple[
     except plugins.PluginError as error:
         return [], error.message
     except BaseException as error:  # noqa: BLE001 - a stranger's `supports` may raise anything; it loses this kernel only
-        return [], f"supports raised {described(error)}"
+        return [], f"supports raised {summary(error)}"
     return _outermost(sites), reason
 
 

@@ -1,16 +1,12 @@
-"""One thread, a cache of its own for every test, and a watchdog that ends a test that hangs."""
+"""One thread, and a cache of its own for every test."""
 
 from __future__ import annotations
 
-import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-#: Seconds after which a hanging test prints every stack and ends the process.
-_PATIENCE = 200.0
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +15,5 @@ def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    faulthandler.dump_traceback_later(_PATIENCE, exit=True)
     yield
-    faulthandler.cancel_dump_traceback_later()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Hooks that a library's own code registers, and hooks that compute weights."""
+"""Hooks that a library's own code registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from torch.nn.utils import prune
 
 import kpt
 from fingerprints import fast_calls, optimized
@@ -75,25 +74,6 @@ def test_hooks_that_a_librarys_forward_registers_belong_to_it(library, called_be
     assert fast_calls(model) == 1 and len(collected) == 1
     assert torch.equal(result, expected) and torch.equal(collected[0], theirs[0])
     assert bool(model.net.slow._forward_hooks) is called_before
-
-
-@pytest.mark.parametrize(
-    ("change", "advice"),
-    [
-        (torch.nn.utils.weight_norm, "use torch.nn.utils.parametrizations.weight_norm"),
-        (torch.nn.utils.spectral_norm, "use torch.nn.utils.parametrizations.spectral_norm"),
-        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "torch.nn.utils.prune.remove"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_hooks_that_compute_a_weight_come_with_what_does_it_without(change, advice: str):
-    model = torch.nn.Sequential(change(torch.nn.Linear(16, 16)), torch.nn.ReLU()).eval()
-    x = torch.randn(4, 16)
-    expected = model(x)
-    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=5.0, cache=False)
-    reason = kpt.report(model).reason
-    assert "0 has a hook (forward_pre_hooks)" in reason and advice in reason
-    assert torch.equal(model(x), expected)
 
 
 def test_a_users_hook_may_be_a_function_of_the_models_library(library):

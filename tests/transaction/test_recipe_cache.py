@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -318,3 +319,38 @@ def test_without_the_cache_nothing_is_read_or_written(cached):
     cached.unlink()
     run(cache=False)
     assert recipes() == []
+
+
+def takes(seconds: float) -> None:
+    """In pieces, between which it can be stopped."""
+    for _ in range(round(seconds / 0.01)):
+        time.sleep(0.01)
+
+
+class TakesLong(DirectScale):
+    """Takes a second to be set up, in which it can be stopped."""
+
+    def apply(self, model: torch.nn.Module, variant: object) -> Callable[[], None]:
+        takes(1.0)
+        return super().apply(model, variant)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", ["trial", "commit"])
+def test_a_plan_that_a_larger_budget_found_outlives_runs_with_less(stage, monkeypatch):
+    """The second run had removed it, and the third one had to search."""
+    plugins = [plugin(TakesLong)]
+    first, _ = run(plugins=plugins, budget=8.0)
+    (path,) = recipes()
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        if stage == "commit":
+            patch.setattr(commit, "_judge_values", lambda *_: takes(30.0))
+        model = kpt.optimize(net(), EXAMPLE, plugins=plugins, budget=0.6 if stage == "trial" else 3.0)
+    second = kpt.report(model)
+    assert not second.optimized and not second.searched
+    assert "found with budget=8" in second.reason and "larger budget" in second.reason
+    assert [entry.rule for entry in second.rejected] == ["deadline"]
+    assert path.read_bytes() == before
+    third, _ = run(plugins=plugins, budget=7.0)
+    assert third.recipe == "hit" and not third.searched
+    assert [entry.name for entry in third.accepted] == [entry.name for entry in first.accepted]

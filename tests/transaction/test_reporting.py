@@ -48,6 +48,21 @@ def test_an_unoptimised_report_counts_what_the_budget_left_untried():
     )
 
 
+def test_what_failed_for_one_reason_is_shown_once_with_the_names_of_all():
+    receipt = Receipt("Net", "inference", "exact", "latency")
+    failed = [Entry(f"compiler:{name}", "compile", "cpu", "failed", "no graph") for name in ("a", "b", "c")]
+    others = [
+        Entry("pass", "compile", "cpu", "slower", "0.9x", 0.9),
+        Entry("d", "compile", "x", "failed", "no"),
+    ]
+    receipt.rejected = [failed[0], others[0], *failed[1:], others[1]]
+    for shown in (str(receipt), receipt.to_html()):
+        assert shown.count("no graph") == 1 and shown.count("slower: 0.9x") == 1
+        assert all(entry.name in shown for entry in receipt.rejected)
+        assert shown.index("compiler:b") < shown.index("pass")
+    assert len(receipt.to_dict()["rejected"]) == 5
+
+
 def test_calls_that_a_frozen_table_refuses_are_reported_by_site():
     example = torch.randn(64, 16)
     model = normed(example)

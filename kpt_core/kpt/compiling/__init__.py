@@ -9,7 +9,7 @@ back to eager without a word after eight entries, and evaluates every guard on e
 * Guards are *memoised*: the full set is evaluated when an input structure (shapes, strides, dtypes,
   values of scalars, grad mode) is first seen; afterwards one dictionary look-up selects the compiled
   code, which is called directly. Whoever calls guards the rest: module modes, hooks, weights, scalar
-  attributes (`forget` drops what was memoised when those changed).
+  attributes.
 * After `seal` nothing is ever compiled: an unknown structure that satisfies the guards of existing
   code is memoised, any other one runs the original forward and is counted as a miss.
 * Settings of the compiler hold during compilation only.
@@ -20,6 +20,7 @@ from __future__ import annotations
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread, is_fused
 from kpt.compiling.modules import CompiledModule
+from kpt.compiling.padding import zero_padding
 from kpt.compiling.repeats import RepeatedParts
 from kpt.compiling.writes import value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
@@ -38,4 +39,5 @@ __all__ = [
     "stop_workers",
     "value_of",
     "written_by",
+    "zero_padding",
 ]

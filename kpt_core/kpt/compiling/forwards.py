@@ -326,10 +326,6 @@ class CompiledForward:
         """From now on never compile: calls without compiled code run the original forward."""
         self.sealed = True
 
-    def forget(self) -> None:
-        """Evaluate the guards again for each structure, because something outside the inputs changed."""
-        self._table.clear()
-
     def dispose(self) -> None:
         """Free compiled code, guards and constants. Later calls run the original forward."""
         self.sealed = True

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CompiledForward, NothingCaptured
 from kpt.compiling.repeats import RepeatedParts
-from kpt.error_text import described
+from kpt.error_text import summary
 
 
 class CompiledModule(CompiledForward):
@@ -66,9 +66,7 @@ class CompiledModule(CompiledForward):
             return ""
         names = [each.label for each in self.members() if each.graphs]
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return (
-            f"compiled in {len(names)} parts ({listed}); the whole can't be captured: {self.uncaptured[:160]}"
-        )
+        return f"compiled in {len(names)} parts ({listed}); the whole can't be captured: {self.uncaptured}"
 
     def seal(self) -> None:
         super().seal()
@@ -122,7 +120,7 @@ class CompiledModule(CompiledForward):
             children = {} if self.graphs else self._children()
             if not children and self._within is None:
                 raise
-            self._open(children, described(error))
+            self._open(children, summary(error))
             return None
 
     def _children(self) -> dict[str, torch.nn.Module]:

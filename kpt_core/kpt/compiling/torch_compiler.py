@@ -32,6 +32,8 @@ def settings_of(dynamo: Mapping[str, Any], inductor: Mapping[str, Any], *, dynam
         "record_runtime_overhead": False,
         "suppress_errors": False,
         **_messages_logged_once(dynamo_config),
+        # A gradient that a forward takes of its own, forces of an energy say, is part of its graph.
+        "trace_autograd_ops": True,
         **dynamo,
     }
     with ExitStack() as stack:

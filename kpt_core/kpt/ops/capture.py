@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.ops.callees import (
     builtin_signature,
     callee_name,
@@ -255,7 +255,7 @@ def observe(model: torch.nn.Module, calls: Iterable[Call], limit: int = 4) -> Ob
                             if observation.functions[key].function in _BUILTINS:
                                 del observation.functions[key]
             except Exception as error:  # noqa: BLE001 - whatever the model raises is the reason
-                observation.failure = f"the model raised {described(error)}"
+                observation.failure = f"no op was looked for: watched, the model raised {summary(error)}"
                 break
             watch.pending.clear()
     for captured in (*observation.modules.values(), *observation.functions.values()):

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.ops import index
 from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import untouched_randomness
@@ -247,7 +247,7 @@ def _candidates(
 
 
 def _raised(recogniser: Any, error: Exception) -> str:
-    return f"the recogniser {type(recogniser).__name__} raised {described(error)}"
+    return f"the recogniser {type(recogniser).__name__} raised {summary(error)}"
 
 
 def _hypotheses(

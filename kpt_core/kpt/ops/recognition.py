@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.ops import index, keys
 from kpt.ops.binding import Binding, Hypothesis
 from kpt.ops.capture import observe, untouched_randomness
@@ -187,7 +187,7 @@ class _Work:
                 found.extend(propose(captured.module, captured))
             except Exception as error:  # noqa: BLE001 - a stranger's recogniser loses only its own
                 where = f"{captured.path}{':' + captured.callee if captured.callee else ''}"
-                what = f"the recogniser {type(recogniser).__name__} raised {described(error)}"
+                what = f"the recogniser {type(recogniser).__name__} raised {summary(error)}"
                 self.left_alone.append((where, what))
         return found
 

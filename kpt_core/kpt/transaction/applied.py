@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.transaction import workspace
 from kpt.transaction.threads import StartedThreads
 
@@ -56,6 +56,7 @@ class Applied:
         self.plan = plan
         self._threads = StartedThreads()
         self.module: torch.nn.Module | None = workspace.clone(model)
+        compiling.zero_padding(self.module)
         self.compiled: list[compiling.CompiledForward] = []
         self._undos: list[tuple[Candidate, Callable[[], None]]] = []
         self.behaviours: list[tuple[Candidate, Any]] = []
@@ -89,7 +90,7 @@ class Applied:
         except (KeyboardInterrupt, compiling.DeadlinePassed, MemoryError):
             raise
         except BaseException as error:
-            raise StepFailed(step, "failed", f"{method} raised {described(error)}") from error
+            raise StepFailed(step, "failed", f"{method} raised {summary(error)}") from error
         if not callable(undo):
             raise StepFailed(
                 step, "failed", f"apply returned {type(undo).__name__}; expected a function that undoes it"
@@ -158,7 +159,7 @@ class Applied:
             except (KeyboardInterrupt, compiling.DeadlinePassed):
                 raise
             except BaseException as error:
-                raise StepFailed(step, "failed", f"verify_applied raised {described(error)}") from error
+                raise StepFailed(step, "failed", f"verify_applied raised {summary(error)}") from error
             if not applied:
                 raise StepFailed(step, "no-effect", "the variant changed nothing that can be observed")
             self._check_accounts(step, behaviour)
@@ -175,7 +176,7 @@ class Applied:
             except (KeyboardInterrupt, compiling.DeadlinePassed):
                 raise
             except BaseException as error:
-                raise StepFailed(step, "failed", f"{name} raised {described(error)}") from error
+                raise StepFailed(step, "failed", f"{name} raised {summary(error)}") from error
             if not isinstance(told, kind):
                 raise StepFailed(
                     step, "failed", f"{name} returned {type(told).__name__}; expected {kind.__name__}"
@@ -198,7 +199,7 @@ class Applied:
             except compiling.DeadlinePassed:
                 self.undo_errors.append(f"{step.name}: undo did not come back and was stopped")
             except BaseException as error:  # noqa: BLE001 - the workspace is dropped anyway; the receipt says so
-                self.undo_errors.append(f"{step.name}: undo raised {described(error)}")
+                self.undo_errors.append(f"{step.name}: undo raised {summary(error)}")
             self._undos.pop()
         if in_run:  # later on, others may have started some
             self._threads.look()

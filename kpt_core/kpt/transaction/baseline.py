@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.judge import outputs
 from kpt.judge.calls import Call
 from kpt.judge.state import untouched
@@ -79,7 +79,7 @@ class Baseline:
             runner = Runner(twin, training=self.observation.training)
             result = runner.collect(twin.forward, cast_call(call, torch.float64))
         except Exception as error:  # noqa: BLE001 - upstream code without an fp64 path; the receipt says so
-            self._no_reference(f"the model cannot run in fp64 ({described(error)[:120]})")
+            self._no_reference(f"the model cannot run in fp64 ({summary(error)})")
             return
         if not outputs.tensors(result.output):
             self._no_reference("the model returns no tensor")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kpt import compiling
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.judge import clock
 from kpt.judge.verdict import Verdict
 from kpt.transaction import dispatch
@@ -92,7 +92,7 @@ def _verdict(judge: Callable[[], Verdict]) -> Verdict:
         raise
     except Exception as error:  # noqa: BLE001 - a plan may fail in any way
         rule = "memory" if out_of_memory(error) else "failed"
-        return Verdict(False, rule, f"{described(error)[:400]}", {})
+        return Verdict(False, rule, summary(error), {})
 
 
 def commit(

@@ -173,7 +173,7 @@ def store(run: Run, *, fixed: bool) -> None:
             run.key,
             {"reason": receipt.reason, "rejected": rejected, "budget": run.budget.seconds},
         )
-    if not run.request.cache or run.request.plan is not None:
+    if not run.request.cache or run.request.plan is not None or run.keeps_recipe:
         return
     late = any(entry.rule in ("budget", "deadline") for entry in receipt.rejected)
     if late and not receipt.optimized and not fixed:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kpt import compiling
+from kpt.error_text import summary
 from kpt.judge.state import untouched
 from kpt.transaction import workspace
 from kpt.transaction.execution import Runner
@@ -50,8 +51,7 @@ def look(observation: Observation, registry: Any, ops: frozenset[str]) -> GraphF
     except compiling.DeadlinePassed:
         return GraphFindings(reason=f"the forward was not captured and recognised within {seconds:.1f} s")
     except BaseException as error:  # noqa: BLE001 - dynamo raises anything; then no kernel finds a region
-        text = str(error).strip().partition("\n")[0][:200]
-        return GraphFindings(reason=f"dynamo cannot capture the forward ({type(error).__name__}: {text})")
+        return GraphFindings(reason=f"dynamo cannot capture the forward ({summary(error)})")
     if recognition is None:
         return GraphFindings()
     unproved = "; ".join(f"{name}: {why}" for name, why in recognition.left_alone[:3])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.judge.kernels import inputs_like, is_weight, judge_kernel
 from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.kernels import callable_for, kind_of
@@ -69,7 +69,7 @@ def judge(candidate: Candidate, trials: Trials) -> Verdict:
         if len(judged) < _LEAST_KINDS:
             return Verdict(False, "deadline", "judging the kernel alone took more than a fifth of the budget")
     except BaseException as error:  # noqa: BLE001 - a stranger's kernel may raise anything
-        return rejected("error", f"{described(error)[:300]}")
+        return rejected("error", summary(error))
     candidate.left_out.update(distinct.keys() - judged)
     return passed()
 

@@ -14,9 +14,14 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 #: Methods of a module that register hooks.
 _REGISTERS = re.compile(r"register_(full_)?(forward|backward)(_pre)?_hook$")
+#: Hooks of torch's that compute a tensor of their module before each call of it, and where each has its name.
+_COMPUTING = ((WeightNorm, "name"), (SpectralNorm, "name"), (BasePruningMethod, "_tensor_name"))
 
 
 def global_hooks() -> bool:
@@ -29,14 +34,27 @@ def global_hooks() -> bool:
     )
 
 
+def computed(module: torch.nn.Module) -> frozenset[str]:
+    """The attributes of ``module`` that hooks of torch's compute anew before each call of it."""
+    table: dict[Any, Any] = module.__dict__.get("_forward_pre_hooks") or {}
+    return frozenset(name for hook in table.values() if (name := _computes(hook)) is not None)
+
+
+def _computes(hook: Any) -> str | None:
+    """The attribute that ``hook`` sets, if it is a weight norm, a spectral norm or a pruning of torch's."""
+    return next((getattr(hook, name, None) for kind, name in _COMPUTING if isinstance(hook, kind)), None)
+
+
 def is_own(model: torch.nn.Module, hook: Any) -> bool:
     """Whether a hook is the model's own code: a function of the installed library that defines its class,
-    and one that this library itself registers.
+    and one that this library itself registers, or one of torch's that computes a weight of its module.
 
     Such a library registers hooks to collect what submodules return (hidden states), when first asked
     for that. They belong to the forward. All other hooks are somebody's who wants to hear of each call,
     though it be with a function that the library offers.
     """
+    if _computes(hook) is not None:
+        return True
     library = _library(type(model).__module__)
     if library is None or not isinstance(hook, types.FunctionType) or _library(hook.__module__) != library:
         return False

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from kpt.error_text import message_of
 from kpt.judge.slots import slots_of
+from kpt.transaction.hooks import computed
 
 if TYPE_CHECKING:
     from kpt.transaction.applied import Applied
@@ -88,6 +89,9 @@ def _beside(model: torch.nn.Module, applied: Applied) -> _Walk:
     """What ``applied`` holds and ``model`` does not."""
     walk = _Walk()
     walk.visit(model)
+    modules = applied.module.modules() if applied.module is not None else ()
+    # What a hook computes anew before each call is no copy that could go stale.
+    walk.visit([vars(module).get(name) for module in modules for name in computed(module)])
     walk.total = 0
     walk.visit([applied.module, applied.behaviours, applied.undos])
     return walk

@@ -10,6 +10,7 @@ import torch
 
 from kpt.judge.modelstate import attributes_of, shared_objects
 from kpt.judge.outputs import bitwise_equal
+from kpt.transaction.hooks import computed
 from kpt.transaction.reading import constants_read
 from kpt.transaction.suitability import Unsuitable
 
@@ -43,6 +44,7 @@ def moving_state(runner: Runner, plain: torch.nn.Module, call: Call) -> frozense
         changed = [
             key
             for key, value in attributes_of(module).items()
+            if key not in computed(module)
             if key not in before[name]
             or (before[name][key] is not value and not _equal(before[name][key], value))
             or ((name, key) in contents and not _same_items(contents[name, key], value))

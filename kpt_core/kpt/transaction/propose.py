@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kpt import graph_kernels, kernels, plugins
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.interruption import deadline
 from kpt.plugins.validation import field_fault
 from kpt.specs import LEVELS, PassSpec, Phase, PolicySpec, Skip, Variant
@@ -68,7 +68,7 @@ def _propose_one(registered: Any, observation: Observation, proposals: Proposals
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise anything; it loses its own proposal only
-        proposals.skip(spec.name, registered.plugin, phase, f"propose raised {described(error)}")
+        proposals.skip(spec.name, registered.plugin, phase, f"propose raised {summary(error)}")
         return
     if not offered:
         proposals.skip(spec.name, registered.plugin, phase, "nothing to offer")

@@ -178,10 +178,10 @@ class Receipt:
         table.add_column("gain", justify="right")
         table.add_column("why", overflow="fold")
         for mark, style, entries in (("kept", "green", self.accepted), ("no", "red", self.rejected)):
-            for entry in entries:
+            for alike, entry in _alike(entries):
                 gain = "" if entry.gain is None else f"{entry.gain:.2f}x"
                 why = entry.reason if entry.rule in ("kept",) else f"{entry.rule}: {entry.reason}"
-                facts = (entry.name, entry.phase, entry.plugin, gain, why)
+                facts = ("\n".join(alike), entry.phase, entry.plugin, gain, why)
                 table.add_row(Text(mark, style), *map(Text, facts))
         for skip in self.skipped:
             names = (skip["name"], skip["phase"], skip["plugin"], "")
@@ -226,11 +226,10 @@ class Receipt:
         """The receipt as an HTML fragment; every text is escaped."""
         rows = []
         for mark, entries in (("kept", self.accepted), ("rejected", self.rejected)):
-            for entry in entries:
+            for names, entry in _alike(entries):
                 gain = "" if entry.gain is None else f"{entry.gain:.2f}x"
-                rows.append(
-                    (mark, entry.name, entry.phase, entry.plugin, gain, f"{entry.rule}: {entry.reason}")
-                )
+                told = f"{entry.rule}: {entry.reason}"
+                rows.append((mark, ", ".join(names), entry.phase, entry.plugin, gain, told))
         rows += [("skipped", s["name"], s["phase"], s["plugin"], "", s["reason"]) for s in self.skipped]
         head = "".join(f"<th>{h}</th>" for h in ("", "variant", "phase", "plugin", "gain", "why"))
         body = "".join(
@@ -243,6 +242,15 @@ class Receipt:
         )
 
     _repr_html_ = to_html
+
+
+def _alike(entries: list[Entry]) -> list[tuple[list[str], Entry]]:
+    """The entries that people are shown: what failed for one reason is one, with the names of all."""
+    shown: dict[Any, tuple[list[str], Entry]] = {}
+    for number, entry in enumerate(entries):
+        key = (entry.phase, entry.plugin, entry.rule, entry.reason) if entry.rule == "failed" else number
+        shown.setdefault(key, ([], entry))[0].append(entry.name)
+    return list(shown.values())
 
 
 def _duration(seconds: float) -> str:

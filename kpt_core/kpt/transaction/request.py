@@ -64,5 +64,7 @@ class Run:
         )
         self.key = ""
         self.committed: Committed | None = None
+        #: Whether the cache holds a plan that a larger budget found: what this run finds does not replace it.
+        self.keeps_recipe = False
         #: Whether the committed plan was judged with no size but the examples', as eager refused all others.
         self.only_examples = False

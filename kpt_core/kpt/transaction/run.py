@@ -126,7 +126,7 @@ def _transact(
             registry=request.registry,
             deadline=budget,
         )
-    _describe(receipt, observation, request)
+    _describe(run, observation)
     emit("baseline", "storing the reference", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
         baseline = Baseline(observation, plain, seed=_seed(observation))
@@ -197,7 +197,8 @@ def _seed(observation: Observation) -> int:
     return 0 if observation.deterministic else time.time_ns() % (1 << 31)
 
 
-def _describe(receipt: Receipt, observation: Observation, request: Request) -> None:
+def _describe(run: Run, observation: Observation) -> None:
+    request, receipt = run.request, run.receipt
     receipt.mode = observation.mode
     receipt.hardware = profiles.to_dict(observation.hardware)
     receipt.versions = recipe.versions(request.registry)
@@ -208,6 +209,10 @@ def _describe(receipt: Receipt, observation: Observation, request: Request) -> N
             f"{observation.unfinished_proofs} modules or functions were not recognised for lack of time, so "
             "that no kernel was tried there; a larger budget, or a machine with less to do, gives it"
         )
+    parts = [(n, m) for n, m in run.model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    outermost = [n for n, _ in parts if not any(n.startswith(f"{other}.") for other, _ in parts)]
+    if outermost:
+        receipt.notes.append(f"left as they are, being scripted or traced: {', '.join(outermost[:8])}")
     receipt.left_alone = [list(entry) for entry in observation.left_alone]
     receipt.baseline = {"seconds": observation.baseline_seconds, "operations": observation.operations}
     receipt.seconds_before = receipt.seconds_after = observation.baseline_seconds
@@ -262,6 +267,7 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
             plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
     except recipe.RecipeError as error:
         run.receipt.notes.append(f"the recipe was not used: {error}")
+        run.keeps_recipe = _with_less(run, data) and trials.observation.unfinished_proofs > 0
         return False
     run.receipt.skipped = skipped
     if not plan.steps:
@@ -281,6 +287,11 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
             ]
             _store_veto(run)
             return True
+        if outcome.rule in ("budget", "deadline") and _with_less(run, data):
+            run.receipt.rejected = [
+                Entry(step.name, step.phase, step.plugin, outcome.rule, outcome.reason) for step in plan.steps
+            ]
+            return _too_late(run, plan.key, data)
         run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
         if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
             recipe.forget(run.key)
@@ -291,7 +302,29 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
     conclusion.commit_best(run, trials, found, timed=timed)
     if fixed and run.committed is None:
         _store_veto(run)
+    late = found.rejected and found.rejected[-1].rule == "deadline"
+    if run.committed is None and late and not fixed and _with_less(run, data):
+        return _too_late(run, plan.key, data)
     return run.committed is not None or fixed
+
+
+def _with_less(run: Run, data: dict[str, Any]) -> bool:
+    """Whether a recipe of the cache was found within a larger budget than this run has."""
+    had = data.get("figures", {}).get("budget")
+    return run.receipt.recipe == "hit" and isinstance(had, (int, float)) and run.request.budget < had
+
+
+def _too_late(run: Run, key: str, data: dict[str, Any]) -> bool:
+    """Say that a recipe of the cache needs more time than there was: it holds as it did, and stays there.
+
+    Nothing is left for a search, which would find less.
+    """
+    had = data["figures"]["budget"]
+    run.receipt.reason = (
+        f"the recipe {key}, which was found with budget={had:g}, could not be set up and judged with "
+        f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget"
+    )
+    return True
 
 
 def _store_veto(run: Run) -> None:

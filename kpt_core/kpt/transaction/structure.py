@@ -26,6 +26,7 @@ import torch
 
 from kpt.judge.slots import slot_names, slots_of
 from kpt.transaction.copies import HANDLE, REDUCE
+from kpt.transaction.hooks import computed
 from kpt.transaction.reading import reading_of
 
 _MISSING = object()
@@ -101,7 +102,8 @@ class Structure:
     def __init__(self, model: torch.nn.Module, names: dict[int, str]) -> None:
         self._names = names
         self._root = model
-        self._modules = list(dict.fromkeys(model.modules()))
+        modules = dict.fromkeys(model.modules())
+        self._modules = [each for each in modules if not isinstance(each, torch.jit.ScriptModule)]
         self._undo: list[Callable[[], None]] = []
         for module in self._modules:
             self._listen(module)
@@ -177,7 +179,8 @@ class Structure:
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a module holds beside its parameters, buffers, children and hooks."""
-    held = {name: value for name, value in module.__dict__.items() if name not in NOT_ATTRIBUTES}
+    left_out = NOT_ATTRIBUTES | computed(module) if module._forward_pre_hooks else NOT_ATTRIBUTES
+    held = {name: value for name, value in module.__dict__.items() if name not in left_out}
     return {**held, **slots_of(module)} if slot_names(module.__class__) else held
 
 

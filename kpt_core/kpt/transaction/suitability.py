@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from kpt.transaction import workspace
-from kpt.transaction.hooks import global_hooks, is_own
+from kpt.transaction.hooks import computed, global_hooks, is_own
 from kpt.transaction.reading import reading_of
 
 if TYPE_CHECKING:
@@ -90,6 +87,11 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     reason = unreachable(model)
     if reason is not None:
         raise Unsuitable(reason)
+    if names := computed(model):
+        raise Unsuitable(
+            f"a hook of the model itself computes its {min(names)} before the forward, where no plan would "
+            "see it; optimise a module that holds this one, as torch.nn.Sequential(model)"
+        )
     if global_hooks():
         raise Unsuitable(
             "a global module hook is registered (torch.nn.modules.module.register_module_...), which an "
@@ -112,8 +114,6 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
                 )
         if module is model:
             continue
-        if isinstance(module, torch.jit.ScriptModule):
-            raise Unsuitable(f"{name} is a scripted module, which has no Python forward to change")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise Unsuitable(
                 f"compile() was called on {name}, so that its calls run what torch.compile made of it and no "
@@ -123,10 +123,9 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
             for hook in (getattr(module, hooks, None) or {}).values():
                 if is_own(model, hook):
                     continue
-                advice = next((text for kind, text in _COMPUTED.items() if isinstance(hook, kind)), None)
                 raise Unsuitable(
                     f"{name} has a hook ({hooks.strip('_')}), which an optimised forward would bypass; "
-                    + (advice or "remove it, or optimise the modules inside")
+                    "remove it, or optimise the modules inside"
                 )
     if "fsdp" in type(model).__module__.lower() or any("FSDP" in type(m).__name__ for m in model.modules()):
         raise Unsuitable("the model is sharded (FSDP); optimise it before it is wrapped")
@@ -141,16 +140,6 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
     hidden = _hidden(model)
     if hidden is not None:
         raise Unsuitable(hidden)
-
-
-#: Hooks of torch's that compute a weight before each call, and what does it without one.
-_COMPUTED: dict[type, str] = {
-    WeightNorm: "it computes the weight: use torch.nn.utils.parametrizations.weight_norm in place of "
-    "torch.nn.utils.weight_norm (the state dict of either can be loaded)",
-    SpectralNorm: "it computes the weight: use torch.nn.utils.parametrizations.spectral_norm in place of "
-    "torch.nn.utils.spectral_norm",
-    BasePruningMethod: "it masks the weight: torch.nn.utils.prune.remove makes that permanent",
-}
 
 
 def foreign_kind(tensor: torch.Tensor) -> str:
@@ -198,6 +187,16 @@ def refuse_bypassed(runner: Runner, plain: torch.nn.Module, call: Call) -> None:
         )
 
 
+def _runs_with_gradients(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:
+    given = call.clone()
+    try:
+        with runner.buffers_kept(), torch.enable_grad():
+            plain.forward(*given.args, **given.kwargs)
+    except Exception:  # noqa: BLE001 - the forward itself fails, which the first error says
+        return False
+    return True
+
+
 def explain_failure(
     model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, call: Call, error: Exception
 ) -> None:
@@ -213,7 +212,15 @@ def explain_failure(
             "which may change what it is called with; optimise without examples, so that a call of the "
             "forward is observed, or optimise the modules inside"
         ) from error
-    if not runner.training or isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
+        return
+    if not runner.training:
+        if torch.is_grad_enabled() and _runs_with_gradients(runner, plain, call):
+            raise Unsuitable(
+                "the forward runs only where gradients are recorded, as one that takes a gradient itself "
+                f"({told}), and inference is optimised without; put `with torch.enable_grad():` around what "
+                "it differentiates, or optimise the modules inside"
+            ) from error
         return
     try:
         with torch.enable_grad():

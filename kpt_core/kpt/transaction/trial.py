@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kpt.error_text import described
+from kpt.error_text import summary
 from kpt.interruption import DeadlinePassed
 from kpt.judge import clock
 from kpt.judge.state import ModelState, untouched
@@ -112,7 +112,7 @@ class Trials:
         except BaseException as error:  # noqa: BLE001 - a plan may fail in any way; that ends its trial only
             outcome.rule = "memory" if memory.out_of_memory(error) else "failed"
             noted = [f"; logged: {note.strip()[:200]}" for note in getattr(error, "__notes__", ())]
-            outcome.reason = f"{described(error)[:400]}" + "".join(noted[:2])
+            outcome.reason = summary(error) + "".join(noted[:2])
         if outcome.right or outcome.judged_wrong:
             if len(kept.damage) > harmed:
                 outcome.rule, outcome.reason = "parameter-modified", kept.damage_since(harmed)

@@ -26,6 +26,7 @@ from kpt.judge.modelstate import attributes_of
 from kpt.judge.slots import slots_of
 from kpt.transaction.copies import clean_copies, ours
 from kpt.transaction.held_tensors import item, tensors_inside
+from kpt.transaction.hooks import computed
 from kpt.transaction.reading import constants_read, is_plain, reading_of
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
@@ -59,6 +60,8 @@ class Watch:
         self._undo: list[Callable[[], None]] = []
         modules = list(dict.fromkeys(model.modules()))
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its tensors are watched with all others
             self._watch_hooks(module, is_root=module is model)
             self._watch_apply(module)
             self._undo.append(clean_copies(module))
@@ -362,9 +365,13 @@ def _object_getters(
 
 
 def _held_tensors(module: torch.nn.Module) -> Iterable[tuple[dict[str, Any], str, torch.Tensor, int | None]]:
-    """Tensors that are neither parameters nor buffers, with their versions where torch counts them."""
+    """Tensors that are neither parameters nor buffers, with their versions where torch counts them.
+
+    Those that hooks compute are made anew of the others at each call.
+    """
+    made = computed(module)
     for name, value in module.__dict__.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and name not in made:
             yield module.__dict__, name, value, None if value.is_inference() else value._version
 
 

@@ -37,10 +37,13 @@ class ChannelsLast:
         innermost = False
         replaced: list[tuple[torch.nn.Module, Any]] = []
         for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d) and module.weight is not None and module.weight.dim() == 4:
-                innermost = innermost or _innermost(module.weight)
-                replaced.append((module, module.weight))
-                weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
+            if not isinstance(module, torch.nn.Conv2d):
+                continue
+            before = module._parameters.get("weight")  # else it is computed, by a hook or a parametrisation
+            if before is not None and before.dim() == 4:
+                innermost = innermost or _innermost(before)
+                replaced.append((module, before))
+                weight = before.detach().contiguous(memory_format=torch.channels_last)
                 module._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
                 self.weights += 1
         inner = model.forward
@@ -69,14 +72,14 @@ class ChannelsLast:
                 return output
             return pytree.tree_map(lambda leaf: nested.changed(leaf, restore), output)
 
-        before = model.__dict__.get("forward")
+        outer = model.__dict__.get("forward")
         model.forward = forward  # type: ignore[method-assign, assignment]
 
         def undo() -> None:
-            if before is None:
+            if outer is None:
                 model.__dict__.pop("forward", None)
             else:
-                model.__dict__["forward"] = before
+                model.__dict__["forward"] = outer
             for module, weight in replaced:
                 module._parameters["weight"] = weight
 

@@ -42,6 +42,22 @@ def test_channels_last_reaches_the_convolution():
     assert skips(ChannelsLast(), observe(nn.Linear(2, 2), torch.randn(2, 2)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed_keep_their_layout(norm) -> None:
+    """Assigning them raised, or went unseen behind the property of a parametrisation."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(nn.Conv2d(8, 8, 3))).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    (offer,) = variants(ChannelsLast(), observe(model, x))
+    behaviour, space, undo = applied(ChannelsLast, model, offer)
+    assert relative(space.forward(x), model(x)) < 1e-6
+    assert behaviour.weights == 1 and "weight" not in space[1]._parameters
+    undo()
+    assert space[0].weight is model[0].weight and "weight" not in space[1]._parameters
+
+
 @dataclass
 class Found:
     boxes: torch.Tensor
