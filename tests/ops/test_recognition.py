@@ -354,3 +354,21 @@ def test_a_failed_backward_of_a_proof_is_not_reported_in_the_users_anomaly_mode(
             gradients_of(out, [x])
         assert torch.is_anomaly_enabled()
     assert [str(warning.message) for warning in seen] == []
+
+
+def test_a_sparse_buffer_is_kept_and_not_drawn_as_a_dense_matrix() -> None:
+    """Its places would take 320 GB: where that much memory is promised, the process is killed for it."""
+    nodes = 200_000
+
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            edges = torch.tensor([[0, 1], [1, 0]])
+            matrix = torch.sparse_coo_tensor(edges, torch.ones(2), (nodes, nodes), check_invariants=True)
+            self.register_buffer("matrix", matrix)
+            self.weight = nn.Parameter(torch.ones(12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x, (12,), self.weight, 1e-5) * self.matrix.dim() / 2
+
+    assert only_site(Neighbours(), X).op == "rms_norm"

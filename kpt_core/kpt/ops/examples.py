@@ -75,8 +75,11 @@ class Examples:
 
         def tensor(value: torch.Tensor, is_parameter: bool) -> torch.Tensor:
             shape = tuple(self.sizes.get(size, size) for size in value.shape)
-            if not value.is_floating_point():
+            if not value.is_floating_point() or value.layout is not torch.strided:
+                # of a sparse matrix as many numbers as it has places would be drawn
                 kept = value.detach().clone().to(self.device)
+                if value.is_floating_point() and dtype is not None:
+                    kept = kept.to(dtype)
                 return torch.nn.Parameter(kept, False) if is_parameter else kept
             if self.function_of_module and value.numel() > 1 << 16:
                 # a function given its caller has no business with large weights: reading one fails
