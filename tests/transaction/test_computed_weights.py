@@ -69,3 +69,19 @@ def test_a_model_whose_own_weight_a_hook_computes_comes_back_with_what_to_do() -
     kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=5.0, cache=False)
     reason = kpt.report(model).reason
     assert "computes its weight" in reason and "Sequential(model)" in reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_hook_that_comes_later_beside_one_of_torchs_is_heard() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(16, 16))
+    model, x = torch.nn.Sequential(layer, SlowScale(16)).eval(), torch.randn(8, 16)
+    optimized(model, x, plugins=[plugin(DirectScale)], budget=20.0)
+    heard: list[int] = []
+    with torch.no_grad():
+        model(x)
+        assert fast_calls(model) == 1
+        handle = layer.register_forward_pre_hook(lambda *_: heard.append(1))
+        model(x)
+        assert heard == [1] and fast_calls(model) == 1
+    handle.remove()

@@ -14,6 +14,8 @@ import torch
 from torch.nn import TransformerEncoder, functional
 
 _FORWARD = TransformerEncoder.forward
+#: Where eager code takes batches apart; a backend from outside of torch is another one of these.
+_DEVICES = ("cpu", "cuda", "xpu", torch.utils.backend_registration._privateuse1_backend_name)
 
 
 def zero_padding(model: torch.nn.Module) -> None:
@@ -74,6 +76,8 @@ def _takes_apart(encoder: Any, src: torch.Tensor) -> bool:
         or not encoder.use_nested_tensor
         or first.training
         or src.dim() != 3
+        or src.is_nested
+        or src.device.type not in _DEVICES
         or torch.is_autocast_enabled()
     ):
         return False

@@ -123,13 +123,11 @@ class ModelState:
 
 
 def _module_state(path: str, module: torch.nn.Module) -> _ModuleState:
-    scripted = isinstance(module, torch.jit.ScriptModule)  # nobody exchanges what it holds but its tensors
-    held = {} if scripted else vars(module)
-    attributes = {name: value for name, value in held.items() if name not in _SLOTS}
+    attributes = {name: value for name, value in vars(module).items() if name not in _SLOTS}
     return _ModuleState(
         path,
         module,
-        {slot: dict(getattr(module, slot) if scripted else vars(module)[slot]) for slot in _SLOTS},
+        {slot: dict(vars(module)[slot]) for slot in _SLOTS},
         attributes,
         {name: value.copy() for name, value in attributes.items() if isinstance(value, _CONTAINERS)},
     )
@@ -229,8 +227,6 @@ def _generator(path: str, value: Any) -> Item | None:
 
 
 def _module_differences(state: _ModuleState) -> Iterator[str]:
-    if isinstance(state.module, torch.jit.ScriptModule):
-        return
     for slot in _SLOTS:
         before, now = state.slots[slot], vars(state.module)[slot]
         for name in {**before, **now}:
@@ -296,8 +292,6 @@ def _plainly_equal(first: Any, second: Any) -> bool:
 
 
 def _restore_module(state: _ModuleState) -> None:
-    if isinstance(state.module, torch.jit.ScriptModule):
-        return
     values = vars(state.module)
     for slot in _SLOTS:
         before, now = state.slots[slot], values[slot]

@@ -50,11 +50,7 @@ def clone(
     kept: list[Any] = []  # keeps ids in ``memo`` valid
     modules = list(root.modules())
     for module in modules:
-        if not isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = blank(type(module))
-        elif id(module) not in memo:  # with tensors of its own
-            memo.update(zip(map(id, module.modules()), copy.deepcopy(module).modules(), strict=True))
-    modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        memo[id(module)] = blank(type(module))
     for module in modules:
         for is_parameter, table in ((True, module._parameters), (False, module._buffers)):
             for value in table.values():

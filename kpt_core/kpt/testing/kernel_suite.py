@@ -65,9 +65,11 @@ class KernelSuite(Suite, standard=True):
         return [getattr(torch, name) for name in self.kernel.dtypes] or [torch.float32]
 
     def verdict(self, **probes: Any) -> None:
-        """Judge the kernel with the given probes alone; fails with the rule and the detail.
+        """Judge the kernel with the given probes alone; without any, on ordinary inputs.
 
-        Ordinary inputs, which are the same in each call, are judged by `test_values`.
+        Fails with the rule and the detail.
+
+        Ordinary inputs are the same in each call: `test_values` judges them for the tests of probes.
         """
         judged = 0
         for dtype in self.dtypes():
@@ -75,9 +77,8 @@ class KernelSuite(Suite, standard=True):
             refusal = None if place is None else self._refusal(place[0])
             if refusal is None:
                 judged += 1
-                self._judge(
-                    dtype, place, {"ordinary": False, "rows": (), "layouts": (), "scales": (), **probes}
-                )
+                others: dict[str, Any] = {"rows": (), "layouts": (), "scales": ()}
+                self._judge(dtype, place, {"ordinary": not probes, **others, **probes})
         if not judged:
             raise skip(f"the kernel refuses the typical site: {refusal}; override site()")
 

@@ -338,4 +338,5 @@ def _copied(output: Any) -> Any:
 def _sample(gradient: torch.Tensor) -> torch.Tensor:
     """Some of its elements, from all over it."""
     flat = outputs.flat(gradient)
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
     return flat[:: max(1, flat.numel() // _SAMPLED)]

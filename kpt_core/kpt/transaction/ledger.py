@@ -224,7 +224,8 @@ class Ledger:
         if outcome.rule == "deadline":  # it would have taken longer still
             self.pace = max(self.pace, min(outcome.seconds / seconds, _PACE[1]))
         elif outcome.setup_seconds > 0.0:
-            self.pace = min(max(outcome.setup_seconds / seconds, _PACE[0]), _PACE[1])
+            each = outcome.setup_seconds / outcome.applications
+            self.pace = min(max(each / announced(outcome.plan), _PACE[0]), _PACE[1])
 
     def keep_for_commit(self, outcome: Outcome, times: float = _COMMIT) -> None:
         """What is found is lost if the commit has no time: a slow model needs more than a share."""

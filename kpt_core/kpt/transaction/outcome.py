@@ -33,7 +33,9 @@ class Outcome:
     timing: Timing | None = None
     culprit: Candidate | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    #: Of all applications of the plan that the trial made: two where dropout decides the outputs.
     setup_seconds: float = 0.0
+    applications: int = 1
     seconds: float = 0.0
     applied: Applied | None = None
     quiet: Applied | None = None

@@ -123,8 +123,6 @@ def structure_hash(model: torch.nn.Module) -> str:
         attributes = {
             key: value for key, value in vars(module).items() if _shown(cls, key) and _is_plain(value)
         }
-        if isinstance(module, torch.jit.ScriptModule):  # all are of one class
-            attributes["graph"] = str(getattr(module, "inlined_graph", ""))
         digest.update(
             f"{name}|{cls.__module__}.{cls.__qualname__}|{sources[cls]}|{sorted(attributes.items())}".encode()
         )

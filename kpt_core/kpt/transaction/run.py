@@ -126,7 +126,7 @@ def _transact(
             registry=request.registry,
             deadline=budget,
         )
-    _describe(run, observation)
+    _describe(receipt, observation, request)
     emit("baseline", "storing the reference", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
         baseline = Baseline(observation, plain, seed=_seed(observation))
@@ -197,8 +197,7 @@ def _seed(observation: Observation) -> int:
     return 0 if observation.deterministic else time.time_ns() % (1 << 31)
 
 
-def _describe(run: Run, observation: Observation) -> None:
-    request, receipt = run.request, run.receipt
+def _describe(receipt: Receipt, observation: Observation, request: Request) -> None:
     receipt.mode = observation.mode
     receipt.hardware = profiles.to_dict(observation.hardware)
     receipt.versions = recipe.versions(request.registry)
@@ -209,10 +208,6 @@ def _describe(run: Run, observation: Observation) -> None:
             f"{observation.unfinished_proofs} modules or functions were not recognised for lack of time, so "
             "that no kernel was tried there; a larger budget, or a machine with less to do, gives it"
         )
-    parts = [(n, m) for n, m in run.model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    outermost = [n for n, _ in parts if not any(n.startswith(f"{other}.") for other, _ in parts)]
-    if outermost:
-        receipt.notes.append(f"left as they are, being scripted or traced: {', '.join(outermost[:8])}")
     receipt.left_alone = [list(entry) for entry in observation.left_alone]
     receipt.baseline = {"seconds": observation.baseline_seconds, "operations": observation.operations}
     receipt.seconds_before = receipt.seconds_after = observation.baseline_seconds
@@ -262,6 +257,13 @@ def _selection_key(selection: Sequence[Any] | None) -> Any:
 
 def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
     """Apply a recipe and judge it, without searching; False when a search has to follow."""
+    if _with_less(run, data) and run.request.budget <= _not_within(data):
+        run.keeps_recipe = True
+        run.receipt.notes.append(
+            f"the recipe of the cache was not tried: before, it could not be set up with a budget of "
+            f"{_not_within(data):g} s"
+        )
+        return False
     try:
         with run.budget.limit(), trials.kept.untouched():
             plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
@@ -314,12 +316,21 @@ def _with_less(run: Run, data: dict[str, Any]) -> bool:
     return run.receipt.recipe == "hit" and isinstance(had, (int, float)) and run.request.budget < had
 
 
+def _not_within(data: dict[str, Any]) -> float:
+    """The largest budget within which a recipe was tried in vain; 0 if there is none."""
+    found = data.get("figures", {}).get("not_within")
+    return float(found) if isinstance(found, (int, float)) else 0.0
+
+
 def _too_late(run: Run, key: str, data: dict[str, Any]) -> bool:
     """Say that a recipe of the cache needs more time than there was: it holds as it did, and stays there.
 
-    Nothing is left for a search, which would find less.
+    Nothing is left for a search, which would find less. Next time, with as little, there is one at once.
     """
     had = data["figures"]["budget"]
+    figures = {**data["figures"], "not_within": max(run.request.budget, _not_within(data))}
+    if (problem := recipe.write(run.key, {**data, "figures": figures})) is not None:
+        run.receipt.notes.append(problem)
     run.receipt.reason = (
         f"the recipe {key}, which was found with budget={had:g}, could not be set up and judged with "
         f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget"

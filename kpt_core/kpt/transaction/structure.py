@@ -102,8 +102,7 @@ class Structure:
     def __init__(self, model: torch.nn.Module, names: dict[int, str]) -> None:
         self._names = names
         self._root = model
-        modules = dict.fromkeys(model.modules())
-        self._modules = [each for each in modules if not isinstance(each, torch.jit.ScriptModule)]
+        self._modules = list(dict.fromkeys(model.modules()))
         self._undo: list[Callable[[], None]] = []
         for module in self._modules:
             self._listen(module)

@@ -114,6 +114,11 @@ def refuse_unsuitable(model: torch.nn.Module) -> None:
                 )
         if module is model:
             continue
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unsuitable(
+                f"{name} is a scripted module, which has no Python forward to change; "
+                "script it after kpt.optimize, or give its Python module"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise Unsuitable(
                 f"compile() was called on {name}, so that its calls run what torch.compile made of it and no "

@@ -144,6 +144,7 @@ class Trials:
             holder.append(applied := self._prepared(self.source, plan))
             verdict = self.judgement.judge(applied, draws)
         outcome.setup_seconds = sum(each.setup_seconds for each in holder)
+        outcome.applications = max(len(holder), 1)
         outcome.figures = dict(verdict.figures)
         if not verdict.passed and not self.metric.overrules(verdict.rule):
             outcome.rule, outcome.reason = verdict.rule, verdict.detail

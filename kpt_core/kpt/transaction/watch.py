@@ -58,10 +58,10 @@ class Watch:
         self.reason: str | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
         self._undo: list[Callable[[], None]] = []
+        #: Tables of hooks that modules had before, which can't tell when one comes or goes.
+        self._hooked: list[tuple[dict[Any, Any], tuple[Any, ...]]] = []
         modules = list(dict.fromkeys(model.modules()))
         for module in modules:
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # its tensors are watched with all others
             self._watch_hooks(module, is_root=module is model)
             self._watch_apply(module)
             self._undo.append(clean_copies(module))
@@ -97,6 +97,9 @@ class Watch:
         """What changed since construction, or None. ``grad`` says that gradients are recorded."""
         if self.reason is not None:
             return self.reason
+        for table, keys in self._hooked:
+            if tuple(table) != keys:
+                return "a hook was registered on a submodule, or removed"
         structure = self.structure
         if structure.unsure or (structure.containers and structure.resized()):
             changed = self.structure.changed()
@@ -151,8 +154,9 @@ class Watch:
             if is_root and "forward" in name:
                 continue  # the root's own hooks run around the dispatcher
             original = module.__dict__[name]
-            if original:
-                continue  # known when the plan was made, and handles refer to this very dictionary
+            if original:  # known when the plan was made, and handles refer to this very dictionary
+                self._hooked.append((original, tuple(original)))
+                continue
             watched = _HookDict()
             watched.watch = self
             watched.path = self._names[id(module)]

@@ -50,7 +50,7 @@ def clone(
     the model and a hook whether the copy carries it.
 
     Raises:
-        WorkspaceError: a module cannot be copied.
+        WorkspaceError: a module cannot be copied (a scripted module, say).
     """
     replaced = tensors or {}
     memo: dict[int, Any] = {}
@@ -58,14 +58,12 @@ def clone(
     modules = list(dict.fromkeys(model.modules()))
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
-            if id(module) not in memo:
-                memo.update(_scripted(module, replaced))
-        else:
-            memo[id(module)] = blank(type(module))
+            raise WorkspaceError(
+                f"{type(module).__name__} is a scripted module, which has no Python forward to change"
+            )
+        memo[id(module)] = blank(type(module))
     copier = _Copier(memo, replaced, kept_alive)
     for module in modules:
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
         target = memo[id(module)]
         state = target.__dict__
         tables = (module.__dict__[name] for name in CALLED_HOOKS)
@@ -83,19 +81,6 @@ def clone(
         for name, value in slots(module):
             object.__setattr__(target, name, copier(value))
     return memo[id(model)]
-
-
-def _scripted(module: torch.nn.Module, tensors: dict[int, torch.Tensor]) -> dict[int, torch.nn.Module]:
-    """What stands for a scripted module and for each of its parts, by their ids: they themselves, where no
-    tensor of theirs is replaced. They have no Python code that a pass could exchange."""
-    if not any(id(tensor) in tensors for tensor in (*module.parameters(), *module.buffers())):
-        return {id(part): part for part in module.modules()}
-    twin = copy.deepcopy(module)
-    twins = dict(zip(module.modules(), twin.modules(), strict=True))
-    for part, other in twins.items():
-        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
-            setattr(other, name, tensors.get(id(tensor), tensor))
-    return {id(part): other for part, other in twins.items()}
 
 
 class _Copier:
