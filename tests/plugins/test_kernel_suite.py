@@ -115,6 +115,12 @@ def test_ordinary_inputs_are_judged_by_one_test_and_not_again_by_each(suite_of):
         suite_of(lambda x, dim=-1: torch.softmax(x, dim) * 1.1).test_values()
 
 
+def test_a_test_of_ones_own_that_asks_for_no_probes_judges_ordinary_inputs(suite_of):
+    suite_of(torch.softmax).verdict()
+    with pytest.raises(AssertionError, match="softmax/k"):
+        suite_of(lambda x, dim: torch.softmax(x, dim) * 1.01).verdict()
+
+
 def test_a_missing_gradient_is_named(suite_of):
     def detached(x, dim=-1):
         return torch.softmax(x.detach(), dim)
