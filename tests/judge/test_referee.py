@@ -351,6 +351,23 @@ def test_a_distance_is_the_same_where_everything_is_finite_and_where_one_element
         assert getattr(finite, name) == pytest.approx(getattr(with_odd, name), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_the_distance_of_sparse_matrices_takes_no_dense_one(layout: torch.layout) -> None:
+    def matrix(places: list[list[int]], values: list[float], size: int) -> torch.Tensor:
+        found = torch.sparse_coo_tensor(places, values, (size, size), check_invariants=True)
+        return found.to_sparse(layout=layout)
+
+    def measured(size: int) -> outputs.Distance:
+        one = matrix([[0, 2, 3], [1, 0, 3]], [1.0, 2.0, 4.0], size)
+        other = matrix([[0, 1, 3], [1, 1, 3]], [1.0, 3.0, math.nan], size)
+        return outputs.distance(one, other, one)
+
+    small, large = measured(4), measured(200_000)
+    assert large == small and small.elements == 3
+    assert small.error == pytest.approx(math.sqrt((2.0**2 + 3.0**2) / 3))
+
+
 def test_distances_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = (
         outputs.distance(CAST, REFERENCE, EAGER),

@@ -21,6 +21,7 @@ from kpt.judge import tree
 CHUNK = 1 << 22
 #: True is equal to 1, and 1 to 1.0.
 _NUMBERS = (bool, int, float, complex)
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,30 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return detached.resolve_conj().resolve_neg().reshape(-1)
 
 
+def _stored(operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The values of sparse operands, side by side, wherever one of them has any.
+
+    There would be no memory for most of them as dense matrices.
+    """
+    plain = [operand.detach().to_sparse_coo().coalesce() for operand in operands]
+    zeros = [
+        torch.sparse_coo_tensor(
+            each.indices(), torch.zeros_like(each.values()), each.shape, check_invariants=False
+        )
+        for each in plain
+    ]
+    found = []
+    for each in plain:
+        for other in zeros:
+            each = each + other.to(each.dtype)
+        found.append(each.coalesce().values().reshape(-1))
+    return found
+
+
 def _chunks(*operands: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Equal pieces of flattened operands in fp64, on one device; complex numbers become pairs."""
-    plain = [flat(operand) for operand in operands]
+    sparse = all(operand.layout in _SPARSE for operand in operands)
+    plain = _stored(operands) if sparse else [flat(operand) for operand in operands]
     for start in range(0, plain[0].numel(), CHUNK):
         pieces = [_wide(operand[start : start + CHUNK]) for operand in plain]
         if len({piece.device for piece in pieces}) > 1:
