@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 import kpt
 import slow_models
 from fingerprints import optimized
+from kpt.judge import clock
 from kpt.transaction import events
 from slow_models import DirectScale, fast_forward, net, plugin
 
@@ -55,3 +58,19 @@ def test_nothing_that_was_judged_without_dropout_stays_alive():
     model = net(training=True, dropout=0.1)
     optimized(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
     assert dispatch.plan_of(model).committed.outcome.quiet is None
+
+
+def test_the_last_timing_ends_with_what_it_has_before_the_budget_does(monkeypatch):
+    """Calls of other tenants' making may take a hundred times as long as before: a plan was lost for that."""
+    paired, left = clock.paired, []
+
+    def slower(*sides, **options):
+        if options.get("warmup") == 2 and committing:
+            left.append(options["deadline"] - time.perf_counter())
+        return paired(*sides, **options)
+
+    committing: list[str] = []
+    monkeypatch.setattr(clock, "paired", slower)
+    with events.listen(lambda event: committing.append(event["kind"]) if event["kind"] == "commit" else None):
+        optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
+    assert left and all(0.0 < seconds < 0.8 * 20.0 for seconds in left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from kpt.judge.clock import Timing
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.trial import Trials
+
+#: Share of what is left of the budget that the last timing takes at most.
+_SHARE_TIMED = 0.8
 
 
 class Committed:
@@ -44,7 +48,7 @@ class Committed:
         runner, plain = trials.baseline.runner, trials.baseline.plain
         latency = max(trials.observation.baseline_seconds, 1e-5)
         seconds = min(max(1.5, 24 * latency), 0.08 * trials.budget.seconds)
-        left = trials.budget.left()
+        left, now = trials.budget.left(), time.perf_counter()
         with runner.buffers_kept():
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain.forward, args, kwargs),
@@ -53,6 +57,8 @@ class Committed:
                 seconds=min(seconds, max(0.5, left)),
                 patience=min(2.0 * seconds, max(0.0, 0.5 * left - seconds)),
                 warmup=2,
+                # One that is stopped while it is timed is lost, whatever was seen of it.
+                deadline=now + _SHARE_TIMED * left,
                 load=trials.load,
             )
 
