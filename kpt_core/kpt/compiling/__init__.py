@@ -18,11 +18,13 @@ back to eager without a word after eight entries, and evaluates every guard on e
 from __future__ import annotations
 
 from kpt.compiling.call_structure import named_tensors
-from kpt.compiling.forwards import CapturedForward, CompiledForward, collect, executions_of_thread, is_fused
+from kpt.compiling.captured import CapturedForward, is_fused
+from kpt.compiling.collecting import FurtherInputs, collect
+from kpt.compiling.forwards import CompiledForward, executions_of_thread
 from kpt.compiling.modules import CompiledModule
 from kpt.compiling.padding import zero_padding
 from kpt.compiling.repeats import RepeatedParts
-from kpt.compiling.writes import value_of, written_by
+from kpt.compiling.writes import memories, value_of, written_by
 from kpt.interruption import DeadlinePassed, deadline, stop_workers
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "CompiledForward",
     "CompiledModule",
     "DeadlinePassed",
+    "FurtherInputs",
     "RepeatedParts",
     "collect",
     "deadline",
     "executions_of_thread",
     "is_fused",
+    "memories",
     "named_tensors",
     "stop_workers",
     "value_of",

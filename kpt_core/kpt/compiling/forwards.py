@@ -1,4 +1,4 @@
-"""Forwards that run as compiled or captured graphs, and who collects those that a plan makes."""
+"""Forwards that run as compiled graphs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, ExitStack
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
 from kpt.compiling.call_structure import named_tensors, negative_zeros, structure_of
+from kpt.compiling.collecting import FurtherInputs, collecting
 from kpt.compiling.detaching import detaching, outside_of_inference_mode, without_gradients
 from kpt.compiling.torch_compiler import (
     errors_kept,
@@ -36,9 +36,8 @@ TABLE_LIMIT = 4096
 GRAPH_LIMIT = 64
 
 _compiling = threading.RLock()
-_active: list[CompiledForward] = []
-_created: ContextVar[_Created | None] = ContextVar("kpt_compiled_forwards", default=None)
-_is_compiling = torch.compiler.is_compiling
+#: Those that are compiling, the innermost last.
+active: list[CompiledForward] = []
 
 
 class NothingCaptured(RuntimeError):
@@ -57,46 +56,13 @@ def executions_of_thread() -> int:
     return _thread.executions
 
 
-class _Created(list["CompiledForward"]):
-    """What was made inside one `collect` block; ``captured`` hands its graph passes to what comes later."""
-
-    captured: CapturedForward | None = None
-
-    def inherit(self) -> tuple[GraphPass, ...]:
-        """The passes that a new one has to run before its own; who had them is idle from now on."""
-        source = self.captured
-        if source is None:
-            return ()
-        source.idle = True
-        if source in self:
-            self.remove(source)
-        return source.passes
-
-
-@contextmanager
-def collect() -> Iterator[list[CompiledForward]]:
-    """The `CompiledForward` objects made inside the block, in this thread and context.
-
-    One that is made after a `CapturedForward` takes over its graph passes, and its place in the list.
-    """
-    created = _Created()
-    token = _created.set(created)
-    try:
-        yield created
-    finally:
-        _created.reset(token)
-        outer = _created.get()
-        if outer is not None:
-            outer.extend(created)
-
-
 def _entry(*args: Any, **kwargs: Any) -> Any:
     return _forward(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821 - in each instance's globals
 
 
 def _backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     """The one backend that dynamo knows of (it keeps each for ever); the active instance compiles."""
-    return _active[-1]._lower(graph, example_inputs)
+    return active[-1]._lower(graph, example_inputs)
 
 
 class CompiledForward:
@@ -108,7 +74,7 @@ class CompiledForward:
     `named_tensors`) to its dynamic axes: ``{"input_ids": {0: "batch", 1: "sequence"}}``; all other
     sizes are static. ``graph_pass(graph, example_inputs)`` may replace nodes of the captured graph
     before the backend sees it. ``around_compilation`` makes a context that compilation runs in, for
-    what is no configuration of the compiler's.
+    what is no configuration of the compiler's. ``further`` are `FurtherInputs`, if any.
 
     Counters: ``graphs`` compiled, ``executions`` of compiled code, ``misses`` (calls that ran the
     original forward), ``compile_seconds``. Calls are thread-safe; compilation takes a process-wide
@@ -117,6 +83,10 @@ class CompiledForward:
     Raises what dynamo or the backend raises when a call can't be compiled as a whole graph, with what torch
     logged of it as ``__notes__``, and `NothingCaptured` when it holds no tensor operation to compile.
     """
+
+    #: Whether one that is made around it takes its passes over, after which it is ``idle``.
+    gives_way = False
+    idle = False
 
     def __init__(
         self,
@@ -128,14 +98,18 @@ class CompiledForward:
         dynamic_dims: Mapping[str, Mapping[int, Any]] | None = None,
         graph_pass: GraphPass | None = None,
         around_compilation: Callable[[], AbstractContextManager[Any]] | None = None,
+        further: FurtherInputs | None = None,
         label: str = "",
     ) -> None:
-        created = _created.get()
-        inherited = created.inherit() if created is not None else ()
-        if isinstance(forward, CapturedForward):  # its graph and ours are one
+        created = collecting()
+        source = created.inherit() if created is not None else None
+        if isinstance(forward, CompiledForward) and forward.gives_way:  # its graph and ours are one
             forward.idle = True
-            inherited = inherited or forward.passes
+            source = source or forward
             forward = forward.forward
+        inherited = source.passes if source is not None else ()
+        if further is not None:
+            forward = further.taken_by(forward)
         self.forward: Callable[..., Any] = forward
         self.backend = backend
         self.inductor_config = dict(inductor_config or {})
@@ -143,6 +117,10 @@ class CompiledForward:
         self.dynamic_dims = {name: dict(axes) for name, axes in (dynamic_dims or {}).items()}
         self.graph_pass = graph_pass
         self.around_compilation = around_compilation
+        inherited_inputs: FurtherInputs | None = source.further if source is not None else None
+        self.further: FurtherInputs | None = further or inherited_inputs
+        if self.further is not None:
+            self.dynamic_dims |= {name: dict(axes) for name, axes in self.further.dims.items()}
         self.label = label
         self.passes: tuple[GraphPass, ...] = (*inherited, graph_pass) if graph_pass is not None else inherited
         self.graphs = 0
@@ -173,6 +151,8 @@ class CompiledForward:
     # -- calling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.further is not None:
+            kwargs = {**kwargs, **self.further.make(args, kwargs)}
         target = self._table.get(key := structure_of(args, kwargs))
         if target is None or key is None:
             target = self._select(key, args, kwargs)
@@ -184,7 +164,12 @@ class CompiledForward:
         return target(*args, **kwargs)
 
     def lookup(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-        """The compiled code memoised for calls like this one, or None. Calls made to it are not counted."""
+        """The compiled code memoised for calls like this one, or None. Calls made to it are not counted.
+
+        None, too, where the code takes `FurtherInputs`.
+        """
+        if self.further is not None:
+            return None
         key = structure_of(args, kwargs)
         return self._table.get(key) if key is not None else None
 
@@ -260,7 +245,7 @@ class CompiledForward:
         known = {id(entry.code) for entry in _debug_get_cache_entry_list(self._function.__code__)}
         # torch.compile would wrap the backend anew each time, and dynamo keeps every backend it has seen.
         compiled = torch._dynamo.optimize(_backend, nopython=True, dynamic=False)(self._function)
-        _active.append(self)
+        active.append(self)
         try:
             with ExitStack() as stack:
                 stack.enter_context(
@@ -284,7 +269,7 @@ class CompiledForward:
                         add_note(error, note)
                     raise
         finally:
-            _active.pop()
+            active.pop()
             self.compile_seconds += time.perf_counter() - started
         fresh = [
             entry
@@ -355,50 +340,3 @@ class CompiledForward:
             f"CompiledForward({name}, graphs={self.graphs}, executions={self.executions}, "
             f"misses={self.misses}, sealed={self.sealed})"
         )
-
-
-class CapturedForward(CompiledForward):
-    """A forward whose captured graph runs as ``graph_pass`` leaves it, without any compiler.
-
-    A `CompiledForward` made around it, or after it in the same `collect` block, runs the pass itself,
-    before its own; this object is then ``idle`` and only calls the original forward. It does so, too,
-    where somebody else compiles through it.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        graph_pass: GraphPass,
-        *,
-        dynamic_dims: Mapping[str, Mapping[int, Any]] | None = None,
-        label: str = "",
-    ) -> None:
-        super().__init__(
-            forward, backend=_as_captured, graph_pass=graph_pass, dynamic_dims=dynamic_dims, label=label
-        )
-        self.idle = False
-        created = _created.get()
-        if created is not None:
-            created.captured = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.idle or _is_compiling():
-            return self.forward(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
-
-
-def is_fused() -> bool:
-    """Whether the code that asks is being captured for a compiler, which makes one loop of many operations.
-
-    False in eager code, and where the captured graph runs as it is. Dynamo takes the answer for a constant.
-    """
-    return torch.compiler.is_compiling() and _for_a_compiler()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _for_a_compiler() -> bool:
-    return not _active or _active[-1].backend not in ("eager", _as_captured)
-
-
-def _as_captured(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    return graph.forward

@@ -56,20 +56,20 @@ def _origins(nodes: list[fx.Node]) -> dict[Any, int]:
     places = {node: number for number, node in enumerate(nodes)}
     made: dict[Any, int] = {}
     for node in nodes[0].graph.nodes if nodes else ():
-        memories = _memories(node)
-        if memories is None and node.users and (node in places or node.op == "placeholder"):
+        own = memories(node)
+        if own is None and node.users and (node in places or node.op == "placeholder"):
             return {}
-        for memory in memories or ():
+        for memory in own or ():
             made.setdefault(memory, places.get(node, 0))
     return made
 
 
 def _origin(written: Any, made: dict[Any, int]) -> int:
-    memories = _memories(written) if isinstance(written, fx.Node) and written.op != "get_attr" else None
-    return min((made.get(memory, 0) for memory in memories or ()), default=0)
+    own = memories(written) if isinstance(written, fx.Node) and written.op != "get_attr" else None
+    return min((made.get(memory, 0) for memory in own or ()), default=0)
 
 
-def _memories(node: fx.Node) -> list[int] | None:
+def memories(node: fx.Node) -> list[int] | None:
     """The addresses of what ``node`` yields, or None where they are not known."""
     value = value_of(node)
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -114,6 +114,15 @@ def kpt_passes() -> Iterator[PassSpec]:
         summary="rows of a padded batch run at their own lengths",
     )
     yield PassSpec(
+        "pack-tokens",
+        "kernels",  # of the graph, beneath a compiler and above the kernels in it
+        "kpt_plugin_cpu.token_packing:PackTokens",
+        hardware=cpu,
+        conflicts=("pack-padding", "kernel:linear"),
+        priority=10,
+        summary="linears, norms and the like run for the tokens of a padded batch that count",
+    )
+    yield PassSpec(
         "threads",
         "runtime",
         "kpt_plugin_cpu.threads:Threads",

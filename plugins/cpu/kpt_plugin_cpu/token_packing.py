@@ -1,0 +1,169 @@
+"""Running what treats tokens apart for the tokens of a padded batch that count, and for no others.
+
+The forward is captured as a graph, in which `token_graph` packs tokens around linears, norms and the like.
+Which tokens count is read off the mask before each call; attention sees the batch with its padding, and its
+mask. A compiler that comes after compiles the packed graph. Exact where the mask keeps padding from all other
+positions, which the referee checks with padded inputs; outputs are zero where the input was padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpt.compiling import CapturedForward, FurtherInputs
+from kpt.specs import Skip, Variant
+from kpt_plugin_cpu import estimates
+from kpt_plugin_cpu.inductor import declared_dims, settings
+from kpt_plugin_cpu.masks import is_flags, sequence_masks
+from kpt_plugin_cpu.token_graph import MARK, TokenGraph
+
+if TYPE_CHECKING:
+    from kpt.specs import HardwareProfile, Observation, Undo
+
+TOKENS, PLACES = "kpt_tokens", "kpt_places"
+#: The share of the positions that has to be padding.
+_WORTH = 0.1
+#: Share of what a call does besides products that packing does not make less: attention, and moving tokens.
+_UNPACKED = 0.25
+#: Share of the time of a compiler that capturing and trying the operations of the graph takes.
+_SHARE = 0.2
+
+
+class PackTokens:
+    """Replaces the root's forward by its captured graph with packed tokens. Live weights are read."""
+
+    def __init__(self) -> None:
+        self.graphs = TokenGraph()
+        self.dropped = 0
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        masks = sequence_masks(observation)
+        if not masks:
+            yield Skip("no input is a padding mask")
+            return
+        name = masks[0]
+        leaf = next(leaf for leaf in observation.spec.leaves if leaf.name == name)
+        if not {0, 1} <= leaf.dims.keys():
+            yield Skip("tokens can be packed only if the batch and the lengths are declared dynamic")
+            return
+        given = [call.kwargs[name] for call in observation.calls]
+        kept = [float(_counts(mask).float().mean()) for mask in given]
+        share = 1.0 - sum(kept) / len(kept)
+        if share < _WORTH:
+            yield Skip(f"{share:.0%} of the positions are padding at the end of rows: too few to gain from")
+            return
+        like = [
+            each.name
+            for each in observation.spec.leaves
+            if each.name != name and all(each.dims.get(axis) == leaf.dims[axis] for axis in (0, 1))
+        ]
+        estimate = estimates.estimate(observation, hardware)
+        fixed = min(estimates.fixed_seconds(observation, hardware), estimate.total)
+        rest = estimate.rest * (_UNPACKED + (1.0 - _UNPACKED) * (1.0 - share))
+        after = max(estimate.products * (1.0 - share) + rest, fixed)
+        yield Variant(
+            "at their places",
+            {"mask": name, "like": like, "dims": declared_dims(observation)},
+            max(1.0, estimate.total / after),
+            _SHARE * estimates.compile_seconds(observation),
+            sites=("",),
+            touches_mask=True,
+            reproducible=True,
+        )
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        name = variant.params["mask"]
+        before = model.__dict__.get("forward")
+        further = FurtherInputs(
+            functools.partial(self._read, name),
+            functools.partial(_marking, name, tuple(variant.params.get("like", ()))),
+            {TOKENS: {0: "tokens"}, PLACES: {0: "batch", 1: "length"}},
+        )
+        captured = CapturedForward(
+            model.forward,
+            self.graphs,
+            dynamic_dims=settings(variant.params)["dynamic_dims"],
+            further=further,
+            label=type(model).__name__,
+        )
+        model.forward = captured  # type: ignore[method-assign, assignment]
+
+        def undo() -> None:
+            if before is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.__dict__["forward"] = before
+            captured.dispose()
+
+        return undo
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        if not self.graphs.packed:
+            raise RuntimeError(f"no tokens were packed: {self.graphs.reason}")
+        return self.dropped > 0
+
+    def effect(self) -> str:
+        return f"{self.graphs.packed} operations run for the tokens alone that count"
+
+    def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tokens of a call that count, and the place of each position among them."""
+        mask = kwargs.get(name)
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return {}
+        counts = _counts(mask)
+        flat = counts.flatten()
+        tokens = flat.nonzero().flatten()
+        places = (flat.cumsum(0) - 1).mul_(flat).view(mask.shape)
+        if len(tokens) < mask.numel():
+            self.dropped += 1
+        return {TOKENS: tokens, PLACES: places}
+
+
+def _counts(mask: torch.Tensor) -> torch.Tensor:
+    """The positions that count: those of each row up to its last one, and one at least.
+
+    All of them where padding is not at the ends of rows alone.
+    """
+    kept = mask != 0
+    lengths = kept.sum(1, keepdim=True)
+    first = torch.arange(mask.shape[1]) < lengths
+    if not torch.equal(first, kept) or not is_flags(mask):
+        return torch.ones_like(kept)
+    first[:, 0] = True
+    return first
+
+
+def _marking(name: str, like: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, which marks the mask of a captured call with the tokens that it is given.
+
+    Inputs called ``like`` have the mask's batch and length.
+    """
+
+    @functools.wraps(forward)
+    def marking(*args: Any, **kwargs: Any) -> Any:
+        tokens, places = kwargs.pop(TOKENS, None), kwargs.pop(PLACES, None)
+        if tokens is not None and torch.compiler.is_compiling():
+            others = [kwargs[each] for each in like if isinstance(kwargs.get(each), torch.Tensor)]
+            kwargs[name] = MARK(kwargs[name], tokens, places, others)
+        return forward(*args, **kwargs)
+
+    try:
+        signature = inspect.signature(forward)
+    except (TypeError, ValueError):
+        return marking
+    marking.__signature__ = _with_further(signature)  # type: ignore[attr-defined]
+    return marking
+
+
+def _with_further(signature: inspect.Signature) -> inspect.Signature:
+    kinds = inspect.Parameter
+    own = list(signature.parameters.values())
+    open_end = [each for each in own if each.kind is kinds.VAR_KEYWORD]
+    named = [each for each in own if each.kind is not kinds.VAR_KEYWORD]
+    further = [kinds(each, kinds.KEYWORD_ONLY, default=None) for each in (TOKENS, PLACES)]
+    return signature.replace(parameters=[*named, *further, *open_end])

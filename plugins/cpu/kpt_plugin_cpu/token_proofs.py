@@ -1,0 +1,251 @@
+"""Whether an operation of a captured graph treats every token by itself, found out by trying it.
+
+A token tensor is [B, S, ...], or [B*S, ...]; packed, it is [1, T, ...], or [T, ...], and has the tokens that
+count alone. An operation may run packed if what it makes of a selection of tokens is the same selection of
+what it makes of all of them. That is tried once for each kind of call with random numbers, for sizes of which
+no two are equal, so that no table of operations is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+from kpt.compiling import value_of
+
+#: Batch, length and tokens that count, in a trial.
+_B, _S, _T = 2, 5, 7
+#: Elements of one tensor in a trial at most.
+_LARGEST = 1 << 26
+#: Largest relative difference that the order of summation makes, in the dtypes it depends on.
+_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+#: Where operations are known to check what they are given, and who wants weights in a form of its own.
+_CHECKED = ("aten", "prims")
+_PREPARED = ("onednn", "mkldnn", "kpt_cpu", "quantized_decomposed")
+
+
+class Unknown(Exception):
+    """A shape or a value is not one that a trial can be made with."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The symbolic sizes of a graph's batch and length."""
+
+    batch: Any
+    length: Any
+
+    def layout(self, value: Any) -> str:
+        """``rows`` of [B, S, ...], ``flat`` of [B*S, ...], else empty."""
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return ""
+        sizes = [_expression(size) for size in value.shape[:2]]
+        if len(sizes) == 2 and sizes[0] == self.batch and sizes[1] == self.length:
+            return "rows"
+        return "flat" if sizes and sizes[0] == self.batch * self.length else ""
+
+    def depends(self, value: Any) -> bool:
+        """Whether a tensor or a size has one of the two axes."""
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        found = [_expression(size) for size in sizes]
+        return any({self.batch, self.length} & set(getattr(each, "free_symbols", ())) for each in found)
+
+    def number(self, size: Any) -> int:
+        """``size`` in a trial."""
+        found = _expression(size)
+        if hasattr(found, "subs"):
+            found = found.subs({self.batch: _B, self.length: _S})
+        try:
+            return int(found)
+        except TypeError:
+            raise Unknown(f"{size} is another symbolic size") from None
+
+    def packed(self, size: Any) -> str | None:
+        """What takes the place of a size in a packed call: ``one``, ``tokens``, or itself (None)."""
+        found = _expression(size)
+        if found == self.batch:
+            return "one"
+        if found in (self.length, self.batch * self.length):
+            return "tokens"
+        if self.depends(size):
+            raise Unknown(f"{size} is no size of packed tokens")
+        return None
+
+
+def _expression(size: Any) -> Any:
+    if isinstance(size, torch.SymInt):
+        return size.node.shape_env.simplify(size.node.expr)
+    return size
+
+
+class Proofs:
+    """What was tried, by operation and kinds of arguments; ``inputs`` holds what the graph is called with."""
+
+    def __init__(self, axes: Axes, inputs: Mapping[fx.Node, Any]) -> None:
+        self.axes = axes
+        self._actual: dict[fx.Node, Any] = dict(inputs)
+        self._known: dict[Any, bool] = {}
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether ``node`` makes token tensors of token tensors, each token by itself."""
+        try:
+            key = self._key(node)
+            if key not in self._known:
+                self._known[key] = self._tried(node)
+            return self._known[key]
+        except Unknown:
+            return False
+
+    def _key(self, node: fx.Node) -> Any:
+        def described(value: Any) -> str:
+            value = value_of(value) if isinstance(value, fx.Node) else value
+            if isinstance(value, torch.Tensor):
+                return f"{value.dtype}{[str(_expression(size)) for size in value.shape]}{value.layout}"
+            if isinstance(value, (tuple, list)):
+                return f"{type(value).__name__}{[described(each) for each in value]}"
+            return repr(_expression(value))
+
+        target = node.target if isinstance(node.target, str) else id(node.target)
+        arguments = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda each: described(each))
+        return node.op, target, repr(arguments)
+
+    def _tried(self, node: fx.Node) -> bool:
+        home = _home(node)
+        if home not in ("torch", "prepared"):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(_B * _S, generator=generator)[:_T].sort().values
+        whole, some = {}, {}
+        for argument in node.all_input_nodes:
+            value = value_of(argument)
+            if home == "prepared" and isinstance(value, torch.Tensor) and not self.axes.depends(value):
+                whole[argument] = some[argument] = self._as_it_is(argument)
+            else:
+                whole[argument], some[argument] = self._values(value, chosen, generator)
+        try:
+            with torch.no_grad():
+                expected = self._called(node, whole)
+                got = self._called(node, some)
+        except Unknown:
+            raise
+        except Exception:  # noqa: BLE001 - an operation that takes no fewer tokens
+            return False
+        expected, got = tree_leaves(expected), tree_leaves(got)
+        recorded = tree_leaves(value_of(node))
+        if not len(expected) == len(got) == len(recorded):
+            return False
+        pairs = zip(recorded, expected, got, strict=True)
+        if home == "prepared" and not any(_varies(part) for part in got):
+            return False  # weights that are zero hide what they are multiplied with
+        return all(
+            _same(selected(full, self.axes.layout(value), chosen), part) for value, full, part in pairs
+        )
+
+    def _values(self, value: Any, chosen: torch.Tensor, generator: torch.Generator) -> tuple[Any, Any]:
+        """What an argument is in a trial: of all tokens, and of the chosen ones."""
+        if isinstance(value, (tuple, list)):
+            pairs = [self._values(each, chosen, generator) for each in value]
+            return type(value)(pair[0] for pair in pairs), type(value)(pair[1] for pair in pairs)
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+            packed = self.axes.packed(value)
+            number = self.axes.number(value)
+            return number, {"one": 1, "tokens": _T, None: number}[packed]
+        if not isinstance(value, torch.Tensor):
+            raise Unknown(f"an argument is a {type(value).__name__}")
+        shape = [self.axes.number(size) for size in value.shape]
+        if math.prod(shape) > _LARGEST or value.layout is not torch.strided or value.is_quantized:
+            raise Unknown("a tensor is too large for a trial, or not a plain one")
+        whole = _random(shape, value.dtype, generator)
+        layout = self.axes.layout(value)
+        if layout:
+            return whole, selected(whole, layout, chosen)
+        if not self.axes.depends(value):
+            return whole, whole
+        across = over_tokens(whole, (_B, _S))
+        return whole, selected(across, "rows", chosen)
+
+    def _as_it_is(self, node: fx.Node) -> Any:
+        """What a weight is, or what the graph makes of weights."""
+        if node not in self._actual:
+            if node.op == "get_attr" and node.graph.owning_module is not None:
+                self._actual[node] = operator.attrgetter(str(node.target))(node.graph.owning_module)
+            elif node.op.startswith("call_") and node.op != "call_module":
+                inputs = {each: self._as_it_is(each) for each in node.all_input_nodes}
+                with torch.no_grad():
+                    self._actual[node] = self._called(node, inputs)
+        value = self._actual.get(node)
+        if value is None or isinstance(value, FakeTensor):
+            raise Unknown(f"{node.name} is not known before the call")
+        return value
+
+    def _called(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+        function: Callable[..., Any] = node.target  # type: ignore[assignment]
+        return function(*args, **kwargs)
+
+
+def over_tokens(value: torch.Tensor, sizes: tuple[Any, Any]) -> torch.Tensor:
+    """A tensor [1 or B, 1 or S, ...] as one of [B, S, ...].
+
+    Raises:
+        Unknown: it has other axes.
+    """
+    if value.dim() < 2 or any(own != 1 and own != size for own, size in zip(value.shape, sizes)):
+        raise Unknown("a tensor varies with the position, and not as tokens do")
+    return value.expand(*sizes, *value.shape[2:])
+
+
+def selected(value: torch.Tensor, layout: str, tokens: torch.Tensor) -> torch.Tensor:
+    """The packed form of a token tensor; raises `Unknown` for others."""
+    if layout == "flat":
+        return value.index_select(0, tokens)
+    if layout == "rows":
+        return value.flatten(0, 1).index_select(0, tokens).unsqueeze(0)
+    raise Unknown("not a token tensor")
+
+
+def _home(node: fx.Node) -> str:
+    """Whose operation it is: ``torch``, ``prepared`` (it takes weights in a form of its own), or empty."""
+    target = node.target
+    if node.op == "call_method":
+        return "torch"
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        space = name.partition("::")[0]
+        return "torch" if space in _CHECKED else "prepared" if space in _PREPARED else ""
+    module = getattr(target, "__module__", None) or "torch"
+    return "torch" if module.partition(".")[0] in ("torch", "_operator", "builtins", "math") else ""
+
+
+def _varies(value: torch.Tensor) -> bool:
+    return value.numel() > 0 and bool((value != value.flatten()[0]).any())
+
+
+def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype.is_floating_point and dtype in _CLOSE:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if dtype is torch.bool or not (dtype.is_floating_point or dtype.is_complex):
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    raise Unknown(f"{dtype} numbers are not drawn")
+
+
+def _same(expected: torch.Tensor, got: Any) -> bool:
+    if not isinstance(got, torch.Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    close = _CLOSE.get(got.dtype)
+    if close is None:
+        return torch.equal(expected, got)
+    scale = expected[torch.isfinite(expected)].abs().max() if torch.isfinite(expected).any() else 1.0
+    return torch.allclose(got, expected, rtol=close, atol=close * float(scale), equal_nan=True)

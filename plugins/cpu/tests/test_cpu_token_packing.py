@@ -1,0 +1,314 @@
+"""What treats tokens apart runs for the tokens of a padded batch that count; all else sees all of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import kpt
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from observing import Only, applied, observe, skips, variants
+
+from kpt.compiling import CapturedForward, CompiledForward, CompiledModule, collect
+from kpt_plugin_cpu.token_graph import TokenGraph
+from kpt_plugin_cpu.token_packing import PackTokens
+from kpt_plugin_cpu.token_proofs import Axes, Proofs
+
+DYNAMIC = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
+WIDTH = 24
+
+
+class Layer(nn.Module):
+    """A transformer's layer; ``between`` acts on the hidden states, [B, S, WIDTH], before it."""
+
+    def __init__(self, between=None) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.wide = nn.Linear(WIDTH, 2 * WIDTH)
+        self.narrow = nn.Linear(2 * WIDTH, WIDTH)
+        self.between = between
+
+    def forward(self, hidden, mask):
+        if self.between is not None:
+            hidden = self.between(hidden)
+        batch, length, _ = hidden.shape
+        parts = [part.view(batch, length, 4, -1) for part in self.qkv(self.norm(hidden)).chunk(3, -1)]
+        queries, keys, values = (part.transpose(1, 2) for part in parts)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
+        return hidden + self.narrow(functional.gelu(self.wide(self.norm(hidden))))
+
+
+class Encoder(nn.Module):
+    """Two layers over embedded tokens and positions; the first token's state and all of them."""
+
+    def __init__(self, between=None) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, WIDTH)
+        self.positions = nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(Layer(between) for _ in range(2))
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[:, None, None, :].bool()
+        places = torch.arange(input_ids.shape[1]).unsqueeze(0)
+        hidden = self.words(input_ids) + self.positions(places)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return {"hidden": hidden, "first": hidden[:, 0]}
+
+
+def padded(lengths: list[int], width: int | None = None) -> dict[str, torch.Tensor]:
+    width = width or max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.randint(1, 50, mask.shape) * mask, "attention_mask": mask}
+
+
+def packed(model: nn.Module, call: dict[str, torch.Tensor]):
+    """(the pass, the workspace it is applied to, its undo)."""
+    (offer,) = variants(PackTokens(), observe(model, call, dynamic_shapes=DYNAMIC))
+    return applied(PackTokens, model, offer)
+
+
+def agree(space: nn.Module, model: nn.Module, call: dict[str, torch.Tensor], **bounds: float) -> None:
+    got, expected = space.forward(**call), model(**call)
+    kept = call["attention_mask"].bool()
+    torch.testing.assert_close(got["hidden"][kept], expected["hidden"][kept], **bounds)
+    torch.testing.assert_close(got["first"], expected["first"], **bounds)
+
+
+def rows_seen(captured: CapturedForward, call: dict[str, torch.Tensor]) -> set[int]:
+    """Over how many tokens the linears of one call ran."""
+    seen: set[int] = set()
+    linear = torch._C._nn.linear
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (functional.linear, linear):
+                seen.add(args[0].shape[:-1].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        captured(**call)
+    return seen
+
+
+@torch.no_grad()
+def test_linears_run_for_the_tokens_that_count_and_all_outputs_are_as_before():
+    model = Encoder().eval()
+    call = padded([9, 2, 4, 1])
+    (offer,) = variants(PackTokens(), observe(model, call, dynamic_shapes=DYNAMIC))
+    assert offer.touches_mask and offer.predicted_gain > 1.3
+    behaviour, space, undo = applied(PackTokens, model, offer)
+    agree(space, model, call)
+    assert behaviour.verify_applied(space) and "operations" in behaviour.effect()
+    assert rows_seen(space.forward, call) == {16}
+    # other sizes by the same graph; as many tokens as features, as positions, as rows
+    for lengths in ([3, 5, 7, 9], [20, 1, 1, 2], [2, 2], [WIDTH, 1], [11, 13], [5, 4, 3, 2, 1]):
+        agree(space, model, padded(lengths))
+    agree(space, model, padded([3, 4], 7))  # a last column of nothing but padding
+    assert space.forward.graphs == 1 and space.forward.misses == 0
+    padding = ~call["attention_mask"].bool()
+    assert not space.forward(**call)["hidden"][padding].any()
+    undo()
+    assert "forward" not in space.__dict__
+
+
+@torch.no_grad()
+def test_batches_that_are_not_padded_at_the_end_run_whole():
+    model = Encoder().eval()
+    behaviour, space, _ = packed(model, padded([9, 2, 4, 1]))
+    left = {name: value.flip(1) for name, value in padded([9, 2, 4]).items()}
+    holes = padded([9, 4, 4])
+    holes["attention_mask"][0, 3] = 0
+    for call in (left, holes, padded([6, 6, 6])):
+        agree(space, model, call)
+        assert rows_seen(space.forward, call) == {call["input_ids"].numel()}
+    one = padded([5], 8)
+    agree(space, model, one)
+    assert not behaviour.dropped or one["attention_mask"].shape[0] == 1
+
+
+def causal_mean(x):
+    return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+
+
+def shifted(x):
+    return torch.cat([x[:, :1], x[:, :-1]], 1)
+
+
+def by_row(x):
+    return x + x[:, :1].tanh()
+
+
+def flattened(x):
+    return functional.relu(x.reshape(-1, WIDTH)).view(x.shape) + x
+
+
+def heads_apart(x):
+    return x.unflatten(-1, (3, -1)).softmax(-1).flatten(-2)
+
+
+def in_place(x):
+    made = x + 1.0
+    doubled = made * 2.0
+    return made.add_(doubled)
+
+
+@pytest.mark.parametrize("between", [causal_mean, shifted, by_row, flattened, heads_apart, in_place])
+@torch.no_grad()
+def test_what_mixes_positions_or_sees_tokens_otherwise_gets_what_it_expects(between):
+    model = Encoder(between).eval()
+    behaviour, space, _ = packed(model, padded([9, 2, 4, 1]))
+    for lengths in ([9, 2, 4, 1], [3, 7], [WIDTH, 2, 3]):
+        agree(space, model, padded(lengths))
+    assert behaviour.verify_applied(space)
+
+
+class Writes(Encoder):
+    """Layers' outputs are written to once a linear has seen them, through a view of other axes."""
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.words(input_ids)
+        wide = self.layers[0].wide(hidden)
+        heads = hidden.unflatten(-1, (4, -1)).transpose(1, 2)
+        heads.mul_(2.0)
+        hidden = hidden + self.layers[0].narrow(wide + self.layers[0].wide(hidden))
+        return {"hidden": hidden, "first": hidden[:, 0]}
+
+
+@torch.no_grad()
+def test_what_is_written_to_in_place_is_not_packed():
+    model = Writes().eval()
+    behaviour, space, _ = packed(model, padded([9, 2, 4, 1]))
+    agree(space, model, padded([9, 2, 4, 1]))
+    agree(space, model, padded([3, 12]))
+    assert behaviour.graphs.packed == 2  # the sum of the wide states, and what makes it narrow
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", "inductor"])
+@torch.no_grad()
+def test_a_compiler_that_comes_after_compiles_the_packed_graph(compiler):
+    model = Encoder().eval()
+    call = padded([9, 2, 4, 1])
+    (offer,) = variants(PackTokens(), observe(model, call, dynamic_shapes=DYNAMIC))
+    with collect() as made:
+        behaviour, space, undo = applied(PackTokens, model, offer)
+        if compiler:
+            compiled = CompiledModule(space, backend=compiler, dynamic_dims=DYNAMIC)
+        agree(space, model, call, rtol=1e-4, atol=1e-5)
+        agree(space, model, padded([3, 11, 2]), rtol=1e-4, atol=1e-5)
+    assert behaviour.graphs.packed > 20
+    assert len(made) == 1 and made[0].graphs == 1
+    if compiler:
+        assert made[0] is compiled
+        compiled.dispose()
+        assert isinstance(space.forward, CapturedForward)
+        agree(space, model, call)  # an idle one calls the original
+    undo()
+    agree(space, model, call)
+
+
+@torch.no_grad()
+def test_further_inputs_are_made_anew_for_each_call_of_one_shape():
+    """Two masks of one shape: code that is looked up by shapes alone would use the first one's tokens."""
+    model = Encoder().eval()
+    _, space, _ = packed(model, padded([9, 2, 4, 1]))
+    for lengths in ([9, 2, 4, 1], [1, 4, 2, 9], [4, 9, 1, 2]):
+        agree(space, model, padded(lengths))
+    assert isinstance(space.forward, CompiledForward)
+    assert space.forward.lookup((), padded([9, 2, 4, 1])) is None
+
+
+def test_offers_name_what_is_missing():
+    model, call = Encoder().eval(), padded([9, 2, 4, 1])
+    assert "declared dynamic" in skips(PackTokens(), observe(model, call))[0]
+    only_length = {name: {1: "sequence"} for name in DYNAMIC}
+    assert "declared dynamic" in skips(PackTokens(), observe(model, call, dynamic_shapes=only_length))[0]
+    full = observe(model, padded([9, 9]), dynamic_shapes=DYNAMIC)
+    assert skips(PackTokens(), full) == [
+        "0% of the positions are padding at the end of rows: too few to gain from"
+    ]
+
+
+class Leaks(Encoder):
+    """A mean over all positions, padding among them."""
+
+    def forward(self, input_ids, attention_mask):
+        found = super().forward(input_ids, attention_mask)
+        return {"pooled": found["hidden"].mean(1)}
+
+
+def test_a_model_whose_output_depends_on_padding_is_left_as_it_was():
+    model = Leaks().eval()
+    before = model(**padded([9, 2, 4, 1]))["pooled"].shape
+    calls = [padded([30, 2, 4, 1, 3, 5, 20, 7]) for _ in range(3)]
+    found = kpt.optimize(
+        model, calls, plugins=[Only("pack-tokens")], dynamic_shapes=DYNAMIC, cache=False, budget=30.0
+    )
+    receipt = kpt.report(found)
+    assert not receipt.optimized and "forward" not in vars(found)
+    (entry,) = [each for each in receipt.rejected if each.name.startswith("pack-tokens")]
+    assert entry.rule == "value", entry.reason
+    assert before == found(**padded([9, 2, 4, 1]))["pooled"].shape
+
+
+# ---------------------------------------------------------------------------------------------
+# Proofs
+
+X = torch.randn(WIDTH, WIDTH)
+APART = {
+    "linear": lambda x: functional.linear(x, X),
+    "matmul": lambda x: x @ X,
+    "norm": lambda x: functional.layer_norm(x, (WIDTH,)),
+    "softmax of features": lambda x: x.softmax(-1),
+    "heads": lambda x: x.view(x.shape[0], x.shape[1], 4, -1),
+    "flat": lambda x: x.reshape(-1, WIDTH),
+    "sorted features": lambda x: x.sort(-1).values,
+}
+MIXED = {
+    "sum so far": lambda x: x.cumsum(1),
+    "softmax of positions": lambda x: x.softmax(1),
+    "reversed": lambda x: x.flip(1),
+    "rolled": lambda x: x.roll(1, 1),
+    "centred": lambda x: functional.batch_norm(x.transpose(0, 1), None, None, training=True).transpose(0, 1),
+    "scaled by all": lambda x: functional.normalize(x, dim=(0, 1)),
+    "sorted positions": lambda x: x.sort(1).values,
+    "of one number": lambda x: x / x.abs().max(),
+}
+
+
+@pytest.mark.parametrize(("name", "holds"), [(n, True) for n in APART] + [(n, False) for n in MIXED])
+@torch.no_grad()
+def test_what_treats_tokens_apart_is_found_by_trying_it(name, holds):
+    results = []
+
+    def look(graph, example_inputs):
+        (x,) = (n for n in graph.graph.find_nodes(op="placeholder") if "ids" in n.name or "kwargs" in n.name)
+        shape = x.meta["example_value"].shape
+        axes = Axes(*(size.node.shape_env.simplify(size.node.expr) for size in shape[:2]))
+        proofs = Proofs(axes, {})
+        nodes = [n for n in graph.graph.nodes if n.op.startswith("call_")]
+        made = [n for n in nodes if isinstance(n.meta.get("example_value"), (torch.Tensor, tuple))]
+        results.append(all(proofs.holds(n) for n in made))
+        return graph
+
+    function = {**APART, **MIXED}[name]
+    captured = CapturedForward(lambda x: function(x), look, dynamic_dims={"x": {0: "batch", 1: "length"}})
+    captured(x=torch.randn(3, 6, WIDTH))
+    assert results == [holds]
+
+
+def test_a_graph_without_a_mark_is_not_touched():
+    graph = torch.fx.symbolic_trace(nn.Linear(4, 4))
+    code = graph.code
+    passed = TokenGraph()
+    assert passed(graph, []).code == code and passed.packed == 0
