@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpt.judge import outputs, tree
+from kpt.judge import distances, outputs, pieces, tree
 from kpt.judge.calls import Call
 from kpt.judge.handover import judge_inputs, judge_strides
 from kpt.judge.outputs import equal_objects, leaves
@@ -93,8 +93,8 @@ def test_logits_are_judged_by_what_they_predict() -> None:
 def test_top1_counts_only_rows_that_eager_decides() -> None:
     reference = torch.tensor([[1.0, 1.0 + 1e-9, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
     eager = torch.tensor([[1.0 + 1e-6, 1.0, 0.0], [3.0, 0.0, 0.0]])
-    assert outputs.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [3.0, 0, 0]]), reference, eager) == 1.0
-    assert outputs.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0]]), reference, eager) == 0.0
+    assert distances.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [3.0, 0, 0]]), reference, eager) == 1.0
+    assert distances.top1_agreement(torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 0]]), reference, eager) == 0.0
 
 
 def test_aggressive_bounds_direction_norm_and_divergence() -> None:
@@ -344,9 +344,9 @@ def test_the_spread_is_that_of_all_runs_together_and_passes_over_what_is_not_fin
 
 def test_a_distance_is_the_same_where_everything_is_finite_and_where_one_element_is_not() -> None:
     values, reference = torch.randn(1000), torch.randn(1000, dtype=torch.float64)
-    finite = outputs.distance(values, reference, values)
+    finite = distances.distance(values, reference, values)
     odd = torch.tensor([math.inf])
-    with_odd = outputs.distance(torch.cat([values, odd]), torch.cat([reference, odd.double()]))
+    with_odd = distances.distance(torch.cat([values, odd]), torch.cat([reference, odd.double()]))
     for name in ("error", "scale", "cosine", "norm_ratio", "misfits", "mismatches", "elements"):
         assert getattr(finite, name) == pytest.approx(getattr(with_odd, name), rel=1e-12)
 
@@ -358,10 +358,10 @@ def test_the_distance_of_sparse_matrices_takes_no_dense_one(layout: torch.layout
         found = torch.sparse_coo_tensor(places, values, (size, size), check_invariants=True)
         return found.to_sparse(layout=layout)
 
-    def measured(size: int) -> outputs.Distance:
+    def measured(size: int) -> distances.Distance:
         one = matrix([[0, 2, 3], [1, 0, 3]], [1.0, 2.0, 4.0], size)
         other = matrix([[0, 1, 3], [1, 1, 3]], [1.0, 3.0, math.nan], size)
-        return outputs.distance(one, other, one)
+        return distances.distance(one, other, one)
 
     small, large = measured(4), measured(200_000)
     assert large == small and small.elements == 3
@@ -370,23 +370,23 @@ def test_the_distance_of_sparse_matrices_takes_no_dense_one(layout: torch.layout
 
 def test_distances_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = (
-        outputs.distance(CAST, REFERENCE, EAGER),
-        outputs.kl_divergence(CAST, REFERENCE),
-        outputs.top1_agreement(CAST, REFERENCE, EAGER),
-        outputs.rounding_error(REFERENCE, torch.bfloat16),
+        distances.distance(CAST, REFERENCE, EAGER),
+        distances.kl_divergence(CAST, REFERENCE),
+        distances.top1_agreement(CAST, REFERENCE, EAGER),
+        distances.rounding_error(REFERENCE, torch.bfloat16),
     )
-    monkeypatch.setattr(outputs, "CHUNK", 37)
+    monkeypatch.setattr(pieces, "CHUNK", 37)
     parts = (
-        outputs.distance(CAST, REFERENCE, EAGER),
-        outputs.kl_divergence(CAST, REFERENCE),
-        outputs.top1_agreement(CAST, REFERENCE, EAGER),
-        outputs.rounding_error(REFERENCE, torch.bfloat16),
+        distances.distance(CAST, REFERENCE, EAGER),
+        distances.kl_divergence(CAST, REFERENCE),
+        distances.top1_agreement(CAST, REFERENCE, EAGER),
+        distances.rounding_error(REFERENCE, torch.bfloat16),
     )
     assert parts[0].error == pytest.approx(whole[0].error, rel=1e-12)
     assert parts[0].elements == whole[0].elements == REFERENCE.numel()
     assert parts[1:] == pytest.approx(whole[1:])
     expected = ((CAST.double() - REFERENCE) ** 2).mean().sqrt() / (REFERENCE**2).mean().sqrt()
-    assert outputs.relative_error(CAST, REFERENCE) == pytest.approx(float(expected))
+    assert distances.relative_error(CAST, REFERENCE) == pytest.approx(float(expected))
     kl = torch.nn.functional.kl_div(
         CAST.double().log_softmax(-1), REFERENCE.log_softmax(-1), log_target=True, reduction="batchmean"
     )

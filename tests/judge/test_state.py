@@ -21,8 +21,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from kpt.globalstate import seed_torch
+from kpt.judge.bitwise import bitwise_equal
 from kpt.judge.codestate import CodeState
-from kpt.judge.outputs import bitwise_equal
 from kpt.judge.poison import PoisonMode
 from kpt.judge.state import ModelState, Snapshot, untouched
 

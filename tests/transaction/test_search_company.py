@@ -156,3 +156,21 @@ def test_what_makes_no_difference_is_dropped_where_no_compiler_comes(setup: floa
 
     found, trials = outlined(90.0, [step, quick, compiler], fate, fuel=fuel)
     assert set(found.best.plan.steps) == {quick}, trials.seen
+
+
+def test_what_made_no_difference_is_not_timed_again_before_the_end() -> None:
+    step, quick = candidate("step", "kernels", 0.0, 1.1), candidate("quick", "compile", 1.0, 1.2)
+    first, second = candidate("first", "compile", 20.0, 1.3), candidate("second", "compile", 20.0, 1.1)
+
+    def speed(names: set[str]) -> float:
+        return 1.2 if "quick" in names else 0.9
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        before = set(against.plan.names) if against is not None else set()
+        faster = speed(names) / (speed(before) if before else 1.0)
+        return 21.0 if names & {"first", "second"} else 2.0, "ok", faster
+
+    found, trials = outlined(200.0, [step, quick, first, second], fate)
+    keys = [key for key, _ in trials.seen]
+    assert set(found.best.plan.steps) == {quick}, keys
+    assert {"step + first", "step + second"} <= set(keys) and keys.count("quick") == 2, keys

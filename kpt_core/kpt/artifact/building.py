@@ -18,7 +18,7 @@ import torch
 
 from kpt.artifact import folder as layout
 from kpt.artifact.folder import ArtifactError
-from kpt.judge.outputs import bitwise_equal
+from kpt.judge.bitwise import bitwise_equal
 from kpt.modelfiles import ModelFileError, load_model
 from kpt.modelfiles.adapters import LAYOUTS, adapters, adapters_for, missing
 from kpt.modelfiles.weights import build

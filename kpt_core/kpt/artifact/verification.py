@@ -14,7 +14,7 @@ from kpt.artifact import folder as layout
 from kpt.artifact.folder import ArtifactError, read_tensors
 from kpt.artifact.tensors import named, pack_call, unpack_call
 from kpt.globalstate import seed_torch
-from kpt.judge import outputs
+from kpt.judge import bitwise, distances
 from kpt.judge.calls import Call
 from kpt.judge.state import untouched
 from kpt.transaction.dispatch import original_forward
@@ -111,7 +111,7 @@ def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
                     buffers.clear()
                     buffers.update(before)
                 for buffer in before.values():
-                    if buffer is not None and not outputs.bitwise_equal(buffer, values[id(buffer)]):
+                    if buffer is not None and not bitwise.bitwise_equal(buffer, values[id(buffer)]):
                         buffer.copy_(values[id(buffer)])
 
 
@@ -121,7 +121,7 @@ def _difference(mine: torch.Tensor | None, expected: torch.Tensor) -> float:
     if expected.is_complex() and mine.is_complex():
         mine, expected = torch.view_as_real(mine), torch.view_as_real(expected)
     if expected.is_floating_point():
-        return outputs.relative_error(mine, expected)
+        return distances.relative_error(mine, expected)
     return float((mine != expected).double().mean()) if expected.numel() else 0.0
 
 

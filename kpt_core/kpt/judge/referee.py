@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kpt.judge import outputs
+from kpt.judge import distances, outputs
 from kpt.judge.aliasing import new_aliases
 from kpt.judge.handover import judge_structure
 from kpt.judge.tolerances import Terms, judge_leaf, keep_worst
@@ -108,7 +108,7 @@ def judge_gradients(
     total, elements = 0.0, 0
     for expected in reference.values():
         if expected is not None:
-            measured = outputs.distance(expected, expected)
+            measured = distances.distance(expected, expected)
             total += measured.scale**2 * measured.elements
             elements += measured.elements
     terms = Terms(level, dtype, floor=0.01 * math.sqrt(total / max(elements, 1)), rule="gradient")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from kpt.judge.bitwise import bits, bitwise_equal, components
 from kpt.judge.calls import clone_tensor
-from kpt.judge.outputs import CHUNK, bits, bitwise_equal, components
+from kpt.judge.pieces import CHUNK
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 

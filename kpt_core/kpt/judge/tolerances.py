@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kpt.judge import outputs
+from kpt.judge import distances, outputs
 from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.specs import Level
 
@@ -74,14 +74,14 @@ def judge_leaf(
     mask = outputs.mask_for(name, eager, terms.masks)
     if mask is not None:
         if candidate.is_floating_point():
-            figures["whole_relative_error"] = outputs.relative_error(candidate, reference)
+            figures["whole_relative_error"] = distances.relative_error(candidate, reference)
         candidate, reference, eager = (
             outputs.select_valid(tensor, mask) for tensor in (candidate, reference, eager)
         )
         cast = None if cast is None else outputs.select_valid(cast, mask)
     if not (candidate.is_floating_point() or candidate.is_complex()):
         return _judge_integers(name, candidate, reference, eager, terms)
-    measured = outputs.distance(candidate, reference, eager)
+    measured = distances.distance(candidate, reference, eager)
     figures["relative_error"] = measured.relative
     if measured.misfits:
         detail = f"{name} has {measured.misfits} NaN or infinite elements where the reference has none"
@@ -114,7 +114,9 @@ def _judge_integers(
     return passed(figures={"agreement": share})
 
 
-def _attainable(own: float, reference: torch.Tensor, dtype: torch.dtype, measured: outputs.Distance) -> float:
+def _attainable(
+    own: float, reference: torch.Tensor, dtype: torch.dtype, measured: distances.Distance
+) -> float:
     """The error that can be asked for: ``own``, but never less than rounding the reference to ``dtype``.
 
     Few elements may all be near a representable number, so that their own rounding says nothing; for
@@ -123,11 +125,11 @@ def _attainable(own: float, reference: torch.Tensor, dtype: torch.dtype, measure
     if measured.elements < FEW and dtype.is_floating_point:
         rounding = 0.5 * torch.finfo(dtype).eps * measured.scale
     else:
-        rounding = outputs.rounding_error(reference, dtype)
+        rounding = distances.rounding_error(reference, dtype)
     return max(sampling(measured.elements) * own, rounding)
 
 
-def _relative_part(measured: outputs.Distance, terms: Terms) -> float:
+def _relative_part(measured: distances.Distance, terms: Terms) -> float:
     return sampling(measured.elements) * EXACT_RELATIVE * max(measured.scale, terms.floor)
 
 
@@ -136,11 +138,11 @@ def _exact(
     candidate: torch.Tensor,
     reference: torch.Tensor,
     eager: torch.Tensor,
-    measured: outputs.Distance,
+    measured: distances.Distance,
     figures: dict[str, float],
     terms: Terms,
 ) -> Verdict:
-    own = outputs.distance(eager, reference, eager).error
+    own = distances.distance(eager, reference, eager).error
     attainable = _attainable(own, reference, eager.dtype, measured)
     if reference.dtype == eager.dtype and eager.dtype != torch.float64:
         attainable = max(attainable, ASSUMED_RELATIVE * measured.scale)
@@ -163,14 +165,14 @@ def _production(
     reference: torch.Tensor,
     eager: torch.Tensor,
     cast: torch.Tensor | None,
-    measured: outputs.Distance,
+    measured: distances.Distance,
     figures: dict[str, float],
     terms: Terms,
 ) -> Verdict:
     assert terms.compute_dtype is not None
     missed = ""
     if cast is not None and cast.shape == reference.shape:
-        theirs = outputs.distance(cast, reference, eager)
+        theirs = distances.distance(cast, reference, eager)
         attainable = _attainable(theirs.error, reference, terms.compute_dtype, measured)
         limit = PRODUCTION_FACTOR * attainable + _relative_part(measured, terms)
         figures["limit_ratio"] = _ratio(measured.error, limit)
@@ -193,7 +195,7 @@ def _absolute(
     reference: torch.Tensor,
     eager: torch.Tensor,
     cast: torch.Tensor | None,
-    measured: outputs.Distance,
+    measured: distances.Distance,
     figures: dict[str, float],
     terms: Terms,
 ) -> Verdict:
@@ -204,8 +206,8 @@ def _absolute(
     if terms.rule == "gradient" and cast is not None and measured.cosine >= AGGRESSIVE_COSINE:
         return passed(figures=figures)  # no worse than eager in that dtype, and it points the same way
     if terms.is_logits(name, candidate):
-        figures["kl"] = outputs.kl_divergence(candidate, reference)
-        figures["top1"] = outputs.top1_agreement(candidate, reference, eager)
+        figures["kl"] = distances.kl_divergence(candidate, reference)
+        figures["top1"] = distances.top1_agreement(candidate, reference, eager)
         if figures["kl"] <= PRODUCTION_KL and figures["top1"] >= PRODUCTION_TOP1:
             return passed(figures=figures)
         detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
@@ -222,7 +224,7 @@ def _aggressive(
     name: str,
     candidate: torch.Tensor,
     reference: torch.Tensor,
-    measured: outputs.Distance,
+    measured: distances.Distance,
     figures: dict[str, float],
     terms: Terms,
 ) -> Verdict:
@@ -243,7 +245,7 @@ def _aggressive(
             excess=_ratio(measured.error, bound),
         )
     if terms.is_logits(name, candidate):
-        figures["kl"] = outputs.kl_divergence(candidate, reference)
+        figures["kl"] = distances.kl_divergence(candidate, reference)
         if figures["kl"] > AGGRESSIVE_KL:
             return rejected(
                 terms.rule,

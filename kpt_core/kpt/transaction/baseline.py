@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.error_text import summary
-from kpt.judge import outputs
+from kpt.judge import distances, outputs
 from kpt.judge.calls import Call
 from kpt.judge.state import untouched
 from kpt.transaction import workspace
@@ -99,7 +99,7 @@ class Baseline:
             if own is None or own.shape != expected.shape:
                 return f"{name} is missing or of another shape"
             if own.is_floating_point() or own.is_complex():
-                measured = outputs.distance(own, expected)
+                measured = distances.distance(own, expected)
                 if measured.relative > _NOTHING_IN_COMMON and measured.scale > 0.0:
                     return f"{name} is off by {measured.relative:.0%}"
         return None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kpt.globalstate import seed_torch
-from kpt.judge import outputs, tree
+from kpt.judge import bitwise, outputs, tree
 from kpt.judge.calls import Call
 
 Forward = Callable[..., Any]
@@ -165,7 +165,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype or left.layout != right.layout:
         return False
     if left.layout is not torch.strided:  # which torch.equal takes none of
-        return outputs.bitwise_equal(left, right)
+        return bitwise.bitwise_equal(left, right)
     if torch.equal(left, right):
         return True
     if left.is_floating_point() or left.is_complex():

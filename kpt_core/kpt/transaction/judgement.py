@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import compiling
-from kpt.judge import handover, outputs, referee, tree
+from kpt.judge import handover, outputs, pieces, referee, tree
 from kpt.judge.calls import copied_leaf
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
@@ -337,6 +337,6 @@ def _copied(output: Any) -> Any:
 
 def _sample(gradient: torch.Tensor) -> torch.Tensor:
     """Some of its elements, from all over it."""
-    flat = outputs.flat(gradient)
+    flat = pieces.flat(gradient)
     flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
     return flat[:: max(1, flat.numel() // _SAMPLED)]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kpt.judge.bitwise import bitwise_equal
 from kpt.judge.modelstate import attributes_of, shared_objects
-from kpt.judge.outputs import bitwise_equal
 from kpt.transaction.hooks import computed
 from kpt.transaction.reading import constants_read
 from kpt.transaction.suitability import Unsuitable

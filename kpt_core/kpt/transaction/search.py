@@ -50,6 +50,8 @@ class Search:
     ) -> None:
         self.trials = trials
         self.ledger = Ledger(trials, proposals.candidates, budget, fuel=fuel)
+        #: Plans, and the same without a step, between which the clock saw no difference.
+        self._level: set[tuple[str, str]] = set()
 
     def run(self) -> Found:
         """Search; whatever ends the search early, no workspace stays behind."""
@@ -167,6 +169,9 @@ class Search:
                 continue
             if 1.0 / step.gain < least and ledger.slow(without):
                 continue
+            pair = best.plan.key, without.key
+            if least > 0.0 and pair in self._level and self._may_pay_later(step, best):
+                continue
             if not ledger.time_for_plan(without, best):
                 note = f"{step.name} was not timed apart: no budget left for it"
                 if note not in ledger.found.notes:
@@ -184,6 +189,7 @@ class Search:
                 reduced.close()
                 continue
             if least > 0.0 and reduced.timing.low <= 1.0 and self._may_pay_later(step, best):
+                self._level.add(pair)
                 reduced.close()
                 continue
             ledger.reject(
