@@ -86,7 +86,7 @@ class PackedWeights:
         weights = {
             node: value
             for node, value in zip(places, example_inputs, strict=True)
-            if id(value) in own and node not in written and not _of_the_call(node)
+            if id(value) in own and node not in written and not of_the_call(node)
         }
         for node in list(graph.graph.nodes):
             if node.op != "call_function":
@@ -186,7 +186,7 @@ def _written(graph: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _of_the_call(node: fx.Node) -> bool:
+def of_the_call(node: fx.Node) -> bool:
     """Whether an input of the graph comes from an argument of the call, for all that is known."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from kpt.compiling import memories, value_of, written_by
-from kpt_plugin_cpu.token_proofs import Axes, Proofs
+from kpt_plugin_cpu.token_proofs import Axes, Proofs, expression
 
 _library = torch.library.Library("kpt_cpu", "FRAGMENT")
 # Marks, in a captured graph, which mask belongs to which tokens, and what has the same batch and length.
@@ -51,7 +51,7 @@ class TokenGraph:
         for mark in marks[:1]:
             axes = _axes(mark)
             if axes is None:
-                self.reason = "batch or length is one size in the captured graph"
+                self.reason = "the mask has no batch and length of its own in the captured graph"
             else:
                 inputs = dict(zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
                 self.packed += _Rewriting(graph.graph, mark, Proofs(axes, inputs), self).run()
@@ -65,11 +65,12 @@ class TokenGraph:
 
 
 def _axes(mark: fx.Node) -> Axes | None:
-    sizes = [size for size in value_of(mark).shape if isinstance(size, torch.SymInt)]
-    if len(sizes) != 2:
+    """Batch and length of the mask, or None where they are no sizes of their own."""
+    sizes = [expression(size) for size in value_of(mark).shape]
+    symbols = [size for size in sizes if not isinstance(size, int)]
+    if len(sizes) != 2 or len(symbols) != len(set(symbols)) or not all(size.is_Symbol for size in symbols):
         return None
-    batch, length = (size.node.shape_env.simplify(size.node.expr) for size in sizes)
-    return Axes(batch, length) if batch.is_Symbol and length.is_Symbol and batch != length else None
+    return Axes(*sizes)
 
 
 class _Rewriting:
@@ -134,10 +135,10 @@ class _Rewriting:
         if any(isinstance(value, (tuple, list)) for _, value in inputs):
             return False
         tensors = [(each, value) for each, value in inputs if isinstance(value, torch.Tensor)]
-        if not any(self.axes.layout(value) for _, value in tensors):
+        if not any(self.proofs.form(each) in ("rows", "flat") for each, _ in tensors):
             return False
         if node.target in _EMBEDDINGS and len(tensors) == 2 and not node.kwargs.get("max_norm"):
-            return not self.axes.depends(tensors[1][1])
+            return not self.proofs.form(tensors[1][0])
         return self.proofs.holds(node)
 
     # -- rewriting
@@ -176,18 +177,17 @@ class _Rewriting:
             packed = self.axes.packed(value)
             return node if packed is None else self.sizes[packed]
         if isinstance(value, torch.Tensor):
-            layout = self.axes.layout(value)
-            if layout or self.axes.depends(value):
-                self.forms[node] = self._gathered(node, layout)
+            if form := self.proofs.form(node):
+                self.forms[node] = self._gathered(node, form)
                 return self.forms[node]
         return node
 
-    def _gathered(self, node: fx.Node, layout: str) -> fx.Node:
+    def _gathered(self, node: fx.Node, form: str) -> fx.Node:
         if node.target is MARK or node.target is MARK.default:
             node = node.args[0]  # type: ignore[assignment]
-        if layout == "flat":
+        if form == "flat":
             return self._call(torch.index_select, node, 0, self.tokens)
-        if not layout:
+        if form == "across":
             rest = value_of(node).shape[2:]
             sizes = [self._call("size", self.places, axis) for axis in (0, 1)]
             node = self._call("expand", node, *sizes, *([-1] * len(rest)))

@@ -48,9 +48,6 @@ class PackTokens:
             return
         name = masks[0]
         leaf = next(leaf for leaf in observation.spec.leaves if leaf.name == name)
-        if not {0, 1} <= leaf.dims.keys():
-            yield Skip("tokens can be packed only if the batch and the lengths are declared dynamic")
-            return
         given = [call.kwargs[name] for call in observation.calls]
         kept = [float(_counts(mask).float().mean()) for mask in given]
         share = 1.0 - sum(kept) / len(kept)
@@ -60,7 +57,9 @@ class PackTokens:
         like = [
             each.name
             for each in observation.spec.leaves
-            if each.name != name and all(each.dims.get(axis) == leaf.dims[axis] for axis in (0, 1))
+            if each.name != name
+            and each.shape[:2] == leaf.shape
+            and all(each.dims.get(axis) == leaf.dims.get(axis) for axis in (0, 1))
         ]
         estimate = estimates.estimate(observation, hardware)
         fixed = min(estimates.fixed_seconds(observation, hardware), estimate.total)
@@ -68,7 +67,12 @@ class PackTokens:
         after = max(estimate.products * (1.0 - share) + rest, fixed)
         yield Variant(
             "at their places",
-            {"mask": name, "like": like, "dims": declared_dims(observation)},
+            {
+                "mask": name,
+                "like": like,
+                "varies": sorted(leaf.dims),
+                "dims": declared_dims(observation),
+            },
             max(1.0, estimate.total / after),
             _SHARE * estimates.compile_seconds(observation),
             sites=("",),
@@ -82,7 +86,7 @@ class PackTokens:
         further = FurtherInputs(
             functools.partial(self._read, name),
             functools.partial(_marking, name, tuple(variant.params.get("like", ()))),
-            {TOKENS: {0: "tokens"}, PLACES: {0: "batch", 1: "length"}},
+            {TOKENS: {0: "tokens"}, PLACES: {axis: str(axis) for axis in variant.params["varies"]}},
         )
         captured = CapturedForward(
             model.forward,

@@ -20,11 +20,12 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from kpt.compiling import value_of
+from kpt_plugin_cpu.packed_weights import of_the_call
 
-#: Batch, length and tokens that count, in a trial.
-_B, _S, _T = 2, 5, 7
-#: Elements of one tensor in a trial at most.
-_LARGEST = 1 << 26
+#: Batch and length in a trial, where the graph is captured for any.
+_BATCH, _LENGTH = 2, 5
+#: Elements of one tensor in a trial at most, and of a weight that random numbers take the place of.
+_LARGEST, _DRAWN = 1 << 24, 1 << 22
 #: Largest relative difference that the order of summation makes, in the dtypes it depends on.
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -40,31 +41,51 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Axes:
-    """The symbolic sizes of a graph's batch and length."""
+    """Batch and length of a graph: symbols, or numbers where it is captured for one size."""
 
     batch: Any
     length: Any
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Batch, length and tokens that count in a trial, of which no two are equal where that can be.
+
+        Raises:
+            Unknown: too few tokens for a trial.
+        """
+        batch = self.batch if isinstance(self.batch, int) else _BATCH
+        length = self.length if isinstance(self.length, int) else _LENGTH
+        for tokens in range(batch * length * 7 // 10, 1, -1):
+            if tokens not in (batch, length):
+                return batch, length, tokens
+        raise Unknown(f"a batch of {batch} with {length} positions is too small for a trial")
 
     def layout(self, value: Any) -> str:
         """``rows`` of [B, S, ...], ``flat`` of [B*S, ...], else empty."""
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return ""
-        sizes = [_expression(size) for size in value.shape[:2]]
+        sizes = [expression(size) for size in value.shape[:2]]
         if len(sizes) == 2 and sizes[0] == self.batch and sizes[1] == self.length:
             return "rows"
         return "flat" if sizes and sizes[0] == self.batch * self.length else ""
 
-    def depends(self, value: Any) -> bool:
-        """Whether a tensor or a size has one of the two axes."""
-        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-        found = [_expression(size) for size in sizes]
-        return any({self.batch, self.length} & set(getattr(each, "free_symbols", ())) for each in found)
+    def across(self, value: torch.Tensor) -> bool:
+        """Whether ``value`` is [1 or B, 1 or S, ...], as numbers for positions and for rows are."""
+        sizes = [expression(size) for size in value.shape[:2]]
+        if len(sizes) < 2 or value.layout is not torch.strided or sizes == [1, 1]:
+            return False
+        return sizes[0] in (1, self.batch) and sizes[1] in (1, self.length)
+
+    def depends(self, size: Any) -> bool:
+        """Whether a size is computed from the two axes, for all that is known."""
+        return bool({self.batch, self.length} & set(getattr(expression(size), "free_symbols", ())))
 
     def number(self, size: Any) -> int:
         """``size`` in a trial."""
-        found = _expression(size)
+        found = expression(size)
         if hasattr(found, "subs"):
-            found = found.subs({self.batch: _B, self.length: _S})
+            numbers = zip((self.batch, self.length), self.sizes)
+            found = found.subs({each: number for each, number in numbers if not isinstance(each, int)})
         try:
             return int(found)
         except TypeError:
@@ -72,7 +93,9 @@ class Axes:
 
     def packed(self, size: Any) -> str | None:
         """What takes the place of a size in a packed call: ``one``, ``tokens``, or itself (None)."""
-        found = _expression(size)
+        found = expression(size)
+        if isinstance(found, int):
+            return None
         if found == self.batch:
             return "one"
         if found in (self.length, self.batch * self.length):
@@ -82,19 +105,36 @@ class Axes:
         return None
 
 
-def _expression(size: Any) -> Any:
+def expression(size: Any) -> Any:
+    """A size as a number or an expression of symbols."""
     if isinstance(size, torch.SymInt):
-        return size.node.shape_env.simplify(size.node.expr)
+        found = size.node.shape_env.simplify(size.node.expr)
+        return int(found) if found.is_Integer else found
     return size
 
 
 class Proofs:
-    """What was tried, by operation and kinds of arguments; ``inputs`` holds what the graph is called with."""
+    """What was tried, by operation and kinds of arguments; ``inputs`` holds what the graph is called with.
+
+    Weights are never tokens, whatever their sizes.
+    """
 
     def __init__(self, axes: Axes, inputs: Mapping[fx.Node, Any]) -> None:
         self.axes = axes
         self._actual: dict[fx.Node, Any] = dict(inputs)
+        self._weights = {
+            node
+            for node, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.dim() <= 2 and not of_the_call(node)
+        }
         self._known: dict[Any, bool] = {}
+
+    def form(self, node: fx.Node) -> str:
+        """``rows`` or ``flat`` of tokens, ``across`` of what is added up with them, else empty."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or node in self._weights:
+            return ""
+        return self.axes.layout(value) or ("across" if self.axes.across(value) else "")
 
     def holds(self, node: fx.Node) -> bool:
         """Whether ``node`` makes token tensors of token tensors, each token by itself."""
@@ -108,12 +148,13 @@ class Proofs:
 
     def _key(self, node: fx.Node) -> Any:
         def described(value: Any) -> str:
-            value = value_of(value) if isinstance(value, fx.Node) else value
+            if isinstance(value, fx.Node):
+                return self.form(value) + described(value_of(value))
             if isinstance(value, torch.Tensor):
-                return f"{value.dtype}{[str(_expression(size)) for size in value.shape]}{value.layout}"
+                return f"{value.dtype}{[str(expression(size)) for size in value.shape]}{value.layout}"
             if isinstance(value, (tuple, list)):
                 return f"{type(value).__name__}{[described(each) for each in value]}"
-            return repr(_expression(value))
+            return repr(expression(value))
 
         target = node.target if isinstance(node.target, str) else id(node.target)
         arguments = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda each: described(each))
@@ -124,14 +165,15 @@ class Proofs:
         if home not in ("torch", "prepared"):
             return False
         generator = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(_B * _S, generator=generator)[:_T].sort().values
+        batch, length, tokens = self.axes.sizes
+        chosen = torch.randperm(batch * length, generator=generator)[:tokens].sort().values
         whole, some = {}, {}
         for argument in node.all_input_nodes:
             value = value_of(argument)
-            if home == "prepared" and isinstance(value, torch.Tensor) and not self.axes.depends(value):
+            if home == "prepared" and isinstance(value, torch.Tensor) and not self.form(argument):
                 whole[argument] = some[argument] = self._as_it_is(argument)
             else:
-                whole[argument], some[argument] = self._values(value, chosen, generator)
+                whole[argument], some[argument] = self._values(argument, value, chosen, generator)
         try:
             with torch.no_grad():
                 expected = self._called(node, whole)
@@ -145,34 +187,45 @@ class Proofs:
         if not len(expected) == len(got) == len(recorded):
             return False
         pairs = zip(recorded, expected, got, strict=True)
-        if home == "prepared" and not any(_varies(part) for part in got):
+        if any(part.is_floating_point() and not _varies(part) for part in got):
             return False  # weights that are zero hide what they are multiplied with
         return all(
             _same(selected(full, self.axes.layout(value), chosen), part) for value, full, part in pairs
         )
 
-    def _values(self, value: Any, chosen: torch.Tensor, generator: torch.Generator) -> tuple[Any, Any]:
+    def _values(
+        self, node: fx.Node, value: Any, chosen: torch.Tensor, generator: torch.Generator
+    ) -> tuple[Any, Any]:
         """What an argument is in a trial: of all tokens, and of the chosen ones."""
         if isinstance(value, (tuple, list)):
-            pairs = [self._values(each, chosen, generator) for each in value]
+            pairs = [self._drawn(each, self.axes.layout(each), chosen, generator) for each in value]
             return type(value)(pair[0] for pair in pairs), type(value)(pair[1] for pair in pairs)
         if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
             packed = self.axes.packed(value)
             number = self.axes.number(value)
-            return number, {"one": 1, "tokens": _T, None: number}[packed]
+            return number, {"one": 1, "tokens": len(chosen), None: number}[packed]
         if not isinstance(value, torch.Tensor):
             raise Unknown(f"an argument is a {type(value).__name__}")
+        form = self.form(node)
+        if not form and math.prod(map(self.axes.number, value.shape)) > _DRAWN:
+            weight = self._as_it_is(node)
+            return weight, weight
+        return self._drawn(value, form, chosen, generator)
+
+    def _drawn(
+        self, value: Any, form: str, chosen: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = [self.axes.number(size) for size in value.shape]
         if math.prod(shape) > _LARGEST or value.layout is not torch.strided or value.is_quantized:
             raise Unknown("a tensor is too large for a trial, or not a plain one")
         whole = _random(shape, value.dtype, generator)
-        layout = self.axes.layout(value)
-        if layout:
-            return whole, selected(whole, layout, chosen)
-        if not self.axes.depends(value):
-            return whole, whole
-        across = over_tokens(whole, (_B, _S))
-        return whole, selected(across, "rows", chosen)
+        if form in ("rows", "flat"):
+            return whole, selected(whole, form, chosen)
+        if form == "across":
+            return whole, selected(whole.expand(*self.axes.sizes[:2], *whole.shape[2:]), "rows", chosen)
+        if any(self.axes.depends(size) for size in value.shape):
+            raise Unknown("a tensor varies with the position, and not as tokens do")
+        return whole, whole
 
     def _as_it_is(self, node: fx.Node) -> Any:
         """What a weight is, or what the graph makes of weights."""
@@ -194,17 +247,6 @@ class Proofs:
             return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         return function(*args, **kwargs)
-
-
-def over_tokens(value: torch.Tensor, sizes: tuple[Any, Any]) -> torch.Tensor:
-    """A tensor [1 or B, 1 or S, ...] as one of [B, S, ...].
-
-    Raises:
-        Unknown: it has other axes.
-    """
-    if value.dim() < 2 or any(own != 1 and own != size for own, size in zip(value.shape, sizes)):
-        raise Unknown("a tensor varies with the position, and not as tokens do")
-    return value.expand(*sizes, *value.shape[2:])
 
 
 def selected(value: torch.Tensor, layout: str, tokens: torch.Tensor) -> torch.Tensor:
