@@ -19,7 +19,7 @@ from kpt.artifact.folder import ArtifactError
 from kpt.artifact.tensors import untied
 from kpt.judge.draws import InputSpec
 from kpt.transaction import distributed
-from kpt.transaction.api import report, request_of
+from kpt.transaction.api import check_module, report, request_of
 from kpt.transaction.dispatch import original_forward
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
 
     Raises:
         ValueError: the model was not optimised in this process, or ``build`` names nothing.
-        TypeError: ``build`` is no mapping.
+        TypeError: ``model`` is no module, or ``build`` no mapping.
         ArtifactError: the folder holds something else, or the state dict holds no plain tensors.
         OSError: the folder cannot be written.
     """
@@ -46,6 +46,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     target = Path(path)
     if target.is_symlink():  # the link stays, and leads to the new artifact
         target = target.resolve()
+    check_module(model, "kpt.save")
     model = distributed.unwrap(model)
     receipt, request = report(model), request_of(model)
     if target.exists() and (
