@@ -90,6 +90,12 @@ def test_a_healthy_installation_exits_with_zero(kpt_cli, monkeypatch):
     assert answer.json["report"].splitlines() == ["core     ✓ fine", "x        ! n"]
 
 
+def test_packages_that_models_are_stored_with_are_looked_for(monkeypatch):
+    monkeypatch.setattr("kpt.artifact.folder.missing_packages", lambda: ["safetensors"])
+    (fault,) = [finding for finding in findings.torch() if finding.mark == "fault"]
+    assert fault.text.startswith("safetensors is not installed") and fault.mend == "pip install safetensors"
+
+
 def test_an_area_that_fails_is_a_finding(kpt_cli, monkeypatch):
     def fails():
         raise SystemExit(9)

@@ -38,11 +38,11 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     Raises:
         ValueError: the model was not optimised in this process, or ``build`` names nothing.
         TypeError: ``model`` is no module, or ``build`` no mapping.
-        ArtifactError: the folder holds something else, or the state dict holds no plain tensors.
+        ArtifactError: the folder holds something else, the state dict holds no plain tensors, or a package
+            that artifacts are stored with is not installed.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
+    layout.require_packages()
     target = Path(path)
     if target.is_symlink():  # the link stays, and leads to the new artifact
         target = target.resolve()
@@ -66,7 +66,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     scratch.mkdir()
     try:
         weights, aliases = untied(model.state_dict())
-        save_file(weights, str(scratch / layout.WEIGHTS))
+        layout.write_tensors(weights, scratch / layout.WEIGHTS)
         (scratch / layout.RECEIPT).write_text(receipt.to_json(), encoding="utf-8")
         how = how_to_build(model, build, scratch, request.registry)
         verify = verification.write(model, request.examples, scratch)
