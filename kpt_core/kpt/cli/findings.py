@@ -176,7 +176,12 @@ def cache() -> Iterable[Finding]:
 
     top = user_cache.root()
     if not top.exists() and not top.is_symlink():
-        yield Finding("ok", "no cache yet")
+        try:
+            user_cache.check_place()
+        except user_cache.CacheError as error:
+            yield Finding("fault", error.message, error.mend)
+        else:
+            yield Finding("ok", "no cache yet")
         return
     for path in (
         (top, *sorted(entry for entry in top.iterdir() if entry.is_dir())) if top.is_dir() else (top,)
