@@ -450,6 +450,26 @@ class ReturnsInferenceTensors(RootWrapper):
             return inner(x)
 
 
+class WrongInInferenceMode(RootWrapper):
+    def around(self, inner, x):
+        return inner(x) * (1.01 if torch.is_inference_mode_enabled() else 1.0)
+
+
+class AsksForTheVersion(RootWrapper):
+    """Tensors made in inference mode have none, and raise."""
+
+    def around(self, inner, x):
+        self.version = x._version
+        return inner(x)
+
+
+class WrongForOddAddresses(RootWrapper):
+    """As a kernel is that loads sixteen bytes at a time."""
+
+    def around(self, inner, x):
+        return inner(x) * (1.01 if x.data_ptr() % 16 else 1.0)
+
+
 class KeepsHistory(RootWrapper):
     """Records gradients although the caller turned them off."""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 FOLDER_VARIABLE = "KPT_CACHE_DIR"
 SIZE_LIMIT = 16 * 2**20
+_ANOTHER = f"export {FOLDER_VARIABLE}=<a folder of your own>"
 
 
 class CacheError(Exception):
@@ -48,9 +49,18 @@ def folder(name: str) -> Path:
         try:
             path.mkdir(mode=0o700, parents=path is top, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"The cache folder {path} cannot be made: {error}.") from error
+            raise CacheError(f"The cache folder {path} cannot be made: {error}.", _ANOTHER) from error
         check(path)
     return inner
+
+
+def check_place() -> None:
+    """Raise `CacheError` where the cache folder is not there and cannot be made either."""
+    top = root().absolute()
+    above = next(path for path in (top, *top.parents) if path.exists())
+    if above != top and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        what = "not writable" if above.is_dir() else "not a folder"
+        raise CacheError(f"The cache folder {root()} cannot be made: {above} is {what}.", _ANOTHER)
 
 
 def check(path: Path) -> None:
@@ -59,13 +69,12 @@ def check(path: Path) -> None:
         facts = path.lstat()
     except OSError as error:
         raise CacheError(f"The cache folder {path} cannot be read: {error}.") from error
-    mend = f"export {FOLDER_VARIABLE}=<a folder of your own>"
     if stat.S_ISLNK(facts.st_mode):
         raise CacheError(f"The cache folder {path} is a symbolic link.", f"rm {shlex.quote(str(path))}")
     if not stat.S_ISDIR(facts.st_mode):
         raise CacheError(f"The cache folder {path} is not a folder.", f"rm {shlex.quote(str(path))}")
     if facts.st_uid != os.geteuid():
-        raise CacheError(f"The cache folder {path} belongs to another user (uid {facts.st_uid}).", mend)
+        raise CacheError(f"The cache folder {path} belongs to another user (uid {facts.st_uid}).", _ANOTHER)
     if facts.st_mode & 0o022:
         raise CacheError(
             f"The cache folder {path} can be written to by others.", f"rm -r {shlex.quote(str(path))}"

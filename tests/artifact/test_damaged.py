@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,38 @@ import kpt
 import slow_models
 from artifacts import Linear, edit, in_module, load, unoptimised
 from kpt.artifact import ArtifactError
+from kpt.artifact import folder as layout
 from slow_models import Net, net
 
 pytest.importorskip("safetensors")
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    model = kpt.optimize(torch.nn.Linear(64, 64).eval(), torch.randn(2, 64), plugins=[], cache=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))  # files that grow beyond cannot be written
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors: .*File too large"):
+            kpt.save(model, tmp_path / "artifact")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*artifact*"))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "numpy"])
+def test_a_package_that_is_missing_is_named_before_anything_is_written(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = kpt.optimize(torch.nn.Linear(2, 2).eval(), torch.randn(2, 2), plugins=[], cache=False)
+    monkeypatch.setattr(
+        layout, "find_spec", lambda wanted: None if wanted == name else importlib.util.find_spec(wanted)
+    )
+    for attempt in (lambda: kpt.save(model, tmp_path / "other"), lambda: load(artifact)):
+        with pytest.raises(ArtifactError, match=f"pip install {name}") as caught:
+            attempt()
+        assert caught.value.code == "missing-package"
+    assert not list(tmp_path.glob("*other*"))
 
 
 def test_a_model_in_another_state_is_unchanged_by_a_failed_load(artifact: Path) -> None:

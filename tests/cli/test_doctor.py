@@ -90,6 +90,29 @@ def test_a_healthy_installation_exits_with_zero(kpt_cli, monkeypatch):
     assert answer.json["report"].splitlines() == ["core     ✓ fine", "x        ! n"]
 
 
+def test_packages_that_models_are_stored_with_are_looked_for(monkeypatch):
+    monkeypatch.setattr("kpt.artifact.folder.missing_packages", lambda: ["safetensors"])
+    (fault,) = [finding for finding in findings.torch() if finding.mark == "fault"]
+    assert fault.text.startswith("safetensors is not installed") and fault.mend == "pip install safetensors"
+
+
+def test_a_cache_that_cannot_be_made_is_a_fault(tmp_path, monkeypatch):
+    """Otherwise every process searches again, and nobody is told why."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "sealed").mkdir()
+    writable = os.access
+    monkeypatch.setattr(
+        "os.access", lambda place, mode: Path(place).name != "sealed" and writable(place, mode)
+    )
+    for inside, reason in (("file", "is not a folder"), ("sealed", "is not writable")):
+        monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / inside / "a" / "b"))
+        (fault,) = findings.cache()
+        assert fault.mark == "fault" and fault.text.endswith(f"{tmp_path / inside} {reason}.")
+        assert fault.mend.startswith("export KPT_CACHE_DIR=")
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "a" / "b"))
+    assert marks(findings.cache()) == ["ok"]
+
+
 def test_an_area_that_fails_is_a_finding(kpt_cli, monkeypatch):
     def fails():
         raise SystemExit(9)

@@ -79,6 +79,20 @@ def test_a_plugin_that_never_answers_is_named_with_the_way_to_do_without(
     assert reason in kpt_cli("plugins", "show", "hostile_odd").out
 
 
+def test_others_keep_their_own_reasons_beside_one_that_hangs(kpt_cli, site, monkeypatch):
+    """Those that may not be imported are left out with it, and for another reason."""
+    install(site, "hostile_odd", WAITS)
+    install(site, "hostile_new", "raise SystemExit")
+    metadata = site / "kpt_plugin_hostile_new-1.0.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().strip() + "\nRequires-Dist: kpt-core>=9\n\n")
+    monkeypatch.setenv("KPT_PLUGINS", "hostile_odd hostile_new")
+    listed = {entry["name"]: entry for entry in kpt_cli("plugins", "list", "--json").json["plugins"]}
+    assert listed["hostile_odd"]["state"] == "broken"
+    assert listed["hostile_new"]["state"] == "incompatible"
+    assert "pip install 'kpt-core>=9'" in listed["hostile_new"]["mend"]
+    assert "KPT_PLUGINS does not name it" in listed["cpu"]["reason"]
+
+
 def test_what_a_plugin_that_hangs_had_started_ends_with_it(kpt_cli, site, monkeypatch, tmp_path):
     started = tmp_path / "started"
     install(

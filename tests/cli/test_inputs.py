@@ -112,6 +112,15 @@ class Canary:
         return (type(self.path).touch, (self.path,))
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz", ".npy", ".json"])
+def test_a_file_that_is_empty_is_said_to_be(tmp_path, suffix):
+    path = tmp_path / f"inputs{suffix}"
+    path.touch()
+    with pytest.raises(CommandError, match="cannot be read: it is empty") as caught:
+        example_inputs([str(path)])
+    assert caught.value.code == "bad-inputs" and caught.value.hint
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_of_inputs_never_runs_code(tmp_path):
     trace = tmp_path / "ran"

@@ -199,7 +199,8 @@ def test_an_error_has_a_hint_on_its_own_line(capsys):
     assert capsys.readouterr().err == "error: It is wrong.\n  Do this.\n"
 
 
-def test_interrupting_a_command_ends_it_with_its_own_code(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupting_a_command_ends_it_with_its_own_code(number, tmp_path):
     (tmp_path / "kpt_test_slow_factory.py").write_text(
         "import sys, time\ndef make():\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
@@ -225,10 +226,23 @@ def test_interrupting_a_command_ends_it_with_its_own_code(tmp_path):
     )
     assert running.stderr is not None
     assert any("ready" in line for line in iter(running.stderr.readline, ""))
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, _ = running.communicate(timeout=60)
     assert running.returncode == 130 and json.loads(out)["code"] == "interrupted"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
         "kpt_test_slow_factory.py",
         "model.pt",
     ]
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored():
+    """As under ``nohup``; afterwards every handler is what it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with program._ended_like_ctrl_c():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not before
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGHUP, kept)

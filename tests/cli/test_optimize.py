@@ -109,6 +109,18 @@ def test_a_plugin_that_is_asked_for_and_missing_is_an_error(kpt_cli, model_file,
     assert answer.code == 1 and answer.json["code"] == "plugin" and "no-such-plugin" in answer.json["message"]
 
 
+def test_without_what_artifacts_are_stored_with_nothing_is_searched(
+    kpt_cli, model_file, optimized, tmp_path, monkeypatch
+):
+    path, arch = model_file
+    monkeypatch.setattr("kpt.artifact.folder.missing_packages", lambda: ["safetensors"])
+    answer = kpt_cli(
+        *("optimize", "--model", path, "--arch", arch, "--inputs", INPUTS, "--out", tmp_path / "x", "--json")
+    )
+    assert answer.code == 1 and answer.json["code"] == "missing-package" and not optimized
+    assert answer.json["hint"] == "To mend it: pip install safetensors"
+
+
 @pytest.mark.parametrize("out", ["file/artifact", "sealed/artifact", "."])
 def test_a_place_where_no_artifact_can_be_is_refused_before_the_search(
     kpt_cli, model_file, optimized, tmp_path, monkeypatch, out

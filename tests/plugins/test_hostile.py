@@ -335,6 +335,15 @@ def test_every_field_of_every_spec_has_a_rule():
             field_fault(entry.name, str(entry.type), value)
 
 
+def test_what_names_a_behaviour_has_to_be_a_reference():
+    from kpt.plugins.validation import spec_faults
+    from kpt.specs import KernelSpec
+
+    for name in ("entry", "supports", "setup", "predict", "tuner"):
+        spec = KernelSpec(**{"op": "rope", "name": "mine.rope", "entry": "a:b", name: "tune"})
+        assert list(spec_faults(spec)) == [f"{name}='tune' is not of the form 'package.module:attribute'"]
+
+
 def test_the_nearest_choice_is_offered():
     class Odd:
         @kpt.hookimpl

@@ -195,14 +195,79 @@ class NoUndo(GoodPass):
         super().apply(model, variant)
 
 
+class Calibrating(GoodPass):
+    """Takes what flows through the model from `calibrate`, as a pass that chooses scales does."""
+
+    def calibrate(self, model, variant, run):
+        self.seen = []
+        handles = [module.register_forward_hook(self._look) for module in model.modules()]
+        run()
+        for handle in handles:
+            handle.remove()
+
+    def _look(self, module, args, output):
+        self.seen.append(output)
+
+    def apply(self, model, variant):
+        assert self.seen
+        return super().apply(model, variant)
+
+
+class _Around(GoodPass):
+    """Does something to what the model gives, or is given."""
+
+    def apply(self, model, variant):
+        undo = super().apply(model, variant)
+        inner = model.forward
+        model.forward = lambda *args, **kwargs: self.around(inner, args, kwargs)
+        return undo
+
+
+class Widens(_Around):
+    def around(self, inner, args, kwargs):
+        return inner(*args, **kwargs).double()
+
+
+class WritesInputs(_Around):
+    def around(self, inner, args, kwargs):
+        output = inner(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            value.add_(1)
+        return output
+
+
+class KeepsOutputs(_Around):
+    def around(self, inner, args, kwargs):
+        self.last = inner(*args, **kwargs)
+        return self.last
+
+
+class PatchesClass(GoodPass):
+    def apply(self, model, variant):
+        undo, cls, before = super().apply(model, variant), type(model), type(model).forward
+        cls.forward = lambda self, *args, **kwargs: before(self, *args, **kwargs)
+
+        def both():
+            undo()
+            cls.forward = before
+
+        return both
+
+
+APPLIED, RULES = "test_passes_work_and_are_undone", "test_passes_keep_the_rules"
 PASSES = {
     GoodPass: {},
+    Calibrating: {},
     Raising: {"test_passes_propose": "census"},
-    Unapplied: {"test_passes_work_and_are_undone": "no effect"},
-    Wrong: {"test_passes_work_and_are_undone": "differs from eager's"},
-    NotUndone: {"test_passes_work_and_are_undone": "other modules than before"},
-    WritesWeights: {"test_passes_work_and_are_undone": "wrote to"},
-    NoUndo: {"test_passes_work_and_are_undone": "expected the function that undoes it"},
+    Unapplied: {APPLIED: "no effect", RULES: "no-effect"},
+    Wrong: {APPLIED: "differs from eager's"},
+    NotUndone: {APPLIED: "other modules than before"},
+    WritesWeights: {APPLIED: "wrote to", RULES: "parameter-modified"},
+    NoUndo: {APPLIED: "expected the function that undoes it", RULES: "apply returned NoneType"},
+    Widens: {RULES: "output is torch.float64, eager's torch.float32"},
+    WritesInputs: {RULES: "input-modified"},
+    KeepsOutputs: {RULES: "is held after the call"},
+    PatchesClass: {RULES: "code that all models share"},
 }
 
 

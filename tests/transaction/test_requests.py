@@ -160,11 +160,27 @@ def test_the_receipt_before_and_after_calls():
     assert "<" in receipt._repr_html_()
 
 
-@pytest.mark.parametrize("function", [kpt.report, kpt.restore, kpt.refresh, lambda m: kpt.save(m, "nowhere")])
+PUBLIC = {
+    "optimize": lambda m: kpt.optimize(m, torch.randn(1, 2)),
+    "report": kpt.report,
+    "restore": kpt.restore,
+    "refresh": kpt.refresh,
+    "save": lambda m: kpt.save(m, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("function", PUBLIC)
 @pytest.mark.parametrize("value", [None, 5, {"a": 1}])
 def test_what_is_no_model_is_named(function, value):
-    with pytest.raises(TypeError, match=f"got {type(value).__name__}; expected a torch.nn.Module"):
-        function(value)
+    expected = f"^kpt.{function} got {type(value).__name__}; expected a torch.nn.Module"
+    with pytest.raises(TypeError, match=expected):
+        PUBLIC[function](value)
+
+
+@pytest.mark.parametrize("function", PUBLIC)
+def test_of_a_class_of_models_one_has_to_be_made_first(function):
+    with pytest.raises(TypeError, match=f"^kpt.{function} got the class Linear; make a model of it first"):
+        PUBLIC[function](torch.nn.Linear)
 
 
 def test_trackers_get_the_receipt_and_cannot_harm():

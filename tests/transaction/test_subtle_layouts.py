@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import kpt
+import slow_models
 import subtle_passes as subtle
 from fingerprints import fallbacks, fast_calls, optimized
-from slow_models import DirectScale, SlowScale, fast_forward, plugin
+from slow_models import DirectScale, SlowScale, fast_forward, net, plugin
+from subtle_passes import rule_of
 
 
 def test_a_pass_serves_the_strides_that_it_was_proved_on_and_no_others():
@@ -131,3 +133,32 @@ def test_inputs_that_share_memory_are_no_others_where_one_is_written_to():
             assert torch.equal(mine, own)
     assert fast_calls(model) == 2
     assert sum(fallbacks(model).values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("offered", "training", "rule"),
+    [
+        (subtle.WrongInInferenceMode, False, "value"),
+        (subtle.AsksForTheVersion, False, "failed"),
+        (subtle.WrongForOddAddresses, False, "value"),
+        (subtle.WrongForOddAddresses, True, "value"),
+        (DirectScale, False, "kept"),
+        (DirectScale, True, "kept"),
+    ],
+)
+def test_a_plan_is_judged_where_its_callers_may_be(offered, training, rule):
+    """The guard serves calls in inference mode, and tensors that begin anywhere in their memory."""
+    model = net(training=training)
+    assert rule_of(model, offered, torch.randn(32, 16)) == rule
+    if rule != "kept":
+        assert "odd addresses" in kpt.report(model).rejected[0].reason
+
+
+def test_a_model_that_refuses_inference_mode_is_not_judged_in_it():
+    class Refuses(slow_models.Net):
+        def forward(self, x):
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError("not here")
+            return super().forward(x)
+
+    optimized(Refuses().eval(), torch.randn(32, 16), plugins=[plugin(DirectScale)])

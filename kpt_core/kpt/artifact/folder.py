@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -116,8 +118,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return data
 
 
+def missing_packages() -> list[str]:
+    """Packages that tensors are stored with and that are not installed; ``kpt-core[torch]`` brings them."""
+    return [name for name in ("safetensors", "numpy") if find_spec(name) is None]
+
+
+def require_packages() -> None:
+    """Raise `ArtifactError` where a package that artifacts are stored with is not installed."""
+    missing = missing_packages()
+    if missing:
+        raise ArtifactError(
+            "missing-package",
+            f"Without the package {' and '.join(missing)} no artifact can be stored or read.",
+            f"To mend it: pip install {' '.join(missing)}",
+        )
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Store tensors by name in the safetensors file ``path``. Raises OSError where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), str(path))
+    except SafetensorError as error:  # which is what it makes of a full disk
+        raise OSError(f"{path.name}: {one_line(error)}") from error
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name. Raises `ArtifactError` where it is none."""
+    require_packages()
     from safetensors.torch import load_file
 
     found = attempt(load_file, str(path))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kpt.artifact import folder as layout
-from kpt.artifact.folder import ArtifactError, read_tensors
+from kpt.artifact.folder import ArtifactError, read_tensors, write_tensors
 from kpt.artifact.tensors import named, pack_call, unpack_call
 from kpt.globalstate import seed_torch
 from kpt.judge import bitwise, distances
@@ -31,8 +31,6 @@ def write(model: torch.nn.Module, examples: list[Call] | None, scratch: Path) ->
     The model's buffers and the random states are afterwards what they were. Outputs that depend on
     random numbers are marked: of them `check` compares the shapes only.
     """
-    from safetensors.torch import save_file
-
     packed = pack_call(examples[0]) if examples else None
     if packed is None or model.training or not examples:
         _warn(model, examples)
@@ -48,7 +46,7 @@ def write(model: torch.nn.Module, examples: list[Call] | None, scratch: Path) ->
     folder = scratch / layout.VERIFY
     folder.mkdir()
     for name, content in ((_INPUTS, tensors), ("original", before), ("optimized", after)):
-        save_file(content, str((folder / name).with_suffix(".safetensors")))
+        write_tensors(content, (folder / name).with_suffix(".safetensors"))
     return described
 
 

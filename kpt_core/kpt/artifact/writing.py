@@ -19,7 +19,7 @@ from kpt.artifact.folder import ArtifactError
 from kpt.artifact.tensors import untied
 from kpt.judge.draws import InputSpec
 from kpt.transaction import distributed
-from kpt.transaction.api import report, request_of
+from kpt.transaction.api import check_module, report, request_of
 from kpt.transaction.dispatch import original_forward
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
 
     Raises:
         ValueError: the model was not optimised in this process, or ``build`` names nothing.
-        TypeError: ``build`` is no mapping.
-        ArtifactError: the folder holds something else, or the state dict holds no plain tensors.
+        TypeError: ``model`` is no module, or ``build`` no mapping.
+        ArtifactError: the folder holds something else, the state dict holds no plain tensors, or a package
+            that artifacts are stored with is not installed.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
+    layout.require_packages()
     target = Path(path)
     if target.is_symlink():  # the link stays, and leads to the new artifact
         target = target.resolve()
+    check_module(model, "kpt.save")
     model = distributed.unwrap(model)
     receipt, request = report(model), request_of(model)
     if target.exists() and (
@@ -65,7 +66,7 @@ def save(model: torch.nn.Module, path: str | Path, *, build: Mapping[str, str] |
     scratch.mkdir()
     try:
         weights, aliases = untied(model.state_dict())
-        save_file(weights, str(scratch / layout.WEIGHTS))
+        layout.write_tensors(weights, scratch / layout.WEIGHTS)
         (scratch / layout.RECEIPT).write_text(receipt.to_json(), encoding="utf-8")
         how = how_to_build(model, build, scratch, request.registry)
         verify = verification.write(model, request.examples, scratch)

@@ -103,6 +103,11 @@ def torch() -> Iterable[Finding]:
         yield Finding("ok", f"torch {version}, {module.get_num_threads()} threads")
     else:
         yield Finding("fault", f"torch {version} is not tested", f"pip install 'torch{TORCH_VERSIONS}'")
+    from kpt.artifact.folder import missing_packages  # which imports torch
+
+    for name in missing_packages():
+        text = f"{name} is not installed; without it models are neither saved nor loaded"
+        yield Finding("fault", text, f"pip install {name}")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
     if compiler and shutil.which(compiler):
         yield Finding("ok", f"C++ compiler {compiler}")
@@ -171,7 +176,12 @@ def cache() -> Iterable[Finding]:
 
     top = user_cache.root()
     if not top.exists() and not top.is_symlink():
-        yield Finding("ok", "no cache yet")
+        try:
+            user_cache.check_place()
+        except user_cache.CacheError as error:
+            yield Finding("fault", error.message, error.mend)
+        else:
+            yield Finding("ok", "no cache yet")
         return
     for path in (
         (top, *sorted(entry for entry in top.iterdir() if entry.is_dir())) if top.is_dir() else (top,)

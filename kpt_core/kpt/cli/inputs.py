@@ -179,7 +179,7 @@ def _from_file(path: Path) -> Any:
             named = ", ".join(pickles.inspect(path).globals) or "none"
             reason = f"it is a pickle that is more than tensors; globals: {named}"
         else:
-            reason = one_line(error)
+            reason = one_line(error) if path.stat().st_size else "it is empty"
         raise CommandError(
             "bad-inputs",
             f"--inputs {path} cannot be read: {reason}.",

@@ -7,8 +7,11 @@ Only the command that was called is imported; of the others the help shows a lin
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +95,7 @@ def run(arguments: list[str]) -> int:
     # Help is the result then, and typer prints it itself.
     helps = "--help" in arguments or arguments[0] == "--version"
     try:
-        with flushed(sys.stdout) if helps else only_results_on_stdout() as stdout:
+        with _ended_like_ctrl_c(), flushed(sys.stdout) if helps else only_results_on_stdout() as stdout:
             output.stdout = stdout
             try:
                 code = _call(arguments, output)
@@ -115,6 +118,29 @@ def run(arguments: list[str]) -> int:
         if not isinstance(error, BrokenPipeError):  # there, the reader (head, less) has seen enough
             print(f"error: The result cannot be written to standard output: {error}.", file=sys.stderr)
         return FAILED
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let what ends the program from outside (a scheduler, a terminal that is closed) end it as Ctrl-C does:
+    no half of an artifact and no compiler's process stays behind. A second signal ends it at once.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    taken: list[int] = []
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+                    signal.signal(number, interrupt)
+                    taken.append(number)
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _call(arguments: list[str], output: Output) -> int:

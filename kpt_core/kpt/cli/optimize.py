@@ -52,12 +52,16 @@ def command(
     options.one_of("--objective", objective, OBJECTIVES)
     options.seconds("--budget", budget)
     from kpt.cli.inputs import dynamic_shapes
-    from kpt.cli.sources import blaming_the_inputs, open_source
+    from kpt.cli.sources import blaming_the_inputs, open_source, require_torch
 
     shapes = dynamic_shapes(dynamic)
     folder = Path.cwd() / f"{model.resolve().stem or 'model'}-kpt" if out is None else out
     _check_folder(folder, overwrite)
     selected = options.selection(plugins, no_plugins)
+    require_torch()
+    from kpt.artifact.folder import require_packages
+
+    require_packages()  # before the search, which would be lost
     source = open_source(
         model, arch=arch, inputs=inputs, device=device, trust=trust_model, plugins=selected, dynamic=shapes
     )

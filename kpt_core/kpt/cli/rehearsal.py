@@ -47,16 +47,22 @@ def loaded() -> Loaded:
     from kpt import profiles
     from kpt.plugins import registry
 
-    names = _names()
+    refused, names = _installed()
     failures = dict(_failures(names, tuple(sys.path), PATIENCE))
     if not failures:
         found = registry()
         return Loaded(found, profiles.statuses(found))
     found = registry([name for name in names if name not in failures], strict=False)
-    return Loaded(found, tuple(_told(status, failures) for status in profiles.statuses(found)))
+    return Loaded(found, tuple(_told(status, failures, refused) for status in profiles.statuses(found)))
 
 
-def _told(status: PluginStatus, failures: dict[str, str]) -> PluginStatus:
+def _told(
+    status: PluginStatus, failures: dict[str, str], refused: dict[tuple[str, str], PluginStatus]
+) -> PluginStatus:
+    """``status``, or what is wrong with a plugin that was left out of the selection for it."""
+    own = refused.get((status.name, status.distribution))
+    if own is not None:
+        return own
     if not status.distribution or status.name not in failures:
         return status
     return replace(
@@ -64,11 +70,22 @@ def _told(status: PluginStatus, failures: dict[str, str]) -> PluginStatus:
     )
 
 
-def _names() -> tuple[str, ...]:
-    """The installed plugins that may be loaded; only metadata is read for it."""
+def _installed() -> tuple[dict[tuple[str, str], PluginStatus], tuple[str, ...]]:
+    """Statuses of plugins that may not be imported, by name and distribution, and the names of the others.
+
+    Only metadata is read for it.
+    """
     from kpt.plugins.discovery import candidates, refusal
 
-    return tuple(dict.fromkeys(found.name for found in candidates()[0] if refusal(found, None) is None))
+    refused: dict[tuple[str, str], PluginStatus] = {}
+    names: list[str] = []
+    for found in candidates()[0]:
+        status = refusal(found, None)
+        if status is None:
+            names.append(found.name)
+        else:
+            refused[found.name, found.distribution] = status
+    return refused, tuple(dict.fromkeys(names))
 
 
 @lru_cache(maxsize=1)

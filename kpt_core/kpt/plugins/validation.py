@@ -38,7 +38,7 @@ _DTYPE_NICKNAMES = {
     "long": "int64",
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.+\-]*", re.ASCII)
-_REFERENCES = frozenset({"probe", "reference", "recogniser", "entry", "supports", "setup", "predict"})
+_REFERENCES = frozenset("probe reference recogniser entry supports setup predict tuner".split())
 _DTYPE_FIELDS = frozenset({"dtypes", "compute_dtype", "storage_dtype"})
 _CHOICES: dict[str, tuple[str, ...]] = {"Level": LEVELS, "Mode": MODES, "Phase": PHASES}
 #: The ops of the core's own catalogue, which imports torch; a test keeps the two equal.

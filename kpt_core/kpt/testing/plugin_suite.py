@@ -42,6 +42,9 @@ _BEHAVIOUR: Mapping[str, tuple[str, tuple[str, ...]]] = {
 #: What a variant may change on the tiny models, relative to eager: the referee is stricter, and
 #: judges every variant again on the user's model.
 _TOLERANCE: Mapping[Level, float] = {"exact": 1e-3, "production": 5e-2, "aggressive": 2e-1}
+#: Rules of the referee that say less of a pass than of how small the tiny models are.
+_OF_THE_MODEL = ("value", "size", "mask", "slower", "memory", "budget", "deadline")
+_SECONDS = 120.0
 _LOADING = (
     "import sys; sys.path[:] = {path!r}; import importlib; plugin = importlib.import_module({module!r});"
     "[list(getattr(plugin, hook)()) for hook in {hooks!r} if hasattr(plugin, hook)];"
@@ -187,19 +190,25 @@ class PluginSuite(Suite, standard=True):
         """A variant changes a workspace, leaves parameters alone, has an effect, and is undone."""
         self._need_passes()
         for name, observation, found in self._observations():
-            tried: dict[str, int] = {}
-            for candidate in _propose(observation, found).candidates:
-                if candidate.kernel:
-                    continue
-                tried[candidate.source] = tried.get(candidate.source, 0) + 1
-                if tried[candidate.source] <= self.variants_per_pass:
-                    where = f"on {name}: {candidate.name}"
-                    try:
-                        _try(candidate, observation, where)
-                    except AssertionError:
-                        raise
-                    except Exception as error:
-                        raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+            for candidate in self._tried(observation, found):
+                where = f"on {name}: {candidate.name}"
+                try:
+                    _try(candidate, observation, where)
+                except AssertionError:
+                    raise
+                except Exception as error:
+                    raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+
+    def test_passes_keep_the_rules(self) -> None:
+        """The referee refuses at most precision: a variant leaves the model, the process and the
+        inputs alone, and what it returns is of eager's form and the caller's own."""
+        self._need_passes()
+        for name, observation, found in self._observations():
+            for candidate in self._tried(observation, found):
+                outcome = _judged(candidate, observation)
+                assert outcome.right or outcome.rule in _OF_THE_MODEL, (
+                    f"on {name}: {candidate.name}: {outcome.rule}: {outcome.reason}"
+                )
 
     # -- kernels
 
@@ -223,6 +232,16 @@ class PluginSuite(Suite, standard=True):
             for registered in found.specs(hook):
                 yield hook, registered.spec
 
+    def _tried(self, observation: Any, found: Registry) -> Iterator[Any]:
+        """The variants of passes that are tried on one model."""
+        tried: dict[str, int] = {}
+        for candidate in _propose(observation, found).candidates:
+            if candidate.kernel:
+                continue
+            tried[candidate.source] = tried.get(candidate.source, 0) + 1
+            if tried[candidate.source] <= self.variants_per_pass:
+                yield candidate
+
     def _need_passes(self) -> None:
         found = self.registry()
         if not found.specs("kpt_passes") and not found.specs("kpt_precision_policies"):
@@ -244,7 +263,7 @@ class PluginSuite(Suite, standard=True):
                     objective="latency",
                     hardware=self.hardware(found),
                     registry=found,
-                    deadline=Budget(120.0),
+                    deadline=Budget(_SECONDS),
                 )
             yield name, observation, found
 
@@ -263,8 +282,11 @@ def _try(candidate: Any, observation: Any, where: str) -> None:
     space = workspace.clone(model)
     shape = _structure(space)
     behaviour = candidate.make()
+    calibrate = getattr(behaviour, "calibrate", None)
     with torch.no_grad(), compiling.collect() as created:
         expected = [call.clone().on(model) for call in observation.calls]
+        if calibrate is not None:
+            calibrate(space, candidate.variant, lambda: _run_examples(observation, space))
         undo = behaviour.apply(space, candidate.variant)
         assert callable(undo), (
             f"{where}: apply returned {type(undo).__name__}; expected the function that undoes it"
@@ -285,6 +307,29 @@ def _try(candidate: Any, observation: Any, where: str) -> None:
         for call, theirs in zip(observation.calls, expected, strict=True):
             _compare(_rerun(call, space, where), theirs, 0.0, f"{where}, after it was undone")
     assert _structure(space) == shape, f"{where}: undoing it leaves other modules than before"
+
+
+def _run_examples(observation: Any, space: torch.nn.Module) -> None:
+    for call in observation.calls:
+        call.clone().on(space)
+
+
+def _judged(candidate: Any, observation: Any) -> Any:
+    """What a trial of ``candidate`` finds, without timing it."""
+    from kpt.judge.state import ModelState
+    from kpt.transaction import workspace
+    from kpt.transaction.baseline import Baseline
+    from kpt.transaction.budget import Budget
+    from kpt.transaction.plan import Plan
+    from kpt.transaction.trial import Trials
+
+    model = observation.model
+    baseline = Baseline(observation, workspace.clone(model), seed=0)
+    try:
+        trials = Trials(observation, baseline, Budget(_SECONDS), ModelState(model))
+        return trials.run(Plan.of([candidate]), timed=False)
+    finally:
+        baseline.close()
 
 
 def _rerun(call: Call, space: torch.nn.Module, where: str) -> Any:

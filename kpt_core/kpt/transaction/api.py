@@ -203,10 +203,18 @@ def refresh(model: Model) -> Model:
     return model
 
 
+def check_module(model: Any, function: str) -> None:
+    """Raise TypeError, in the name of the public ``function``, where ``model`` is no module."""
+    if isinstance(model, torch.nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise TypeError(f"{function} got the class {model.__name__}; make a model of it first and pass that")
+    raise TypeError(f"{function} got {type(model).__name__}; expected a torch.nn.Module")
+
+
 def _module(model: Any, function: str) -> torch.nn.Module:
     """The module that carries the plan of ``model``."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{function} got {type(model).__name__}; expected a torch.nn.Module")
+    check_module(model, function)
     return distributed.unwrap(model)
 
 
@@ -270,8 +278,7 @@ def make_request(model: torch.nn.Module, **options: Any) -> Request:
 
 
 def _request(model: Any, **options: Any) -> Request:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"kpt.optimize got {type(model).__name__}; expected a torch.nn.Module")
+    check_module(model, "kpt.optimize")
     if options["level"] not in LEVELS:
         raise ValueError(f"level={options['level']!r}; expected one of {', '.join(LEVELS)}")
     if options["objective"] not in OBJECTIVES:

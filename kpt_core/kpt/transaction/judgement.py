@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kpt import compiling
+from kpt.error_text import summary
 from kpt.judge import handover, outputs, pieces, referee, tree
 from kpt.judge.calls import copied_leaf
+from kpt.judge.layouts import laid_out
 from kpt.judge.poison import poisoned
 from kpt.judge.state import untouched
 from kpt.judge.tolerances import keep_worst
@@ -17,6 +21,7 @@ from kpt.judge.verdict import Verdict, passed, rejected
 from kpt.transaction.counts import plain_name, same_step, spelled
 from kpt.transaction.execution import seeded
 from kpt.transaction.fresh_calls import Draw, FreshCalls
+from kpt.transaction.memory import out_of_memory
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
@@ -83,7 +88,43 @@ class Judgement:
             if not verdict.passed:
                 detail = f"the same memory or the same tensors with new values: {verdict.detail}"
                 return Verdict(False, "replay", detail, figures)
+        if judged:
+            verdict = self._elsewhere(applied, judged[0])
+            if not verdict.passed:
+                where = "for inputs at odd addresses"
+                where += "" if self.observation.training else ", in inference mode"
+                return Verdict(False, verdict.rule, f"{where}: {verdict.detail}", figures)
         return Verdict(True, "ok", "", figures)
+
+    def _elsewhere(self, applied: Applied, draw: Draw) -> Verdict:
+        """Judge the call of ``draw`` as others may make it, which the guard lets pass too: with tensors that
+        begin one element into their memory and, in inference, in inference mode and made in it.
+
+        What eager does not take there is not asked for.
+        """
+        expected, training = draw.expected, self.observation.training
+
+        def called(forward: Any, given: Call) -> Any:
+            with seeded(draw.seed), untouched():
+                return self.baseline.runner.collect(forward, given, seed=draw.seed)
+
+        with nullcontext() if training else torch.inference_mode():
+            given = _at_odd_addresses(expected.call)
+            try:
+                eager = called(self.baseline.judged.forward, given)
+            except _STOPS:
+                raise
+            except Exception:  # noqa: BLE001 - a forward that differentiates refuses inference mode, say
+                return passed()
+            there = replace(draw, expected=replace(expected, given=given, eager=eager))
+            try:
+                return self._one(applied, there, _at_odd_addresses(expected.call))[0]
+            except _STOPS:
+                raise
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                return Verdict(False, "failed", summary(error))
 
     def _may_be_chance(self, applied: Applied, verdict: Verdict) -> bool:
         """Whether a plan in lower precision missed its tolerance by as little as random inputs differ.
@@ -314,6 +355,22 @@ def _in_its_memory(call: Call) -> Call:
         return others[id(leaf)]
 
     return call.map(other)
+
+
+def _at_odd_addresses(call: Call) -> Call:
+    """A copy of ``call`` whose tensors begin one element into their memory; what is one tensor stays one."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(path: tree.Path, leaf: Any) -> Any:
+        plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+        if not plain or leaf.is_conj() or leaf.is_neg() or type(leaf) is not torch.Tensor:
+            return leaf
+        if id(leaf) not in moved:
+            moved[id(leaf)] = laid_out(leaf.detach(), leaf.stride(), offset=1)
+            moved[id(leaf)].requires_grad_(leaf.requires_grad)
+        return moved[id(leaf)]
+
+    return call.clone().map(move)
 
 
 def _alike(pair: tuple[Any, Any]) -> bool:

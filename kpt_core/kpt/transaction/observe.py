@@ -174,6 +174,7 @@ def _warm_up(
     """
     writes = False
     finite: dict[str, bool] = {}
+    sizes: list[int] = []
     with runner.buffers_kept():
         for number, call in enumerate(calls):
             given = call.clone()
@@ -195,6 +196,8 @@ def _warm_up(
                 if outputs.computed_later(leaf):
                     kind = type(leaf).__name__
                     raise Unsuitable(f"{tree.spell(path)} is a {kind}: it is computed after the call")
+                if isinstance(leaf, torch.Tensor):
+                    sizes.append(leaf.numel())
                 if _holds_floats(leaf):
                     name = tree.spell(path)
                     finite[name] = finite.get(name, False) or _any_finite(leaf)
@@ -202,6 +205,11 @@ def _warm_up(
             raise Unsuitable(
                 f"{unjudged[0]} is NaN or infinite in every element on every example, so that nothing could "
                 "be judged by it; pass examples of which the model computes numbers"
+            )
+        if sizes and not any(sizes):
+            raise Unsuitable(
+                "the outputs hold no element on any example, so that nothing could be judged by them; pass "
+                "examples with one row at least"
             )
         start = time.perf_counter()
         runner.step(plain.forward, calls[0].clone())
