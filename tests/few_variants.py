@@ -27,6 +27,12 @@ class Frozen(_One):
     name = "frozen"
 
 
+class Live(_One):
+    """Compiles the whole forward once, which reads its weights on each call."""
+
+    name = "live"
+
+
 class Repeated(_One):
     """Compiles one block for all, with packed weights."""
 

@@ -77,6 +77,38 @@ def test_parts_are_compiled_where_the_whole_cannot_be():
     assert forwards(model) == [] and torch.equal(model(x), true)
 
 
+class Tables(nn.Module):
+    """Keeps a table for each length, so that the whole is another graph for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.last, self.tables = Block(), nn.Linear(8, 3), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] not in self.tables:
+            self.tables[x.shape[1]] = torch.arange(float(x.shape[1])).reshape(-1, 1)
+        return self.last(self.block(x + self.tables[x.shape[1]]))
+
+
+@torch.no_grad()
+def test_parts_are_compiled_where_the_whole_asks_for_one_size_of_a_dynamic_axis():
+    model, backend = Tables().eval(), Compiles()
+    examples = [torch.randn(2, length, 8) for length in (5, 7, 11)]
+    true = [model(x) for x in examples]
+    compiled = CompiledModule(model, backend=backend, dynamic_dims={"x": {1: "length"}})
+    for _ in range(2):
+        for x, y in zip(examples, true):
+            torch.testing.assert_close(model(x), y)
+    compiled.seal()
+    assert compiled.ran and [each.label for each in compiled.members()] == ["block"]
+    before = sum(each.misses for each in compiled.members())
+    torch.testing.assert_close(model(examples[1]), true[1])
+    assert sum(each.misses for each in compiled.members()) == before
+    assert "dynamic" in compiled.told, compiled.told
+    compiled.dispose()
+    assert forwards(model) == []
+
+
 @torch.no_grad()
 def test_a_whole_graph_is_one_member():
     model, x = Block().eval(), torch.randn(2, 5, 8)

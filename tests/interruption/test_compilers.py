@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,24 @@ while :; do sleep 0.05; done
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
+def test_a_locked_pool_of_inductor_holds_nobody_up(monkeypatch):
+    """Its lock may be held by a caller that waits for a thread, until an exception reaches it."""
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    compiler = types.SimpleNamespace(pool=functools.cache(lambda: executor))
+    compiler.pool()
+    module = types.SimpleNamespace(AsyncCompile=compiler, _pool_set=())
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", module)
+    with executor._shutdown_lock:
+        began = time.monotonic()
+        interruption.stop_workers()
+        assert time.monotonic() - began < 3.0
+    assert compiler.pool.cache_info().currsize == 0
+    until = time.monotonic() + 5.0
+    while not executor._shutdown and time.monotonic() < until:
+        time.sleep(0.01)
+    assert executor._shutdown
+
+
 def test_a_compiler_that_is_slow_to_end_leaves_no_half_of_a_library(tmp_path, monkeypatch):
     """Inductor looks only whether the file is there, and would load the half of it for ever."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -111,6 +111,42 @@ def test_a_deadline_ends_no_thread_that_watches_another(monkeypatch):
     assert ended == []
 
 
+def test_a_deadline_waits_for_a_thread_that_is_slow_to_start(monkeypatch):
+    """CPython 3.11 knows a new thread by its creator's id: the exception would end the new one."""
+    real = threading._start_new_thread
+    monkeypatch.setattr(
+        threading,
+        "_start_new_thread",
+        lambda function, args: real(lambda: (time.sleep(0.3), function(*args)), ()),
+    )
+    started = False
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05, interval=0.05):
+        threading.Thread(target=int).start()
+        started = True
+        time.sleep(30.0)
+    assert started
+
+
+def test_a_thread_that_waits_for_one_that_never_starts_is_interrupted(monkeypatch):
+    """One was ended before it ran. Nothing else wakes a thread that is not the main thread."""
+    ended = []
+
+    def waits() -> None:
+        monkeypatch.setattr(threading, "_start_new_thread", lambda function, args: None)
+        try:
+            with interruption.deadline(0.05, interval=0.05):
+                threading.Thread(target=int).start()
+                time.sleep(0.01)
+        except interruption.DeadlinePassed:
+            ended.append(True)
+
+    _thread.start_new_thread(waits, ())
+    until = time.monotonic() + 10.0
+    while not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended
+
+
 def test_a_signal_handler_of_the_users_is_left_alone():
     heard = []
     before = signal.signal(signal.SIGURG, lambda number, frame: heard.append(number))

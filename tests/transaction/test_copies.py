@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -58,6 +59,28 @@ def test_saved_weights_and_pickles_are_those_of_the_untouched_model(plan, tmp_pa
     assert fingerprints.ours(again) == [] and b"kpt." not in buffer.getvalue()
     assert torch.equal(again(example), model(example))
     assert torch.equal(pickle.loads(pickle.dumps(model))(example), model(example))
+
+
+def scaled(model, x, factor):
+    return type(model).forward(model, x) * factor
+
+
+def test_a_forward_that_hangs_on_the_instance_is_copied_along():
+    """As in a model whose constructor sets ``self.forward = functools.partial(self._run, factor=2)``."""
+    model = net()
+    model.forward = functools.partial(scaled, model, factor=2.0)
+    untouched = copy.deepcopy(model)
+    example = torch.randn(32, 16)
+    optimized(model, example, plugins=[plugin(DerivedScale)])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fingerprints.ours(twin) == [] and twin.forward.args[0] is twin
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(0.5)
+            for parameter, own in zip(untouched.parameters(), twin.parameters()):
+                parameter.copy_(own)
+            assert torch.equal(twin(example), untouched(example))
+    assert fast_calls(model) == 0
 
 
 def test_safetensors(tmp_path):

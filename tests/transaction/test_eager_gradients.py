@@ -76,3 +76,35 @@ def test_an_input_written_to_before_the_backward_is_an_error_as_in_eager():
     x.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified"):
         loss.backward()
+
+
+class Passing(SlowScale):
+    def forward(self, x):
+        return super().forward(x), x, self.weight
+
+
+def test_a_parameter_or_an_input_that_is_an_output_stays_itself():
+    torch.manual_seed(0)
+    model, plain = torch.nn.Sequential(Passing(16)).eval(), torch.nn.Sequential(Passing(16)).eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(8, 16)
+
+    class Direct(DirectScale):
+        def replacement(self):
+            return lambda self, x: (x * self.weight + self.bias, x, self.weight)
+
+    import slow_models
+
+    slow_models.Direct, Direct.__module__, Direct.__qualname__ = Direct, "slow_models", "Direct"
+    kpt.optimize(model, x, plugins=[plugin(Direct)], budget=20, cache=False)
+    assert kpt.report(model).optimized, kpt.report(model)
+    found = []
+    for candidate in (model, plain):
+        given = x.clone().requires_grad_(True)
+        computed, passed, weight = candidate(given)
+        assert passed is given and weight is candidate[0].weight
+        (computed.sum() + passed.pow(2).sum() + weight.pow(3).sum()).backward()
+        found.append((given.grad, weight.grad))
+    assert kpt.report(model).calls["optimized"] == 1
+    for mine, true in zip(*found):
+        torch.testing.assert_close(mine, true)

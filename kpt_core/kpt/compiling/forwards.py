@@ -314,6 +314,17 @@ class CompiledForward:
     def dispose(self) -> None:
         """Free compiled code, guards and constants. Later calls run the original forward."""
         self.sealed = True
+        self._free()
+        if self._function is not None:
+            from torch._dynamo.eval_frame import remove_from_cache
+
+            remove_from_cache(self._function)
+            self._function = None
+        # Emptied, but with its keys: dynamo deletes those that it added when the code object dies.
+        self._globals.update(dict.fromkeys(self._globals))
+
+    def _free(self) -> None:
+        """Free what was compiled."""
         self._table.clear()
         # The stand-in of an input that is a view holds that of its base where Python's collector does not
         # look, and both hold what lists them: without an end to the list, none of them would ever go.
@@ -326,13 +337,6 @@ class CompiledForward:
         if self._modules:
             forget_modules(self._modules)
         self._modules.clear()
-        if self._function is not None:
-            from torch._dynamo.eval_frame import remove_from_cache
-
-            remove_from_cache(self._function)
-            self._function = None
-        # Emptied, but with its keys: dynamo deletes those that it added when the code object dies.
-        self._globals.update(dict.fromkeys(self._globals))
 
     def __repr__(self) -> str:
         name = self.label or getattr(self.forward, "__qualname__", type(self.forward).__name__)

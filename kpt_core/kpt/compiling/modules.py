@@ -19,10 +19,11 @@ class CompiledModule(CompiledForward):
     """Takes the place of ``module``'s forward.
 
     Where dynamo can't capture that whole (it prints, asks a tensor for its value, calls NumPy or a recurrent
-    layer), each of its children takes the place, and so on: the largest parts that can be captured are
-    compiled, and what is between them runs as it is. Single layers of `torch.nn` are left alone, for which
-    there is nothing to fuse. With ``dynamic_dims``, the axes in which the inputs of a part differ from those
-    of its first call are its dynamic ones.
+    layer, or is another graph for each size of an axis that is declared dynamic), each of its children takes
+    the place, and so on: the largest parts that can be captured are compiled, and what is between them runs
+    as it is. Single layers of `torch.nn` are left alone, for which there is nothing to fuse. With
+    ``dynamic_dims``, the axes in which the inputs of a part differ from those of its first call are its
+    dynamic ones.
 
     ``settings`` are those of a `CompiledForward`. `dispose` puts the forwards back. ``uncaptured`` is why the
     whole was not captured; ``parts`` are then what took its place. A part that can't be captured either, nor
@@ -106,9 +107,14 @@ class CompiledModule(CompiledForward):
         try:
             try:
                 return super()._compile(args, kwargs)
-            except ConstraintViolationError:
+            except ConstraintViolationError as error:
                 if self._within is None:
-                    raise
+                    children = {} if self._compiled else self._children()
+                    if not children:
+                        raise
+                    self._free()
+                    self._open(children, summary(error))
+                    return None
                 self.dynamic_dims = {}  # the part asks for one size there
                 return super()._compile(args, kwargs)
         except (torch._dynamo.exc.TorchDynamoException, NothingCaptured) as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Names of the programs that a compiler driver runs.
 _COMPILERS = (
@@ -27,6 +29,9 @@ _COMPILERS = (
     "ptxas",
 )
 _COMPILER_PREFIXES = ("clang", "ld.", "g++-", "gcc-", "x86_64-", "aarch64-", "ptxas")
+
+#: Seconds that a pool of threads is waited for to hear that it is shut down.
+_POOL_PATIENCE = 0.2
 
 #: Seconds that a compiler driver gets to end by itself: removing its temporary files takes milliseconds.
 _DRIVER_PATIENCE = 2.0
@@ -178,6 +183,25 @@ def _remove(paths: set[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
+def _shut_down(pool: Any) -> None:
+    """Cancel what is queued in a pool of threads, without waiting for long.
+
+    A pool is locked while it starts a thread. Where an exception meant for its caller ended that thread, the
+    caller waits with the lock, and only hears the next exception if nobody waits for the lock here.
+    """
+    done = threading.Lock()
+    done.acquire()
+
+    def shut_down() -> None:
+        try:
+            pool.shutdown(wait=False, cancel_futures=True)
+        finally:
+            done.release()
+
+    _thread.start_new_thread(shut_down, ())
+    done.acquire(timeout=_POOL_PATIENCE)
+
+
 def stop_workers(patience: float = 0.5) -> int:
     """End inductor's compilers below this process; return how many processes were ended.
 
@@ -196,14 +220,15 @@ def stop_workers(patience: float = 0.5) -> int:
     if module is not None:
         compiler = module.AsyncCompile
         if compiler.pool.cache_info().currsize:
-            compiler.pool().shutdown(wait=False, cancel_futures=True)
+            pool = compiler.pool()
             compiler.pool.cache_clear()
-        for pool in list(getattr(module, "_pool_set", ())):
-            process = getattr(pool, "process", None)
+            _shut_down(pool)
+        for processes in list(getattr(module, "_pool_set", ())):
+            process = getattr(processes, "process", None)
             if process is not None:
                 workers.add(process.pid)
                 pools.append(process)
-            workers.update(getattr(pool, "_processes", None) or ())
+            workers.update(getattr(processes, "_processes", None) or ())
     ended = 0
     if module is not None and workers:
         # Asked to shut down, a pool would finish its work first.

@@ -56,6 +56,18 @@ def _wake(thread_id: int) -> None:
         signal.pthread_kill(thread_id, _WAKE)
 
 
+def _being_started(frame: FrameType | None) -> threading.Thread | None:
+    """The thread that the calls which led to ``frame`` start, and wait for until it says that it runs."""
+    for _ in range(4):  # of the event that it waits for, and of the event's condition
+        if frame is None:
+            return None
+        if frame.f_code is threading.Thread.start.__code__:
+            started = frame.f_locals.get("self")
+            return started if isinstance(started, threading.Thread) else None
+        frame = frame.f_back
+    return None
+
+
 def _imports(frame: FrameType | None) -> int:
     """How many imports are under way in the calls that led to ``frame``."""
     number = 0
@@ -103,6 +115,7 @@ class _Watch:
         self._runs = True
         if self._inside.acquire(timeout=max(0.0, self.deadline - time.monotonic())):
             return
+        patient_until = time.monotonic() + _START_PATIENCE
         while True:
             with self._lock:
                 if self._ended:
@@ -112,16 +125,35 @@ class _Watch:
                 if not waits:
                     self.fired = True
                     _hush_finalisers()
+                    waits = self._starts_another(
+                        patient_until
+                    )  # nothing comes between this and the exception
+                if not waits:
                     raise_in_thread(self.thread_id, DeadlinePassed)
                     _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
                     stop_workers()
             if self._inside.acquire(timeout=0.005 if waits else self.interval):
                 return
+            if not waits:
+                patient_until = time.monotonic() + _START_PATIENCE
 
     def _importing(self) -> bool:
         """Whether the thread imports a module that it began to import inside the block."""
         return _imports(sys._current_frames().get(self.thread_id)) > self._imports
+
+    def _starts_another(self, patient_until: float) -> bool:
+        """Whether the thread waits for one that it started, and that an exception for it might end instead.
+
+        It waits for ever for one that was ended so. Only a main thread can be woken: others are told that the
+        thread runs, once it is clear that it never will.
+        """
+        if time.monotonic() < patient_until:
+            return _being_started(sys._current_frames().get(self.thread_id)) is not None
+        thread = _being_started(sys._current_frames().get(self.thread_id))
+        if thread is not None:
+            thread._started.set()  # type: ignore[attr-defined]
+        return False
 
     def _another_starts(self) -> bool:
         """Whether a watch over the same thread has a thread of its own that did not run yet."""

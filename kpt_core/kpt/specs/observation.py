@@ -23,6 +23,8 @@ class Observation:
     ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
     floating-point operations as torch's flop counter sees them (matrix products and convolutions).
     ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
+    ``samples`` that in training they do so without dropout modules, too (noise, skipped blocks), so that only
+    the random numbers that eager draws give eager's values,
     ``moving`` which attributes of objects that modules hold (by the object's id) each call changes.
     ``unfinished_proofs`` counts what may be an op's site and was not proved for lack of time,
     ``writes_inputs`` says that the forward changes tensors that it is given. ``detached`` names the outputs
@@ -48,6 +50,7 @@ class Observation:
     operations: float = 0.0
     deterministic: bool = False
     stochastic: bool = False
+    samples: bool = False
     budget_left: float = 120.0
     ambient: tuple[Any, ...] = ()
     moving: frozenset[tuple[int, str]] = frozenset()

@@ -44,7 +44,7 @@ class Handle:
 
 @ours
 def reduce_ex(self: torch.nn.Module, protocol: Any) -> Any:
-    """What the class's own ``__reduce_ex__`` gives, without what kpt set on the instance."""
+    """What the class's own ``__reduce_ex__`` gives, with what was on the instance before kpt."""
     reduced: Any = getattr(type(self), REDUCE)(self, protocol)
     if not isinstance(reduced, tuple) or len(reduced) < 3:
         return reduced
@@ -73,11 +73,16 @@ def clean_copies(module: torch.nn.Module) -> Callable[[], None]:
 
 
 def _without_ours(state: dict[str, Any]) -> dict[str, Any]:
-    return {
+    left = {
         name: value
         for name, value in state.items()
         if name != HANDLE and not (name in _METHODS and _is_ours(value))
     }
+    # The root's forward stands in place of one that the instance may have had itself.
+    previous = getattr(getattr(state.get(HANDLE), "plan", None), "previous", None)
+    if previous is not None:
+        left.setdefault("forward", previous)
+    return left
 
 
 def _is_ours(value: Any) -> bool:

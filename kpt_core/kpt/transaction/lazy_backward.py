@@ -135,6 +135,12 @@ def with_backward(
     """
     structure: list[Any] = []
     tensors = iter(_Recompute.apply(fast, slow, structure, tuple(inputs), detached, *sources))
-    return tree.rebuild(
-        structure.pop(), lambda path, leaf: next(tensors) if isinstance(leaf, torch.Tensor) else leaf
-    )
+    given = {id(source) for source in sources}
+
+    def returned(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        computed = next(tensors)
+        return leaf if id(leaf) in given else computed  # a parameter that is an output stays that parameter
+
+    return tree.rebuild(structure.pop(), returned)

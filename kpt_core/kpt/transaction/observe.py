@@ -122,6 +122,7 @@ def observe(
     if mode == "inference":
         once = unrepeatable(runner, plain, looked_at, writes) or told_by_gradients(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
+    samples = stochastic and _samples(plain, calls[0])
     operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
     from kpt import ops
 
@@ -153,6 +154,7 @@ def observe(
             operations=operations * (3.0 if mode == "training" else 1.0),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             stochastic=stochastic,
+            samples=samples,
             budget_left=deadline.left(),
             ambient=ambient_state(),
             moving=moving,
@@ -286,6 +288,12 @@ def _varies(runner: Runner, plain: torch.nn.Module, call: Call) -> bool:
         with seeded(seed):
             results.append(runner.collect(plain.forward, call.clone()).output)
     return outputs.identical(*results) is not None
+
+
+def _samples(plain: torch.nn.Module, call: Call) -> bool:
+    """Whether the outputs of a training step vary without dropout, too."""
+    quiet = workspace.without_dropout(plain)
+    return _varies(Runner(quiet, training=True), quiet, call)
 
 
 def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:

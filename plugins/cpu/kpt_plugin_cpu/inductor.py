@@ -169,8 +169,9 @@ class Inductor:
             "dims": declared_dims(observation),
             "bounds": declared_bounds(observation),
             # A model that samples when it is called gives what eager gives of the same seed. In training
-            # dropout is judged by its rate, and inductor's own numbers are the faster ones.
-            "eager_random": not observation.training,
+            # dropout is judged by its rate, and where it is all that is drawn, inductor's own numbers are the
+            # faster ones.
+            "eager_random": not observation.training or observation.samples,
         }
         live = estimate.gain(rest_ratio=estimates.FUSED)
         if observation.training:

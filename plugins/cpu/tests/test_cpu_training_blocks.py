@@ -134,3 +134,30 @@ def test_a_training_step_is_proven_optimised_follows_its_optimiser_and_is_undone
         assert made(x).square().mean() < first + 0.1
         assert kpt.report(made).calls["optimized"] >= 5
     kpt.restore(made)
+
+
+class SkippedBlocks(Stack):
+    """Stochastic depth: what is drawn in the forward, beside dropout, decides what a step computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            keep = torch.rand(x.shape[0], 1, 1) < 0.8
+            x = torch.where(keep, layer(x), x)
+        return self.head(x)
+
+
+class LiveOnly:
+    @kpt.hookimpl
+    def kpt_passes(self):
+        yield PassSpec("inductor", "compile", "few_variants:Live", modes=("training",))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_a_training_step_that_samples_draws_eagers_numbers(rate: float):
+    torch.manual_seed(4)
+    model, x = SkippedBlocks(2, rate).train(), torch.randn(16, 32, WIDTH)
+    kpt.optimize(model, x, plugins=[LiveOnly()], cache=False, budget=120.0)
+    report = kpt.report(model)
+    tried = {entry.name: entry.rule for entry in (*report.accepted, *report.rejected)}
+    assert tried["inductor:live"] in ("kept", "slower"), report
+    kpt.restore(model)
