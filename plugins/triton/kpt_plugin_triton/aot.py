@@ -144,12 +144,12 @@ def compile_for(launch: Launch, gpu: GPUTarget) -> Any:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = _Source(launch.function, signature, constants, attributes)
+    source = _source_class(launch.function)(launch.function, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=gpu, options=options)
 
 
-class _Source(ASTSource):
+class _ReadAlone:
     """A kernel's source, read by one thread at a time.
 
     `ast.parse` of CPython before 3.12 counts its depth for all threads together, and raises SystemError
@@ -160,11 +160,24 @@ class _Source(ASTSource):
 
     def hash(self) -> str:
         with self._reading:
-            return str(super().hash())
+            return str(super().hash())  # type: ignore[misc]
 
     def make_ir(self, *args: Any, **kwargs: Any) -> Any:
         with self._reading:
-            return super().make_ir(*args, **kwargs)
+            return super().make_ir(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Source(_ReadAlone, ASTSource):
+    """The source of a kernel in Triton's own language."""
+
+
+def _source_class(function: Any) -> Any:
+    """What holds a kernel's source: Gluon's kernels have a class of their own."""
+    if not getattr(function, "is_gluon", bool)():
+        return _Source
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return type("_GluonSource", (_ReadAlone, GluonASTSource), {})
 
 
 def _resources(compiled: Any, target: str) -> Resources:

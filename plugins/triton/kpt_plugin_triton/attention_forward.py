@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kpt_plugin_triton import attention_hopper
 from kpt_plugin_triton.kernels import attention as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, chip, power_of_two
 from kpt_plugin_triton.tuning import Options, Tuned
@@ -260,24 +261,28 @@ def run_forward(
             stats.fill_(float("inf"))
         return out.zero_(), stats
     block_d, block_v = max(16, power_of_two(form.head)), max(16, power_of_two(form.head_v))
+    all_heads = form.batch * form.heads
+    group = form.heads // form.key_heads
+    section = section_of(group, form.k_len, (form.head + form.head_v) * q.element_size(), all_heads)
+    chosen = options is not None
     if options is None:
         sizes = max(block_d, block_v), kind_of(form, how)
         options = forward_options(q.device.index, q.element_size(), *sizes)
     descriptors = described(options, q, k, v)
+    if descriptors and not chosen and attention_hopper.takes(q, k, v, sinks, form, how):
+        attention_hopper.run(q, k, v, out, stats, form, how, section)
+        return out, stats
     lists = form.lists
     sparse_m, sparse_n = (0, 0) if lists is None else lists.size
     block_m, block_n = fitted(options["BLOCK_M"], sparse_m), fitted(options["BLOCK_N"], sparse_n)
     blocks = ceil_div(form.q_len, block_m)
-    all_heads = form.batch * form.heads
-    group = form.heads // form.key_heads
-    row_bytes = (form.head + form.head_v) * q.element_size()
     mask = form.mask
     _forward(
         (blocks * all_heads, 1, 1),
         (
             *(q, k, v, mask, sinks, form.starts_q, form.starts_k),
             *(None if lists is None else lists.kept, None if lists is None else lists.counts, out, stats),
-            *(form.heads, all_heads, blocks, section_of(group, form.k_len, row_bytes, all_heads)),
+            *(form.heads, all_heads, blocks, section),
             *(form.q_len, form.k_len, *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(out)),
             *mask_strides(mask),
             *((0, 0, 0) if stats is None else stats_strides(stats)),

@@ -20,6 +20,7 @@ from kpt_plugin_triton.loss_rows import (
     Terms,
     empty_loss,
     finished,
+    most_programs,
     programs_for,
     rows_forward,
     rows_gradient,
@@ -183,9 +184,9 @@ def run_forward(
     for part, logits in _chunks(hidden, weight, bias, chunk):
         sums = None
         if not each:
-            programs = programs_for(logits, len(logits), gradients is not None)
+            programs = programs_for(logits, common.terms, gradients is not None)
             if partials is None:
-                most = programs * ceil_div(rows, chunk)
+                most = most_programs(logits, gradients is not None) * ceil_div(rows, chunk)
                 partials = torch.empty(most, dtype=wide, device=hidden.device)
             sums = partials[done : done + programs]
             done += programs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from kpt_plugin_triton import staged_losses
 from kpt_plugin_triton.kernels import losses as device
 from kpt_plugin_triton.kernels import losses_backward
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
@@ -147,11 +148,24 @@ def accumulator(wide: torch.dtype) -> Any:
     return tl.float64 if wide is torch.float64 else tl.float32
 
 
-def programs_for(logits: torch.Tensor, rows: int, gradient: bool, options: Options | None = None) -> int:
+def programs_for(logits: torch.Tensor, terms: Terms, gradient: bool, options: Options | None = None) -> int:
     """How many programs `rows_forward` starts, which is the number of partial sums that it writes.
 
     ``gradient``: whether it is asked for one.
     """
+    if options is None and staged_losses.takes(logits, gradient, terms):
+        return staged_losses.programs_for(logits)
+    return _portable_programs(logits, gradient, options)
+
+
+def most_programs(logits: torch.Tensor, gradient: bool) -> int:
+    """What `programs_for` is at most for as many rows or fewer."""
+    at_once = min(len(logits), processors(logits.device.index))
+    return max(at_once, _portable_programs(logits, gradient, None))
+
+
+def _portable_programs(logits: torch.Tensor, gradient: bool, options: Options | None) -> int:
+    rows = logits.numel() // logits.shape[-1]
     chosen = _options_for(logits, gradient, options)
     tiles = ceil_div(rows, max(1, chosen["ROWS"]))
     return min(tiles, chosen["PROGRAMS"] * processors(logits.device.index))
@@ -175,9 +189,12 @@ def rows_forward(
     contiguous. There must be at least one row.
     """
     columns, itemsize = logits.shape[-1], logits.element_size()
+    if gradient is not None and options is None and staged_losses.takes(logits, True, common.terms):
+        staged_losses.run(logits, target, common, lses, losses, partials, gradient, _PARTS)
+        return
     flat, rows, stride = rows_of(logits)
     chosen = _options_for(logits, gradient is not None, options)
-    programs = programs_for(logits, rows, gradient is not None, chosen)
+    programs = programs_for(logits, common.terms, gradient is not None, chosen)
     arguments = (
         *(flat, target, common.weight, common.weight_total, common.denominators),
         *(lses, losses, partials, gradient, rows, columns, stride, common.parts),

@@ -66,7 +66,7 @@ def _run_forward(
     if reduction == "none":
         losses = torch.empty(rows, dtype=logits.dtype, device=logits.device)
     else:
-        programs = programs_for(logits, rows, want_gradient, options)
+        programs = programs_for(logits, terms, want_gradient, options)
         partials = torch.empty(programs, dtype=wide, device=logits.device)
     rows_forward(
         logits,

@@ -161,7 +161,8 @@ def test_addresses_are_computed_in_64_bits(family: str, target: str) -> None:
             distinct.setdefault(aot.describe(launch), (name, launch))
     for name, launch in distinct.values():
         compiled = aot.compile_for(launch, aot.target_of(target))
-        wrong = addresses.narrow(compiled.asm["ttir"])
+        form = "ttir" if "ttir" in compiled.asm else "source"  # Gluon's has one form less
+        wrong = addresses.narrow(compiled.asm[form])
         assert not wrong, f"{name}: {compiled.metadata.name} multiplies {', '.join(wrong)} in 32 bits"
 
 

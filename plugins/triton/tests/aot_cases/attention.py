@@ -13,7 +13,13 @@ from kpt_plugin_triton.decode import decode_attention
 from kpt_plugin_triton.varlen import attention_varlen
 
 #: Kernels that have to use the matrix units.
-DOTS = ("attention_forward", "attention_backward_keys", "attention_backward_queries", "decode_split")
+DOTS = (
+    "attention_forward",
+    "attention_forward_hopper",
+    "attention_backward_keys",
+    "attention_backward_queries",
+    "decode_split",
+)
 #: Three of the head sizes differ in their blocks; the others are padded to one of them.
 HEADS = (64, 128, 256)
 PADDED = (80, 96, 192)
