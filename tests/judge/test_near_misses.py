@@ -54,6 +54,9 @@ class Scripted(Judgement):
     def _leaves_unwritten(self, applied, draw):
         return False
 
+    def _elsewhere(self, applied, draw):
+        return passed()
+
 
 def judged(*verdicts: Verdict, dtype: str | None = "bfloat16") -> tuple[Verdict, Scripted]:
     judgement = Scripted(*verdicts)
