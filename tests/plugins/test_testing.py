@@ -390,8 +390,20 @@ def wrong_gradient(x, dim=-1):
     return _WrongGradient.apply(x, dim)
 
 
+def ignores_dim(x, dim=-1):
+    return torch.softmax(x, -1)
+
+
+def refuses_other_dims(x, dim=-1):
+    if dim not in (-1, x.dim() - 1):
+        raise ValueError(f"dim is {dim}; supported: the last one")
+    return torch.softmax(x, dim)
+
+
 KERNELS = {
     right: set(),
+    ignores_dim: {"test_other_arguments"},
+    refuses_other_dims: set(),
     one_percent_off: {"test_values"},
     even_only: {"test_odd_sizes"},
     contiguous_only: {"test_strides"},
@@ -495,3 +507,14 @@ def test_the_core_never_imports_the_suites():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_other_arguments_are_not_asked_for_where_supports_refuses_them(home, refused):
+    """A norm that adds nothing to its weight: right for all sites that it says it takes."""
+    home.kernel = lambda x, weight=None, eps=1e-6, offset=0.0: torch.rms_norm(x, x.shape[-1:], weight, eps)
+    home.supports = lambda site: "an offset" if refused and float(site.weights().get("offset", 0.0)) else None
+    spec = KernelSpec("rms_norm", "k", f"{HOME}:kernel", supports=f"{HOME}:supports")
+    found = failures(type("TestIt", (KernelSuite,), {"kernel": spec})())
+    assert set(found) == (set() if refused else {"test_other_arguments"}), found
+    assert refused or "with another offset: value" in found["test_other_arguments"]

@@ -13,7 +13,7 @@ from kpt.ops import reference
 from kpt.plugins import load
 from kpt.plugins.validation import spec_faults
 from kpt.specs import KernelSpec
-from kpt.testing.models import op_arguments, op_site
+from kpt.testing.models import op_arguments, op_site, other_arguments
 from kpt.testing.suite import Suite, skip
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class KernelSuite(Suite, standard=True):
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in found.items()
         }
+
+    def other_arguments(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the op may be called with in place of some of its `arguments`, by what is another.
+
+        A kernel is right there, too, or refuses: by its ``supports``, or by an error.
+        """
+        return other_arguments(self.kernel.op, self.arguments())
 
     def reference(self) -> Callable[..., Any]:
         """The function in plain PyTorch that defines what is right."""
@@ -114,6 +121,41 @@ class KernelSuite(Suite, standard=True):
     def test_values(self) -> None:
         """Values are right, memory is written in full, inputs stay as they were, nothing is replayed."""
         self.verdict(ordinary=True)
+
+    def test_other_arguments(self) -> None:
+        """Another epsilon, mask, number of axes or the like: values are right, or the kernel refuses."""
+        if self.kernel.setup is not None:
+            raise skip("a prepared kernel is tried on its site's arguments")
+        dtype = min(self.dtypes(), key=lambda each: each is not torch.float32)
+        typical, judged, refused = self.arguments(), 0, ""
+        for other, changed in self.other_arguments().items():
+            place = op_site(self.kernel.op, dtype, self.device, other)
+            if self.kernel.supports is not None:
+                refused = f"no site with another {other}" if place is None else self._refusal(place[0]) or ""
+                if refused:
+                    continue
+            given = {**typical, **changed}
+            try:
+                self.run()(**{name: _cast(value, dtype) for name, value in given.items()})
+            except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+                refused = f"{type(error).__name__}: {error}"
+                continue
+            judged += 1
+            probes: dict[str, Any] = {"rows": (), "layouts": (), "scales": (), "dtypes": (dtype,)}
+            found = judge_kernel(
+                self.run(),
+                self.reference(),
+                inputs_like(given),
+                level=self.kernel.level,
+                compute_dtype=self.compute_dtype,
+                **probes,
+            )
+            assert found.passed, (
+                f"{self.kernel.op}/{self.kernel.name} in {dtype} with another {other}: {found.rule}: "
+                f"{found.detail}; compute it, or refuse it by `supports` or an error"
+            )
+        if not judged:
+            raise skip(f"the kernel refuses all other arguments of its op, the last one by: {refused}")
 
     def test_small_and_large_values(self) -> None:
         """A wrong epsilon shows on small inputs, an overflow on large ones."""

@@ -76,30 +76,61 @@ def tiny_models() -> dict[str, tuple[nn.Module, Any]]:
 class TinyGatedMLP(nn.Module):
     """A gated feed-forward block: [..., 32] → [..., 32]."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: Callable[..., Any] = nn.functional.silu) -> None:
         super().__init__()
+        self.activation = activation
         self.gate = nn.Linear(HIDDEN, 48, bias=False)
         self.up = nn.Linear(HIDDEN, 48, bias=False)
         self.down = nn.Linear(48, HIDDEN, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-def op_site(op: str, dtype: torch.dtype, device: str) -> tuple[Site, Call] | None:
-    """A site that computes ``op`` in ``dtype`` and a call of it; None for an op without a module here."""
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "linear": lambda: nn.Linear(HIDDEN, 48),
-        "layer_norm": lambda: nn.LayerNorm(HIDDEN),
-        "rms_norm": lambda: nn.RMSNorm(HIDDEN, eps=1e-6),
-        "gated_mlp": TinyGatedMLP,
-        "softmax": lambda: nn.Softmax(dim=-1),
-    }
-    if op not in makers:
+class TinyShiftedNorm(nn.Module):
+    """An RMS norm that scales by one more than its weight: [..., 32] → [..., 32]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
+
+
+#: Modules that compute an op: the typical one, and by the arguments that another one differs in.
+_MODULES: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "linear": {"": lambda: nn.Linear(HIDDEN, 48), "bias": lambda: nn.Linear(HIDDEN, 48, bias=False)},
+    "layer_norm": {
+        "": lambda: nn.LayerNorm(HIDDEN),
+        "eps": lambda: nn.LayerNorm(HIDDEN, eps=0.5),
+        "bias": lambda: nn.LayerNorm(HIDDEN, bias=False),
+        "weight bias": lambda: nn.LayerNorm(HIDDEN, elementwise_affine=False),
+    },
+    "rms_norm": {
+        "": lambda: nn.RMSNorm(HIDDEN, eps=1e-6),
+        "eps": lambda: nn.RMSNorm(HIDDEN, eps=0.5),
+        "offset": TinyShiftedNorm,
+        "weight": lambda: nn.RMSNorm(HIDDEN, eps=1e-6, elementwise_affine=False),
+    },
+    "gated_mlp": {
+        "": TinyGatedMLP,
+        "activation": lambda: TinyGatedMLP(nn.functional.gelu),
+    },
+    "softmax": {"": lambda: nn.Softmax(dim=-1), "dim": lambda: nn.Softmax(dim=1)},
+}
+
+
+def op_site(op: str, dtype: torch.dtype, device: str, other: str = "") -> tuple[Site, Call] | None:
+    """A site that computes ``op`` in ``dtype`` and a call of it; None for an op without a module here.
+
+    ``other`` names the arguments in which it is another than the typical one, as `other_arguments` does.
+    """
+    if other not in _MODULES.get(op, {}):
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = makers[op]().to(device, dtype).eval()
+        module = _MODULES[op][other]().to(device, dtype).eval()
         x = torch.randn(2, ROWS, HIDDEN).to(device, dtype)
     with torch.no_grad():
         found = recognise(module, [Call((x,))])
@@ -136,3 +167,63 @@ def op_arguments(op: str, generator: torch.Generator) -> Mapping[str, Any] | Non
         },
     }
     return arguments.get(op)
+
+
+def other_arguments(op: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a catalogued op may be called with beside its typical ``arguments``, by what is another."""
+
+    def like(name: str, *shape: int, seed: int = 3) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(arguments[name].device)
+
+    def ones(name: str, drop: tuple[int, ...], *shape: int) -> torch.Tensor:
+        kept = torch.ones(shape, dtype=torch.bool, device=arguments[name].device)
+        kept[..., list(drop)] = False
+        return kept
+
+    if op in ("layer_norm", "rms_norm", "add_rms_norm", "linear"):
+        other: dict[str, dict[str, Any]] = {"bias": {"bias": None}} if op in ("layer_norm", "linear") else {}
+        if op != "linear":
+            other["eps"] = {"eps": 0.5}
+        if op == "layer_norm":
+            other["weight bias"] = {"weight": None, "bias": None}
+        elif op != "linear":
+            other |= {"offset": {"offset": 1.0}, "weight": {"weight": None}}
+        names = ("x", "residual") if op == "add_rms_norm" else ("x",)
+        other["shape"] = {name: arguments[name].flatten(0, -2)[:5] for name in names}
+        other["shape of four axes"] = {name: arguments[name][:, None].repeat(1, 3, 1, 1) for name in names}
+        return other
+    if op == "gated_mlp":
+        return {
+            "activation": {"activation": "gelu"},
+            "biases": {"gate_bias": like("x", 48), "up_bias": like("x", 48), "down_bias": like("x", HIDDEN)},
+        }
+    if op == "rope":
+        half = {name: arguments[name][..., : HEAD // 2].contiguous() for name in ("cos", "sin")}
+        return {"interleaved": {"interleaved": True}, "width of the tables": half}
+    if op == "attention":
+        length = arguments["q"].shape[2]
+        grouped = {name: arguments[name][:, :2].contiguous() for name in ("k", "v")}
+        return {
+            "is_causal": {"is_causal": False},
+            "mask": {"is_causal": False, "mask": ones("q", (1, 4), 2, 1, 1, length)},
+            "added mask": {"is_causal": False, "mask": like("q", 1, 1, length, length)},
+            "scale": {"scale": 1.5},
+            "heads of k and v": grouped,
+            "softcap": {"softcap": 0.8},
+            "sinks": {"sinks": like("q", HEADS)},
+            "window": {"window": 2},
+        }
+    if op == "softmax":
+        return {"dim": {"dim": 1}}
+    if op == "cross_entropy":
+        target = arguments["target"].clone()
+        target[::3] = 4
+        return {
+            "ignore_index": {"target": target, "ignore_index": 4},
+            "weight": {"weight": like("logits", 11).abs() + 0.1},
+            "label_smoothing": {"label_smoothing": 0.3},
+            "reduction to a sum": {"reduction": "sum"},
+            "no reduction": {"reduction": "none"},
+        }
+    return {}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from kpt import compiling, profiles
+from kpt.judge import outputs
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.plugins import Registry, instantiate, load, registry
@@ -296,8 +297,9 @@ def _try(candidate: Any, observation: Any, where: str) -> None:
             assert behaviour.verify_applied(space), (
                 f"{where}: verify_applied sees no effect after the model ran"
             )
-            for mine, theirs in zip(found, expected, strict=True):
-                _compare(mine, theirs, _TOLERANCE[candidate.level], where)
+            for call, mine, theirs in zip(observation.calls, found, expected, strict=True):
+                masks = observation.spec.padding_masks(call) if candidate.variant.touches_mask else {}
+                _compare(mine, theirs, _TOLERANCE[candidate.level], where, masks)
         finally:
             undo()
             for compiled in created:
@@ -343,7 +345,10 @@ def _structure(model: torch.nn.Module) -> list[tuple[str, type, bool]]:
     return [(name, type(module), "forward" in vars(module)) for name, module in model.named_modules()]
 
 
-def _compare(found: Any, expected: Any, tolerance: float, where: str) -> None:
+def _compare(
+    found: Any, expected: Any, tolerance: float, where: str, masks: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Compare all outputs; with ``masks``, only the positions that count."""
     mine, theirs = Call((found,)).tensors(), Call((expected,)).tensors()
     assert mine.keys() == theirs.keys(), (
         f"{where}: the outputs are {', '.join(mine)}, eager's {', '.join(theirs)}"
@@ -355,6 +360,9 @@ def _compare(found: Any, expected: Any, tolerance: float, where: str) -> None:
         )
         if not tensor.is_floating_point():
             continue
+        if masks:
+            counting = outputs.mask_for(name, tensor, masks)
+            tensor, other = (outputs.select_valid(each, counting) for each in (tensor, other))
         scale = float(tensor.double().norm()) or 1.0
         error = float((other.double() - tensor.double()).norm()) / scale
         assert error <= tolerance, f"{where}: {name} differs from eager's by {error:.1e} of its norm"

@@ -3,7 +3,7 @@
 Of a padded batch of B rows and S positions T tokens count. Linears, norms and whatever else `token_proofs`
 shows to treat tokens apart run on [1, T, ...] in place of [B, S, ...]; around all else, attention above all,
 tokens are put back at their places. Tokens of padding hold copies of another token's values there, and zeros
-in what the graph returns.
+in what the graph returns. What no weight has a part in, masks above all, is computed for padding, too.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class _Rewriting:
         self.tokens, self.places = mark.args[1], mark.args[2]
         self.mode = value_of(self.tokens).fake_mode
         self.packable: set[fx.Node] = set()
+        #: Those of them that weights have a part in.
+        self.weighed: set[fx.Node] = set()
         self.forms: dict[fx.Node, fx.Node] = {}
         self.wholes: dict[fx.Node, fx.Node] = {}
         self.sizes: dict[str, Any] = {}
@@ -99,7 +101,11 @@ class _Rewriting:
             if node in self.packable and isinstance(value_of(node), (tuple, list)):
                 if any(user.target is not operator.getitem for user in node.users):
                     self.packable -= {node, *node.users}
-        self.packable = {node for part in _connected(self.packable) if _pays(part) for node in part}
+        parts = _connected(self.packable)
+        self.packable = {node for part in parts if any(map(self._multiplies, part)) for node in part}
+        for node in nodes:
+            if node in self.packable and self._weighed(node):
+                self.weighed.add(node)
         if not self.packable:
             self.told.reason = "no product in the graph was shown to treat tokens apart"
             return 0
@@ -140,6 +146,23 @@ class _Rewriting:
         if node.target in _EMBEDDINGS and len(tensors) == 2 and not node.kwargs.get("max_norm"):
             return not self.proofs.form(tensors[1][0])
         return self.proofs.holds(node)
+
+    def _plain_inputs(self, node: fx.Node) -> list[Any]:
+        """The tensors that ``node`` takes besides tokens and what goes with them."""
+        found = [(each, value_of(each)) for each in node.all_input_nodes]
+        return [v for each, v in found if isinstance(v, torch.Tensor) and not self.proofs.form(each)]
+
+    def _multiplies(self, node: fx.Node) -> bool:
+        """Whether ``node`` multiplies tokens with a matrix."""
+        if node.target in _EMBEDDINGS:
+            return False
+        matrices = [value for value in self._plain_inputs(node) if value.dim() == 2]
+        return any(isinstance(size, int) and size > 1 for value in matrices for size in value.shape)
+
+    def _weighed(self, node: fx.Node) -> bool:
+        if any(each in self.weighed for each in node.all_input_nodes):
+            return True
+        return any(value.dim() > 0 for value in self._plain_inputs(node))
 
     # -- rewriting
 
@@ -197,7 +220,7 @@ class _Rewriting:
     def _unpack_for(self, node: fx.Node) -> None:
         """Give ``node`` the tokens at their places where it takes what runs packed."""
         for each in node.all_input_nodes:
-            if each not in self.packable:
+            if each not in self.weighed:
                 continue
             with self.graph.inserting_before(node):
                 if each not in self.wholes:
@@ -258,15 +281,3 @@ def _connected(nodes: set[fx.Node]) -> list[set[fx.Node]]:
             edge += near
         parts.append(part)
     return parts
-
-
-def _pays(part: set[fx.Node]) -> bool:
-    """Whether something in ``part`` multiplies tokens with a matrix."""
-    for node in part:
-        for each in node.all_input_nodes:
-            value = value_of(each)
-            if each in part or not isinstance(value, torch.Tensor) or node.target in _EMBEDDINGS:
-                continue
-            if value.dim() == 2 and all(isinstance(size, int) and size > 1 for size in value.shape):
-                return True
-    return False

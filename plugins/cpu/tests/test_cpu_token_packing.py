@@ -173,6 +173,30 @@ def test_what_mixes_positions_or_sees_tokens_otherwise_gets_what_it_expects(betw
     assert behaviour.verify_applied(space)
 
 
+class Masked(Encoder):
+    """One mask, made of the ids, is multiplied with the hidden states, and keeps padding from attention."""
+
+    def forward(self, input_ids, attention_mask):
+        kept = (input_ids > 0) & attention_mask.bool()
+        hidden = self.words(input_ids) * kept.unsqueeze(-1).float()
+        for layer in self.layers:
+            hidden = layer(hidden * kept.unsqueeze(-1), kept[:, None, None, :])
+        return {"hidden": hidden, "first": hidden[:, 0], "kept": kept}
+
+
+@pytest.mark.parametrize("dynamic", [DYNAMIC, None])
+@torch.no_grad()
+def test_masks_are_computed_for_padding_too(dynamic):
+    model, call = Masked().eval(), padded([9, 2, 4, 1])
+    (offer,) = variants(PackTokens(), observe(model, call, dynamic_shapes=dynamic))
+    behaviour, space, _ = applied(PackTokens, model, offer)
+    for lengths in ([9, 2, 4, 1], [1, 9, 9, 3]):
+        call = padded(lengths)
+        agree(space, model, call)
+        assert torch.equal(space.forward(**call)["kept"], call["attention_mask"].bool())
+    assert behaviour.verify_applied(space) and rows_seen(space.forward, call) == {22}
+
+
 class Writes(Encoder):
     """Layers' outputs are written to once a linear has seen them, through a view of other axes."""
 
