@@ -155,7 +155,10 @@ class KernelSuite(Suite, standard=True):
                 f"{found.detail}; compute it, or refuse it by `supports` or an error"
             )
         if not judged:
-            raise skip(f"the kernel refuses all other arguments of its op, the last one by: {refused}")
+            said = f"the kernel refuses all other arguments of its op, the last one by: {refused}"
+            raise skip(
+                said if refused else "no other arguments of the op are known; override other_arguments()"
+            )
 
     def test_small_and_large_values(self) -> None:
         """A wrong epsilon shows on small inputs, an overflow on large ones."""
