@@ -124,10 +124,11 @@ def quantise_cases() -> Iterator[Case]:
 
 def skinny_cases() -> Iterator[Case]:
     half = torch.float16 if INTERPRETED else DTYPE  # nothing wider is taken
-    weight = randn(333, 1024).detach().to(half)
+    wide, deep = (67, 384) if INTERPRETED else (333, 1024)
+    weight = randn(wide, deep).detach().to(half)
     eight, codes = skinny.quantise_int8(weight), skinny.quantise_fp8(weight)
     for rows in (1, 5, 16):
-        x = randn(rows, 1024).detach().to(half)
+        x = randn(rows, deep).detach().to(half)
         yield f"linear {rows}", lambda x=x: skinny.linear(x, weight)
         yield f"linear_int8 {rows}", lambda x=x: skinny.linear_int8(x, *eight)
         yield f"linear_fp8 {rows}", lambda x=x: skinny.linear_fp8(x, *codes)
