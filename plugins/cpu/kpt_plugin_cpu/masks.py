@@ -70,16 +70,16 @@ class DropMask:
         return self.dropped > 0
 
 
-def sequence_masks(observation: Observation) -> list[str]:
-    """Names of keyword arguments that are [batch, sequence] masks with 1 (or True) for what counts.
+def sequence_masks(observation: Observation, *, kept: int = 1) -> list[str]:
+    """Names of keyword arguments that are [batch, sequence] masks with ``kept`` for what counts.
 
-    Every example's mask must hold zeros and ones alone: larger numbers tell segments apart.
+    Every example's mask must hold zeros and ones (or flags) alone: larger numbers tell segments apart.
     """
     names = []
     for leaf in observation.spec.leaves:
         if leaf.role != "mask" or len(leaf.shape) != 2 or leaf.dtype.is_floating_point:
             continue
-        if leaf.form.kept != 1:
+        if leaf.form.kept != kept:
             continue
         masks = [call.kwargs.get(leaf.name) for call in observation.calls]
         if all(isinstance(mask, torch.Tensor) and is_flags(mask) for mask in masks):

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from kpt.compiling import memories, value_of, written_by
+from kpt_plugin_cpu.multihead import written_out
 from kpt_plugin_cpu.token_proofs import Axes, Proofs, expression
 
 _library = torch.library.Library("kpt_cpu", "FRAGMENT")
@@ -40,14 +41,20 @@ _EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
 
 
 class TokenGraph:
-    """The graph pass; ``packed`` counts the operations of all graphs that run packed."""
+    """The graph pass; ``packed`` counts the operations of all graphs that run packed.
+
+    ``kept`` is what the mask has where a token counts, 1 or 0.
+    """
 
     def __init__(self) -> None:
+        self.kept = 1
         self.packed = 0
         self.reason = "no graph was captured with the mask among its inputs"
 
     def __call__(self, graph: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
         marks = [node for node in graph.graph.nodes if node.target in (MARK, MARK.default)]
+        if marks:
+            graph = written_out(graph, example_inputs)
         for mark in marks[:1]:
             axes = _axes(mark)
             if axes is None:
@@ -242,7 +249,7 @@ class _Rewriting:
 
     def _without_padding(self, whole: fx.Node, node: fx.Node) -> fx.Node:
         value = value_of(node)
-        padding = self._call(torch.eq, self.mark.args[0], 0)
+        padding = self._call(torch.ne, self.mark.args[0], self.told.kept)
         if self.axes.layout(value) == "flat":
             padding = self._call(torch.flatten, padding)
         for _ in range(value.dim() - value_of(padding).dim()):

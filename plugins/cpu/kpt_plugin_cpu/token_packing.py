@@ -42,15 +42,14 @@ class PackTokens:
         self.dropped = 0
 
     def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
-        masks = sequence_masks(observation)
+        masks = [(name, kept) for kept in (1, 0) for name in sequence_masks(observation, kept=kept)]
         if not masks:
             yield Skip("no input is a padding mask")
             return
-        name = masks[0]
+        name, counting = masks[0]
         leaf = next(leaf for leaf in observation.spec.leaves if leaf.name == name)
         given = [call.kwargs[name] for call in observation.calls]
-        kept = [float(_counts(mask).float().mean()) for mask in given]
-        share = 1.0 - sum(kept) / len(kept)
+        share = 1.0 - sum(float(_counts(mask, counting).float().mean()) for mask in given) / len(given)
         if share < _WORTH:
             yield Skip(f"{share:.0%} of the positions are padding at the end of rows: too few to gain from")
             return
@@ -69,6 +68,7 @@ class PackTokens:
             "at their places",
             {
                 "mask": name,
+                "kept": counting,
                 "like": like,
                 "varies": sorted(leaf.dims),
                 "dims": declared_dims(observation),
@@ -81,10 +81,11 @@ class PackTokens:
         )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        name = variant.params["mask"]
+        name, kept = variant.params["mask"], variant.params["kept"]
+        self.graphs.kept = kept
         before = model.__dict__.get("forward")
         further = FurtherInputs(
-            functools.partial(self._read, name),
+            functools.partial(self._read, name, kept),
             functools.partial(_marking, name, tuple(variant.params.get("like", ()))),
             {TOKENS: {0: "tokens"}, PLACES: {axis: str(axis) for axis in variant.params["varies"]}},
         )
@@ -114,12 +115,14 @@ class PackTokens:
     def effect(self) -> str:
         return f"{self.graphs.packed} operations run for the tokens alone that count"
 
-    def _read(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _read(
+        self, name: str, kept: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """The tokens of a call that count, and the place of each position among them."""
         mask = kwargs.get(name)
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
             return {}
-        counts = _counts(mask)
+        counts = _counts(mask, kept)
         flat = counts.flatten()
         tokens = flat.nonzero().flatten()
         places = (flat.cumsum(0) - 1).mul_(flat).view(mask.shape)
@@ -128,12 +131,12 @@ class PackTokens:
         return {TOKENS: tokens, PLACES: places}
 
 
-def _counts(mask: torch.Tensor) -> torch.Tensor:
-    """The positions that count: those of each row up to its last one, and one at least.
+def _counts(mask: torch.Tensor, counting: int) -> torch.Tensor:
+    """The positions that count, with ``counting`` in the mask: the first ones of each row, one at least.
 
     All of them where padding is not at the ends of rows alone.
     """
-    kept = mask != 0
+    kept = mask == counting
     lengths = kept.sum(1, keepdim=True)
     first = torch.arange(mask.shape[1]) < lengths
     if not torch.equal(first, kept) or not is_flags(mask):

@@ -197,6 +197,51 @@ def test_masks_are_computed_for_padding_too(dynamic):
     assert behaviour.verify_applied(space) and rows_seen(space.forward, call) == {22}
 
 
+class Flagged(Encoder):
+    """As torch's own encoders have it: True where a position is padding."""
+
+    def forward(self, input_ids, src_key_padding_mask):
+        return super().forward(input_ids, ~src_key_padding_mask)
+
+
+@torch.no_grad()
+def test_masks_may_mark_what_is_padding():
+    model, given = Flagged().eval(), padded([9, 2, 4, 1])
+    call = {"input_ids": given["input_ids"], "src_key_padding_mask": given["attention_mask"] == 0}
+    (offer,) = variants(PackTokens(), observe(model, call))
+    behaviour, space, _ = applied(PackTokens, model, offer)
+    got, expected = space.forward(**call)["hidden"], model(**call)["hidden"]
+    kept = given["attention_mask"].bool()
+    torch.testing.assert_close(got[kept], expected[kept])
+    assert not got[~kept].any() and behaviour.verify_applied(space)
+    assert rows_seen(space.forward, call) == {16}
+
+
+class Stack(nn.Module):
+    """torch's encoder, whose layers are one operation each when they are captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids, src_key_padding_mask):
+        return self.layers(self.words(input_ids), src_key_padding_mask=src_key_padding_mask)
+
+
+@torch.no_grad()
+def test_layers_that_are_one_operation_are_taken_apart_first():
+    model, given = Stack().eval(), padded([9, 2, 4, 1])
+    call = {"input_ids": given["input_ids"], "src_key_padding_mask": given["attention_mask"] == 0}
+    dynamic = {name: {0: "batch", 1: "sequence"} for name in call}
+    (offer,) = variants(PackTokens(), observe(model, call, dynamic_shapes=dynamic))
+    behaviour, space, _ = applied(PackTokens, model, offer)
+    kept = given["attention_mask"].bool()
+    torch.testing.assert_close(space.forward(**call)[kept], model(**call)[kept])
+    assert behaviour.verify_applied(space) and behaviour.graphs.packed > 10
+
+
 class Writes(Encoder):
     """Layers' outputs are written to once a linear has seen them, through a view of other axes."""
 
