@@ -108,8 +108,7 @@ class CompiledForward:
             source = source or forward
             forward = forward.forward
         inherited = source.passes if source is not None else ()
-        if further is not None:
-            forward = further.taken_by(forward)
+        forward = further.taken_by(forward) if further is not None else forward
         self.forward: Callable[..., Any] = forward
         self.backend = backend
         self.inductor_config = dict(inductor_config or {})
@@ -117,7 +116,10 @@ class CompiledForward:
         self.dynamic_dims = {name: dict(axes) for name, axes in (dynamic_dims or {}).items()}
         self.graph_pass = graph_pass
         self.around_compilation = around_compilation
-        inherited_inputs: FurtherInputs | None = source.further if source is not None else None
+        # Only the forward that they were made for takes them, and no block within it.
+        inherited_inputs: FurtherInputs | None = None
+        if source is not None and self.forward is source.forward:
+            inherited_inputs = source.further
         self.further: FurtherInputs | None = further or inherited_inputs
         if self.further is not None:
             self.dynamic_dims |= {name: dict(axes) for name, axes in self.further.dims.items()}

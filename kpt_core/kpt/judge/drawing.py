@@ -50,8 +50,9 @@ class Drawing:
                         self.bounds.setdefault(size, []).append((leaf.name, axis))
         sides = sorted({side for leaf in leaves for side in leaf.form.sides}) or ["right"]
         self.side = sides[int(torch.randint(len(sides), (1,), generator=generator))]
-        self.lengths: dict[tuple[int, int], torch.Tensor] = {}
-        self.keeps: dict[tuple[int, ...], torch.Tensor] = {}
+        #: Lengths of rows by batch, width and the mask that they were drawn for.
+        self.lengths: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.keeps: dict[tuple[int, ...], list[tuple[str, torch.Tensor]]] = {}
 
     def call(self) -> Call:
         drawn: dict[int, torch.Tensor] = {}
@@ -74,7 +75,7 @@ class Drawing:
         if leaf.role == "mask":
             keep = self._keep(leaf, tensor, shape)
             if keep.dim() == 2:
-                self.keeps[tuple(shape)] = keep
+                self.keeps.setdefault(tuple(shape), []).append((leaf.name, keep))
             kept = torch.tensor(leaf.form.kept, dtype=leaf.dtype)
             return torch.where(keep, kept, torch.tensor(leaf.form.dropped, dtype=leaf.dtype))
         if leaf.role == "bool":
@@ -94,7 +95,7 @@ class Drawing:
                 shape,
                 self.generator,
                 example=tensor,
-                keep=self.keeps.get(tuple(shape)),
+                keep=self._kept_for(leaf.name, tuple(shape)),
                 bound=self._bound(leaf, tensor),
             )
         values = fresh.draw_floats(leaf.form, shape, self.generator)
@@ -112,15 +113,24 @@ class Drawing:
                 return fresh.mixed_flags(shape, self.generator).expand(full)
         lengths = None
         if len(shape) >= 2 and (padded or (self.padding and sequences)):
-            key = (shape[0], shape[-1])
-            if key not in self.lengths and (len(shape) == 2 or padded or self.padding):
+            known = self.lengths.setdefault((shape[0], shape[-1]), [])
+            # A mask of higher rank follows the first one of its sizes, another one of rank 2 its equal.
+            lengths = next((each for each, of in known if len(own) > 2 or _equal(of, tensor)), None)
+            if lengths is None and (len(shape) == 2 or padded or self.padding):
                 share = leaf.form.share if padded and leaf.form.share < 1.0 else 0.4
-                self.lengths[key] = fresh.ragged_lengths(*key, share, self.generator)
-            lengths = self.lengths.get(key)
+                lengths = fresh.ragged_lengths(shape[0], shape[-1], share, self.generator)
+                known.append((lengths, tensor))
         drawn = fresh.draw_mask(
             leaf.form, shape, self.generator, example=tensor, lengths=lengths, side=self.side
         )
         return drawn.expand(full)
+
+    def _kept_for(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The mask whose padding the integers ``name`` have, of those of their shape."""
+        fitting = self.keeps.get(shape, [])
+        decoder = name.startswith("decoder")
+        order = sorted(fitting, key=lambda each: each[0].startswith("decoder") != decoder)
+        return order[0][1] if order else None
 
     def _bound(self, leaf: LeafSpec, tensor: torch.Tensor) -> int | None:
         """The new size of the axis that the longest of the example's lengths fills."""
@@ -147,6 +157,15 @@ def _distinct(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(
         min(size, 1) if stride == 0 else size for size, stride in zip(shape, tensor.stride(), strict=True)
     )
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two masks of an example keep the same positions."""
+    if first is second:
+        return True
+    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+        return False
+    return first.device.type != "meta" and torch.equal(first, second)
 
 
 def _is_sequence_mask(name: str) -> bool:

@@ -77,6 +77,8 @@ class FreshCalls:
             kinds[2 if thorough else 1 : 2] = [("mask", "padded", None, True)]
         found = [draw for kind in kinds if (draw := self._drawn(*kind)) is not None]
         found += [mixed] if mixed is not None else []
+        if touches_mask:  # what is drawn may not show how masks, and what they mask, hang together
+            found += self._examples(2 if thorough else 1)
         if observation.dynamic and not any(draw.rule == "size" for draw in found):
             # Eager refuses sizes that do not fit together.
             for fitting in observation.spec.sizes_in_proportion():
@@ -94,6 +96,15 @@ class FreshCalls:
         if expected is None and padding and sizes is None:
             return self._drawn("value", "like the example", None, False)
         return None if expected is None else Draw(expected, rule, label, self._seed, sizes, padding)
+
+    def _examples(self, count: int) -> list[Draw]:
+        """The last examples as they are."""
+        found = []
+        for call in self.observation.calls[-count:]:
+            self._seed += 1
+            expected = self.baseline.expected(call, seed=self._seed)
+            found.append(Draw(expected, "mask", "an example as it is", self._seed))
+        return found
 
     def like(self, draw: Draw) -> Draw | None:
         """Another call of the kind of ``draw``; None where eager refuses it."""

@@ -37,9 +37,6 @@ def _(
     return torch.empty_like(mask)
 
 
-_EMBEDDINGS = (torch.nn.functional.embedding, torch.embedding)
-
-
 class TokenGraph:
     """The graph pass; ``packed`` counts the operations of all graphs that run packed.
 
@@ -75,7 +72,9 @@ def _axes(mark: fx.Node) -> Axes | None:
     """Batch and length of the mask, or None where they are no sizes of their own."""
     sizes = [expression(size) for size in value_of(mark).shape]
     symbols = [size for size in sizes if not isinstance(size, int)]
-    if len(sizes) != 2 or len(symbols) != len(set(symbols)) or not all(size.is_Symbol for size in symbols):
+    if len(sizes) != 2 or sizes[0] == sizes[1]:
+        return None
+    if len(symbols) != len(set(symbols)) or not all(size.is_Symbol for size in symbols):
         return None
     return Axes(*sizes)
 
@@ -89,8 +88,9 @@ class _Rewriting:
         self.tokens, self.places = mark.args[1], mark.args[2]
         self.mode = value_of(self.tokens).fake_mode
         self.packable: set[fx.Node] = set()
-        #: Those of them that weights have a part in.
+        #: What weights have a part in.
         self.weighed: set[fx.Node] = set()
+        self._known_masked: dict[fx.Node, bool] = {}
         self.forms: dict[fx.Node, fx.Node] = {}
         self.wholes: dict[fx.Node, fx.Node] = {}
         self.sizes: dict[str, Any] = {}
@@ -108,11 +108,15 @@ class _Rewriting:
             if node in self.packable and isinstance(value_of(node), (tuple, list)):
                 if any(user.target is not operator.getitem for user in node.users):
                     self.packable -= {node, *node.users}
+        for node in nodes:
+            if node.op.startswith("call_") and node is not self.mark and self._weighed(node):
+                self.weighed.add(node)
+        # What is made of masks and numbers of words alone costs little, and is needed of padding, too.
+        self.packable &= self.weighed
+        while masked := {node for node in self.packable if self._shows_padding(node)}:
+            self.packable -= masked
         parts = _connected(self.packable)
         self.packable = {node for part in parts if any(map(self._multiplies, part)) for node in part}
-        for node in nodes:
-            if node in self.packable and self._weighed(node):
-                self.weighed.add(node)
         if not self.packable:
             self.told.reason = "no product in the graph was shown to treat tokens apart"
             return 0
@@ -150,7 +154,7 @@ class _Rewriting:
         tensors = [(each, value) for each, value in inputs if isinstance(value, torch.Tensor)]
         if not any(self.proofs.form(each) in ("rows", "flat") for each, _ in tensors):
             return False
-        if node.target in _EMBEDDINGS and len(tensors) == 2 and not node.kwargs.get("max_norm"):
+        if node.target is torch.nn.functional.embedding and len(tensors) == 2:
             return not self.proofs.form(tensors[1][0])
         return self.proofs.holds(node)
 
@@ -161,15 +165,34 @@ class _Rewriting:
 
     def _multiplies(self, node: fx.Node) -> bool:
         """Whether ``node`` multiplies tokens with a matrix."""
-        if node.target in _EMBEDDINGS:
+        if node.target is torch.nn.functional.embedding:
             return False
         matrices = [value for value in self._plain_inputs(node) if value.dim() == 2]
         return any(isinstance(size, int) and size > 1 for value in matrices for size in value.shape)
 
     def _weighed(self, node: fx.Node) -> bool:
-        if any(each in self.weighed for each in node.all_input_nodes):
-            return True
+        return any(each in self.weighed for each in node.all_input_nodes) or self._takes_weights(node)
+
+    def _takes_weights(self, node: fx.Node) -> bool:
         return any(value.dim() > 0 for value in self._plain_inputs(node))
+
+    def _masked(self, node: fx.Node) -> bool:
+        """Whether what ``node`` makes of padding is by a mask, for all that is known.
+
+        Tokens were multiplied with one, say, and no weight came in since.
+        """
+        if self._takes_weights(node):
+            return False
+        given = [each for each in node.all_input_nodes if self.proofs.form(each) in ("rows", "flat")]
+        return any(each not in self.weighed or self._known_masked.get(each, False) for each in given)
+
+    def _shows_padding(self, node: fx.Node) -> bool:
+        """Whether somebody needs what a mask made of ``node``'s padding; what is returned is zero there."""
+        if node not in self._known_masked:
+            self._known_masked[node] = self._masked(node)
+        if not self._known_masked[node]:
+            return False
+        return any(user not in self.packable and user.op != "output" for user in node.users)
 
     # -- rewriting
 
@@ -227,7 +250,7 @@ class _Rewriting:
     def _unpack_for(self, node: fx.Node) -> None:
         """Give ``node`` the tokens at their places where it takes what runs packed."""
         for each in node.all_input_nodes:
-            if each not in self.weighed:
+            if each not in self.packable:
                 continue
             with self.graph.inserting_before(node):
                 if each not in self.wholes:

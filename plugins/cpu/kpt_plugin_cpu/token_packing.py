@@ -23,6 +23,7 @@ from kpt_plugin_cpu.masks import is_flags, sequence_masks
 from kpt_plugin_cpu.token_graph import MARK, TokenGraph
 
 if TYPE_CHECKING:
+    from kpt.judge.leafspecs import LeafSpec
     from kpt.specs import HardwareProfile, Observation, Undo
 
 TOKENS, PLACES = "kpt_tokens", "kpt_places"
@@ -60,6 +61,10 @@ class PackTokens:
             and each.shape[:2] == leaf.shape
             and all(each.dims.get(axis) == leaf.dims.get(axis) for axis in (0, 1))
         ]
+        why = _of_another_length(observation, leaf, counting)
+        if why:
+            yield Skip(why)
+            return
         estimate = estimates.estimate(observation, hardware)
         fixed = min(estimates.fixed_seconds(observation, hardware), estimate.total)
         rest = estimate.rest * (_UNPACKED + (1.0 - _UNPACKED) * (1.0 - share))
@@ -125,10 +130,40 @@ class PackTokens:
         counts = _counts(mask, kept)
         flat = counts.flatten()
         tokens = flat.nonzero().flatten()
-        places = (flat.cumsum(0) - 1).mul_(flat).view(mask.shape)
+        # Padding has the place of its row's last token: what is wrong in one row shows in no other.
+        places = (flat.cumsum(0) - 1).view(mask.shape)
         if len(tokens) < mask.numel():
             self.dropped += 1
         return {TOKENS: tokens, PLACES: places}
+
+
+def _of_another_length(observation: Observation, mask: LeafSpec, counting: int) -> str:
+    """Which input of the mask's sizes has lengths of its own, or may have; empty where none has.
+
+    In padding such an input holds one and the same value in all examples.
+    """
+    for leaf in observation.spec.leaves:
+        dims = (leaf.dims.get(0), leaf.dims.get(1))
+        if leaf.name == mask.name or len(leaf.shape) < 2 or dims != (mask.dims.get(0), mask.dims.get(1)):
+            continue
+        if leaf.shape[:2] != mask.shape:
+            continue
+        values = []
+        for call in observation.calls:
+            given, kept = call.kwargs.get(leaf.name), call.kwargs[mask.name] == counting
+            if not isinstance(given, torch.Tensor) or given.shape[:2] != kept.shape:
+                return f"{leaf.name} has the sizes of {mask.name}, and may have tokens of other lengths"
+            values.append(given[~kept].reshape(int((~kept).sum()), -1))
+        padding = torch.cat(values)
+        if leaf.role == "mask" and any(
+            not torch.equal(call.kwargs[leaf.name], call.kwargs[mask.name]) for call in observation.calls
+        ):
+            return f"{leaf.name} is another mask of the sizes of {mask.name}"
+        if leaf.role != "mask" and padding.numel() and bool((padding != padding[:1]).any()):
+            return (
+                f"{leaf.name} holds different values where {mask.name} says padding: its lengths are others"
+            )
+    return ""
 
 
 def _counts(mask: torch.Tensor, counting: int) -> torch.Tensor:
@@ -137,8 +172,10 @@ def _counts(mask: torch.Tensor, counting: int) -> torch.Tensor:
     All of them where padding is not at the ends of rows alone.
     """
     kept = mask == counting
+    if mask.shape[1] == 0:
+        return kept
     lengths = kept.sum(1, keepdim=True)
-    first = torch.arange(mask.shape[1]) < lengths
+    first = torch.arange(mask.shape[1], device=mask.device) < lengths
     if not torch.equal(first, kept) or not is_flags(mask):
         return torch.ones_like(kept)
     first[:, 0] = True

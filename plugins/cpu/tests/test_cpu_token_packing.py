@@ -157,6 +157,84 @@ def heads_apart(x):
     return x.unflatten(-1, (3, -1)).softmax(-1).flatten(-2)
 
 
+def pooled(x, mask):
+    """The mean over what counts, as sentence encoders take it."""
+    kept = mask.unsqueeze(-1).to(x.dtype)
+    return (x * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+
+
+class Pools(Encoder):
+    """A mean over what counts, in between and at the end; a mask up to the first word of a kind."""
+
+    def forward(self, input_ids, attention_mask):
+        early = (input_ids != 7).long().cumprod(1)
+        bias = (1.0 - attention_mask.float()) * -1e9
+        hidden = self.words(input_ids) * early.unsqueeze(-1)
+        for layer in self.layers:
+            hidden = layer(hidden + pooled(hidden, attention_mask), bias[:, None, None, :])
+        hidden = hidden * attention_mask.float()[..., None]
+        return {"hidden": hidden, "first": pooled(hidden, attention_mask)[:, 0]}
+
+
+@torch.no_grad()
+def test_what_a_mask_makes_of_padding_is_what_its_users_get():
+    model = Pools().eval()
+    behaviour, space, _ = packed(model, padded([9, 2, 4, 1]))
+    for lengths in ([9, 2, 4, 1], [3, 7], [WIDTH, 2, 3]):
+        call = padded(lengths)
+        call["input_ids"][0, 0] = 7
+        agree(space, model, call)
+    assert behaviour.verify_applied(space) and behaviour.graphs.packed > 20
+
+
+@torch.no_grad()
+def test_what_is_wrong_in_one_row_shows_in_no_other():
+    model = Encoder().eval()
+    model.words.weight[49] = float("inf")
+    _, space, _ = packed(model, padded([9, 2, 4, 1]))
+    call = padded([9, 2, 4, 1])
+    call["input_ids"].clamp_(max=48)
+    call["input_ids"][0, 0] = 49
+    got, expected = space.forward(**call)["hidden"], model(**call)["hidden"]
+    kept = call["attention_mask"].bool()
+    assert expected[0].isnan().any() and not expected[1:][kept[1:]].isnan().any()
+    torch.testing.assert_close(got[kept], expected[kept], equal_nan=True)
+
+
+class Pair(Encoder):
+    """Queries and documents, each with lengths of its own."""
+
+    def forward(self, input_ids, attention_mask, document, document_mask=None):
+        other = attention_mask if document_mask is None else document_mask
+        return {
+            "query": super().forward(input_ids, attention_mask)["hidden"],
+            "document": super().forward(document, other)["hidden"] if document_mask is not None
+            else self.words(document),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inputs_with_lengths_of_their_own_are_not_taken_for_the_masks(masked, dynamic):
+    query, document = padded([9, 2, 4, 1]), padded([1, 9, 3, 5])
+    call = {**query, "document": document["input_ids"]}
+    if masked:
+        call["document_mask"] = document["attention_mask"]
+    shapes = {name: {0: "batch", 1: "sequence"} for name in call} if dynamic else None
+    (reason,) = skips(PackTokens(), observe(Pair().eval(), call, dynamic_shapes=shapes))
+    assert "document" in reason or "another mask" in reason, reason
+
+
+def test_a_batch_as_large_as_its_length_is_left_alone():
+    model, call = Encoder().eval(), padded([4, 2, 3, 1])
+    (offer,) = variants(PackTokens(), observe(model, call))
+    behaviour, space, _ = applied(PackTokens, model, offer)
+    with torch.no_grad():
+        agree(space, model, call)
+    with pytest.raises(RuntimeError, match="no batch and length of its own"):
+        behaviour.verify_applied(space)
+
+
 def in_place(x):
     made = x + 1.0
     doubled = made * 2.0
@@ -369,6 +447,11 @@ MIXED = {
     "scaled by all": lambda x: functional.normalize(x, dim=(0, 1)),
     "sorted positions": lambda x: x.sort(1).values,
     "of one number": lambda x: x / x.abs().max(),
+    "of a little of all": lambda x: torch.add(x, x.mean(), alpha=1e-3),
+    "rows rolled": lambda x: x.roll(2, 0),
+    "rolled around": lambda x: x.roll(35, 1),
+    "triangle": lambda x: x.triu(-6),
+    "random": lambda x: functional.dropout(x, 0.5, training=True),
 }
 
 
