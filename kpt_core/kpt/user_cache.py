@@ -57,7 +57,10 @@ def folder(name: str) -> Path:
 def check_place() -> None:
     """Raise `CacheError` where the cache folder is not there and cannot be made either."""
     top = root().absolute()
-    above = next(path for path in (top, *top.parents) if path.exists())
+    try:
+        above = next(path for path in (top, *top.parents) if path.exists())
+    except PermissionError as error:
+        raise CacheError(f"The cache folder {root()} cannot be made: {error}.", _ANOTHER) from error
     if above != top and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         what = "not writable" if above.is_dir() else "not a folder"
         raise CacheError(f"The cache folder {root()} cannot be made: {above} is {what}.", _ANOTHER)

@@ -171,6 +171,8 @@ class _Rewriting:
         return any(isinstance(size, int) and size > 1 for value in matrices for size in value.shape)
 
     def _weighed(self, node: fx.Node) -> bool:
+        if not any(isinstance(each, torch.Tensor) for each in tree_leaves(value_of(node))):
+            return False  # a size is none of what it is the size of
         return any(each in self.weighed for each in node.all_input_nodes) or self._takes_weights(node)
 
     def _takes_weights(self, node: fx.Node) -> bool:

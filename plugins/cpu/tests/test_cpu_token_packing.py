@@ -159,7 +159,7 @@ def heads_apart(x):
 
 def pooled(x, mask):
     """The mean over what counts, as sentence encoders take it."""
-    kept = mask.unsqueeze(-1).to(x.dtype)
+    kept = mask.unsqueeze(-1).expand(x.size()).to(x.dtype)
     return (x * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
 
 

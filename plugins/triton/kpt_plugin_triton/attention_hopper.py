@@ -7,17 +7,17 @@ everything else, and every other chip, is left to the portable kernel.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
+from kpt_plugin_triton import gluon_versions
 from kpt_plugin_triton.launch import INTERPRETED, Kernel, architecture, ceil_div, processors
-
-if TYPE_CHECKING:
-    from kpt_plugin_triton.attention_forward import Form, How
 
 #: Queries of a tile, keys of a block, and blocks of keys that are under way.
 _QUERIES, _KEYS, _STAGES = 128, 128, 2
+#: Tiles beyond which the order is not looked for: it takes the host longer, and matters less.
+_MOST_TILES = 100_000
 #: What a tile costs besides its blocks of keys, in blocks.
 _OVERHEAD = 1.5
 _LOG2E = 1.4426950408889634
@@ -25,8 +25,8 @@ _LOG2E = 1.4426950408889634
 
 @functools.cache
 def _kernel() -> Kernel | None:
-    """The kernel, if this Triton has Gluon."""
-    if INTERPRETED:
+    """The kernel, if this Triton has a Gluon that it was tried with."""
+    if INTERPRETED or not gluon_versions.known():
         return None
     try:
         from kpt_plugin_triton.kernels import hopper_attention
@@ -36,7 +36,7 @@ def _kernel() -> Kernel | None:
 
 
 def takes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, form: Form, how: How
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, form: Any, how: Any
 ) -> bool:
     """Whether the kernel covers a call whose tensors can be read through descriptors."""
     return (
@@ -63,7 +63,7 @@ def order_of(blocks: int, heads: int, section: int, programs: int, causal: bool)
     ``section`` heads at most are side by side. Programs take tiles in turns, so that the one with the most
     blocks of keys is what a call waits for.
     """
-    if not causal:
+    if not causal or blocks * heads > _MOST_TILES:
         return section, 0
     tile = torch.arange(ceil_div(blocks * heads, programs) * programs, device="cpu")
     found = (float("inf"), section, 0)
@@ -86,8 +86,8 @@ def run(
     v: torch.Tensor,
     out: torch.Tensor,
     stats: torch.Tensor | None,
-    form: Form,
-    how: How,
+    form: Any,
+    how: Any,
     section: int,
 ) -> None:
     """Write ``out``, and ``stats`` if it is given, for a call that `takes` said yes to."""

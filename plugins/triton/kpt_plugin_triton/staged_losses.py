@@ -7,14 +7,12 @@ of up to 106,496 columns); everything else, and every other chip, is left to the
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from kpt_plugin_triton import gluon_versions
 from kpt_plugin_triton.launch import INTERPRETED, Kernel, architecture, ceil_div, processors
-
-if TYPE_CHECKING:
-    from kpt_plugin_triton.loss_rows import Shared, Terms
 
 #: Columns of a chunk, and chunks that a multiprocessor's shared memory holds.
 _CHUNK, _SLOTS = 8192, 14
@@ -33,8 +31,8 @@ class Stages(NamedTuple):
 
 @functools.cache
 def _kernel() -> Kernel | None:
-    """The kernel, if this Triton has Gluon."""
-    if INTERPRETED:
+    """The kernel, if this Triton has a Gluon that it was tried with."""
+    if INTERPRETED or not gluon_versions.known():
         return None
     try:
         from kpt_plugin_triton.kernels import hopper_cross_entropy
@@ -58,7 +56,7 @@ def stages_of(columns: int, dtype: torch.dtype) -> Stages | None:
     return Stages(chunks, held, 2 if chunks < 12 else 4)
 
 
-def takes(logits: torch.Tensor, gradient: bool, terms: Terms) -> bool:
+def takes(logits: torch.Tensor, gradient: bool, terms: Any) -> bool:
     """Whether the kernel covers a launch over ``logits`` [rows, columns]."""
     return (
         gradient
@@ -85,7 +83,7 @@ def programs_for(logits: torch.Tensor) -> int:
 def run(
     logits: torch.Tensor,
     target: torch.Tensor,
-    common: Shared,
+    common: Any,
     lses: torch.Tensor | None,
     losses: torch.Tensor | None,
     partials: torch.Tensor | None,
