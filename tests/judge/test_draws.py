@@ -56,6 +56,23 @@ def test_tokens_masks_and_labels_stay_consistent(left: bool) -> None:
     assert ragged == 10
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_masks_of_one_size_have_lengths_of_their_own_unless_they_are_equal(equal: bool) -> None:
+    """An encoder's and a decoder's: drawn alike, a plan that takes one for the other would pass."""
+    first = encoder_batch()
+    second = first if equal else {name: value.flip(0) for name, value in first.items()}
+    call = {**first, **{f"decoder_{name}": value.clone() for name, value in second.items()}}
+    spec = InputSpec.from_calls(as_calls(call), {name: {0: "batch", 1: "sequence"} for name in call})
+    same = 0
+    for seed in range(10):
+        drawn = spec.draw(generator(seed), sizes={"batch": 5, "sequence": 17}, padding=True).kwargs
+        masks = [drawn[name] for name in ("attention_mask", "decoder_attention_mask")]
+        same += torch.equal(*masks)
+        for name, mask in zip(("input_ids", "decoder_input_ids"), masks):
+            assert bool((drawn[name][mask == 0] == 0).all())
+    assert same == 10 if equal else same <= 1
+
+
 def test_draws_are_fresh_and_reproducible() -> None:
     spec = InputSpec.from_calls(as_calls((torch.randn(4, 8), torch.randint(0, 50, (4, 8)))))
     first, again, other = (spec.draw(generator(seed)) for seed in (0, 0, 1))

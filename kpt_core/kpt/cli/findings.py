@@ -175,7 +175,7 @@ def cache() -> Iterable[Finding]:
     from kpt import user_cache
 
     top = user_cache.root()
-    if not top.exists() and not top.is_symlink():
+    if not os.path.lexists(top):
         try:
             user_cache.check_place()
         except user_cache.CacheError as error:
