@@ -2,8 +2,8 @@
 
 Of a padded batch of B rows and S positions T tokens count. Linears, norms and whatever else `token_proofs`
 shows to treat tokens apart run on [1, T, ...] in place of [B, S, ...]; around all else, attention above all,
-tokens are put back at their places. Tokens of padding hold copies of another token's values there, and zeros
-in what the graph returns. What no weight has a part in, masks above all, is computed for padding, too.
+tokens are put back at their places. Padding holds copies of its row's last token there, and zeros in what the
+graph returns. What no weight has a part in, masks above all, is computed for padding, too.
 """
 
 from __future__ import annotations
