@@ -57,9 +57,9 @@ test: setup  ## every test that needs no accelerator
 	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
 	( kernels=0; \
 	  $(OFFLINE) TRITON_INTERPRET=1 nice -n 19 $(BIN)/python -m pytest -q plugins/triton/tests/values || kernels=1; \
-	  $(OFFLINE) nice -n 19 $(BIN)/python -m pytest -q -m "not gpu" $(AOT) || kernels=1; \
 	  $(OFFLINE) nice -n 19 $(BIN)/python -m pytest -q -m "not gpu" $(BESIDE) --ignore=plugins/triton/tests/values \
 	    --ignore=$(AOT) || kernels=1; \
+	  KPT_AOT_SAMPLE=$${KPT_AOT_SAMPLE:-1} $(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu" $(AOT) || kernels=1; \
 	  exit $$kernels ) >$$log 2>&1 & kernels=$$!; \
 	trap 'pkill -P $$kernels 2>/dev/null; kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
 	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(foreach path,$(BESIDE),$(if $(findstring $(path),$(PYTEST_ARGS)),,--ignore=$(path))) $(PYTEST_ARGS); others=$$?; \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +10,7 @@ from kpt.judge import fresh, tree
 from kpt.judge.calls import Call, copied_leaf
 from kpt.judge.layouts import laid_out, scaled_strides
 from kpt.judge.leafnames import leaf_name, named_leaves
-
-if TYPE_CHECKING:
-    from kpt.judge.leafspecs import LeafSpec
+from kpt.judge.leafspecs import LeafSpec, mask_of
 
 
 class Drawing:
@@ -95,7 +92,7 @@ class Drawing:
                 shape,
                 self.generator,
                 example=tensor,
-                keep=self._kept_for(leaf.name, tuple(shape)),
+                keep=mask_of(leaf.name, self.keeps.get(tuple(shape), [])),
                 bound=self._bound(leaf, tensor),
             )
         values = fresh.draw_floats(leaf.form, shape, self.generator)
@@ -124,13 +121,6 @@ class Drawing:
             leaf.form, shape, self.generator, example=tensor, lengths=lengths, side=self.side
         )
         return drawn.expand(full)
-
-    def _kept_for(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The mask whose padding the integers ``name`` have, of those of their shape."""
-        fitting = self.keeps.get(shape, [])
-        decoder = name.startswith("decoder")
-        order = sorted(fitting, key=lambda each: each[0].startswith("decoder") != decoder)
-        return order[0][1] if order else None
 
     def _bound(self, leaf: LeafSpec, tensor: torch.Tensor) -> int | None:
         """The new size of the axis that the longest of the example's lengths fills."""

@@ -84,11 +84,18 @@ class LeafSpec:
         )
 
 
+def mask_of(name: str, masks: Sequence[tuple[str, torch.Tensor]]) -> torch.Tensor | None:
+    """Which of the named masks of its shape the integers ``name`` follow: a decoder's ids the decoder's."""
+    decoder = name.startswith("decoder")
+    order = sorted(masks, key=lambda each: each[0].startswith("decoder") != decoder)
+    return order[0][1] if order else None
+
+
 def observe_leaves(
     observed: Mapping[str, Sequence[tuple[tree.Path, torch.Tensor, int]]], dims: Mapping[str, dict[int, str]]
 ) -> tuple[LeafSpec, ...]:
     """The tensor inputs, from the tensors that examples hold by name and the names of dynamic axes."""
-    masks: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    masks: dict[tuple[int, tuple[int, ...]], list[tuple[str, torch.Tensor]]] = {}
     found: dict[str, forms.Form] = {}
     for name, seen in observed.items():
         if "mask" not in name.lower() or seen[0][1].is_complex() or seen[0][1].numel() == 0:
@@ -99,7 +106,8 @@ def observe_leaves(
         found[name] = form
         for _, tensor, number in seen:
             if tensor.dim() == 2 and form.kind in ("ones", "padded"):
-                masks.setdefault((number, tuple(tensor.shape)), forms.keep_flags(tensor, form.kept))
+                flags = forms.keep_flags(tensor, form.kept)
+                masks.setdefault((number, tuple(tensor.shape)), []).append((name, flags))
     unmasked = [name for name in observed if name not in found]
     leaves = []
     for name, seen in observed.items():
@@ -114,7 +122,7 @@ def observe_leaves(
         elif first.is_floating_point() or first.is_complex():
             role, form = "float", forms.observe_floats(tensors)
         else:
-            belonging = [masks.get((number, tuple(tensor.shape))) for _, tensor, number in seen]
+            belonging = [mask_of(name, masks.get((number, tuple(t.shape)), [])) for _, t, number in seen]
             role, form = "integer", forms.observe_integers(name, tensors, belonging, len(unmasked) == 1)
         leaves.append(
             LeafSpec(
