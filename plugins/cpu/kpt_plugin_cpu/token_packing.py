@@ -153,7 +153,7 @@ def _of_another_length(observation: Observation, mask: LeafSpec, counting: int) 
             given, kept = call.kwargs.get(leaf.name), call.kwargs[mask.name] == counting
             if not isinstance(given, torch.Tensor) or given.shape[:2] != kept.shape:
                 return f"{leaf.name} has the sizes of {mask.name}, and may have tokens of other lengths"
-            values.append(given[~kept].reshape(int((~kept).sum()), -1))
+            values.append(given[~kept].reshape(-1, given.shape[2:].numel()))
         padding = torch.cat(values)
         if leaf.role == "mask" and any(
             not torch.equal(call.kwargs[leaf.name], call.kwargs[mask.name]) for call in observation.calls

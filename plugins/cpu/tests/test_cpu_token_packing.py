@@ -397,6 +397,12 @@ def test_sizes_may_be_fixed(axes, rows):
     assert space.forward.graphs == 1
 
 
+def test_examples_without_padding_do_not_stand_in_the_way():
+    calls = [padded([7]), padded([9, 2, 4, 1]), padded([5, 5])]
+    (offer,) = variants(PackTokens(), observe(Encoder().eval(), calls, dynamic_shapes=DYNAMIC))
+    assert offer.params["like"] == ["input_ids"]
+
+
 def test_offers_name_what_is_missing():
     model = Encoder().eval()
     full = observe(model, padded([9, 9]), dynamic_shapes=DYNAMIC)
