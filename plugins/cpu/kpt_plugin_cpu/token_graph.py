@@ -90,7 +90,8 @@ class _Rewriting:
         self.packable: set[fx.Node] = set()
         #: What weights have a part in.
         self.weighed: set[fx.Node] = set()
-        self._known_masked: dict[fx.Node, bool] = {}
+        #: Those of them of which a mask decides what padding holds.
+        self.masked: set[fx.Node] = set()
         self.forms: dict[fx.Node, fx.Node] = {}
         self.wholes: dict[fx.Node, fx.Node] = {}
         self.sizes: dict[str, Any] = {}
@@ -111,6 +112,8 @@ class _Rewriting:
         for node in nodes:
             if node.op.startswith("call_") and node is not self.mark and self._weighed(node):
                 self.weighed.add(node)
+                if self._masked(node):  # in the graph's order: it depends on what was found of inputs
+                    self.masked.add(node)
         # What is made of masks and numbers of words alone costs little, and is needed of padding, too.
         self.packable &= self.weighed
         while masked := {node for node in self.packable if self._shows_padding(node)}:
@@ -186,13 +189,11 @@ class _Rewriting:
         if self._takes_weights(node):
             return False
         given = [each for each in node.all_input_nodes if self.proofs.form(each) in ("rows", "flat")]
-        return any(each not in self.weighed or self._known_masked.get(each, False) for each in given)
+        return any(each not in self.weighed or each in self.masked for each in given)
 
     def _shows_padding(self, node: fx.Node) -> bool:
         """Whether somebody needs what a mask made of ``node``'s padding; what is returned is zero there."""
-        if node not in self._known_masked:
-            self._known_masked[node] = self._masked(node)
-        if not self._known_masked[node]:
+        if node not in self.masked:
             return False
         return any(user not in self.packable and user.op != "output" for user in node.users)
 

@@ -160,7 +160,7 @@ def heads_apart(x):
 def pooled(x, mask):
     """The mean over what counts, as sentence encoders take it."""
     kept = mask.unsqueeze(-1).expand(x.size()).to(x.dtype)
-    return (x * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+    return (x * kept * 2.0 + 0.0).sum(1, keepdim=True) / (2.0 * kept.sum(1, keepdim=True))
 
 
 class Pools(Encoder):
