@@ -345,9 +345,10 @@ def main() -> None:
     missed: dict[str, dict[str, Any]] = {}
     path: Path | None = None
     for record in measured(cases, options.seconds, until, options.setup_limit):
-        record["commit"] = versions()["commit"]
+        # What this case was measured on and how: a result file may be completed case by case.
+        record |= {"commit": versions()["commit"], "settings": settings}
         (missed if "failed" in record else done)[f"{record['op']} {record['size']}"] = record
-        records = with_todays("gpu_kernels", "cases", done, settings, options.results)
+        records = with_todays("gpu_kernels", "cases", done, None, options.results)
         path = write_result("gpu_kernels", {**content, "cases": {**missed, **records}}, options.results)
     print(path)
 

@@ -48,7 +48,19 @@ def tile_candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[st
                     yield {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
 
 
-options_of = Tuned("rope", ("width", "turning"), tile_rule, tile_candidates)
+def may_be_whole(width: int, turning: int) -> bool:
+    """Whether rows can be read in one piece, partners half a row apart."""
+    return width == turning and width == power_of_two(width)
+
+
+def _candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
+    for options in tile_candidates(itemsize, width, turning):
+        yield options
+        if may_be_whole(width, turning):
+            yield {**options, "WHOLE": 1}
+
+
+options_of = Tuned("rope", ("width", "turning"), tile_rule, _candidates)
 
 
 def is_token_major(x: torch.Tensor) -> bool:
@@ -136,6 +148,7 @@ def _run(
     index = q.device.index
     if options is None:
         options = options_of(index, q.element_size(), width, turning)
+    whole = bool(options.get("WHOLE")) and not interleaved and may_be_whole(width, turning)
     half, majors = turning // 2, (is_token_major(q_out), is_token_major(k_out))
     tiles = tiles_of(options, tokens, q_heads, k_heads, majors, 8 * processors(index))
     _rope(
@@ -148,7 +161,7 @@ def _run(
         ),
         (
             *(width, half, power_of_two(half), rest_block(width, turning), *tiles.q, *tiles.k),
-            *(*majors, interleaved, inverse, tiles.many),
+            *(*majors, interleaved, inverse, whole, tiles.many),
             tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
         ),
         options["num_warps"],

@@ -93,13 +93,13 @@ def qk_norm_rope_forward(
         turn_tile(
             q, q_weight, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
             table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
-            INTERLEAVED, False, True, MANY, WIDE,
+            INTERLEAVED, False, True, False, MANY, WIDE,
         )  # fmt: skip
     else:
         turn_tile(
             k, k_weight, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
             table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
-            INTERLEAVED, False, True, MANY, WIDE,
+            INTERLEAVED, False, True, False, MANY, WIDE,
         )  # fmt: skip
 
 

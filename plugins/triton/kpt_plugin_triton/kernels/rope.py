@@ -136,6 +136,34 @@ def _weight_members(
 
 
 @triton.jit
+def _turn_whole(
+    source,
+    target,
+    cos,
+    sin,
+    inside,
+    known,
+    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Rows of 2 HALF features, read and written in one piece; partners come from other threads."""
+    column = tl.arange(0, 2 * HALF)[None, None, :]
+    partner = column ^ HALF
+    mask = inside[:, :, None]
+    value = tl.load(source[:, :, None] + column, mask=mask, other=0.0).to(WIDE)
+    other = tl.gather(value, tl.broadcast_to(partner, [TOKENS, HEADS, 2 * HALF]), 2)
+    at = partner if INVERSE else column
+    present = known[:, :, None]
+    along = tl.load(cos[:, :, None] + column, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
+    across = tl.load(sin[:, :, None] + at, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
+    out = value * along + other * tl.where(at < HALF, -across, across)
+    tl.store(target[:, :, None] + column, out.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def turn_tile(
     x,
     weight,
@@ -163,13 +191,14 @@ def turn_tile(
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     NORMED: tl.constexpr,
+    WHOLE: tl.constexpr,
     MANY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Tile ``number`` of x: TOKENS x HEADS rows, if NORMED over their root mean square and times the weight.
 
-    ``out`` is [B, S, H, D] in memory if TOKEN_MAJOR, else [B, H, S, D]. MANY: numbers of tokens take 64 bits,
-    in which a division takes long.
+    ``out`` is [B, S, H, D] in memory if TOKEN_MAJOR, else [B, H, S, D]. WHOLE: see `_turn_whole`.
+    MANY: numbers of tokens take 64 bits, in which a division takes long.
     """
     if MANY:
         number = tl.cast(number, tl.int64)
@@ -189,41 +218,47 @@ def turn_tile(
         target = (
             out + ((batch * heads)[:, None] + head[None, :]) * sequence * WIDTH + (place * WIDTH)[:, None]
         )
-    first, second = _load_members(
-        source, inside, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, "evict_first", WIDE
-    )
-    cos_first, cos_second = _load_members(
-        cos + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
-    )
-    sin_first, sin_second = _load_members(
-        sin + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
-    )
-    if REST > 0:  # features that do not turn
-        column = 2 * HALF + tl.arange(0, REST)
-        in_rest = inside[:, :, None] & (column < WIDTH)[None, None, :]
-        rest = tl.load(source[:, :, None] + column[None, None, :], mask=in_rest, other=0.0)
-    if NORMED:
-        squares = tl.sum(first * first + second * second, axis=2)
-        if REST > 0:
-            wide = rest.to(WIDE)
-            squares += tl.sum(wide * wide, axis=2)
-        inverse = tl.rsqrt(squares / WIDTH + eps)[:, :, None]
-        first = first * inverse
-        second = second * inverse
-        if weight is not None:
-            weight_first, weight_second = _weight_members(weight, offset, HALF, BLOCK, INTERLEAVED, WIDE)
-            first = first * weight_first
-            second = second * weight_second
-        if REST > 0:
-            wide = wide * inverse
+    if WHOLE:
+        tl.static_assert(not (NORMED or INTERLEAVED) and HALF == BLOCK and REST == 0)
+        _turn_whole(
+            source, target, cos + table, sin + table, inside, known, HALF, TOKENS, HEADS, INVERSE, WIDE
+        )
+    else:
+        first, second = _load_members(
+            source, inside, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, "evict_first", WIDE
+        )
+        cos_first, cos_second = _load_members(
+            cos + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+        )
+        sin_first, sin_second = _load_members(
+            sin + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+        )
+        if REST > 0:  # features that do not turn
+            column = 2 * HALF + tl.arange(0, REST)
+            in_rest = inside[:, :, None] & (column < WIDTH)[None, None, :]
+            rest = tl.load(source[:, :, None] + column[None, None, :], mask=in_rest, other=0.0)
+        if NORMED:
+            squares = tl.sum(first * first + second * second, axis=2)
+            if REST > 0:
+                wide = rest.to(WIDE)
+                squares += tl.sum(wide * wide, axis=2)
+            inverse = tl.rsqrt(squares / WIDTH + eps)[:, :, None]
+            first = first * inverse
+            second = second * inverse
             if weight is not None:
-                factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(WIDE) + offset
-                wide = wide * factor[None, None, :]
-            rest = wide.to(rest.dtype)
-    one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE)
-    _store_members(target, inside, one, other, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED)
-    if REST > 0:
-        tl.store(target[:, :, None] + column[None, None, :], rest, mask=in_rest)
+                weight_first, weight_second = _weight_members(weight, offset, HALF, BLOCK, INTERLEAVED, WIDE)
+                first = first * weight_first
+                second = second * weight_second
+            if REST > 0:
+                wide = wide * inverse
+                if weight is not None:
+                    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(WIDE) + offset
+                    wide = wide * factor[None, None, :]
+                rest = wide.to(rest.dtype)
+        one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE)
+        _store_members(target, inside, one, other, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED)
+        if REST > 0:
+            tl.store(target[:, :, None] + column[None, None, :], rest, mask=in_rest)
 
 
 @triton.jit
@@ -258,6 +293,7 @@ def rope(
     K_TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
+    WHOLE: tl.constexpr,
     MANY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -267,11 +303,11 @@ def rope(
         turn_tile(
             q, None, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
             table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
-            INTERLEAVED, INVERSE, False, MANY, WIDE,
+            INTERLEAVED, INVERSE, False, WHOLE, MANY, WIDE,
         )  # fmt: skip
     else:
         turn_tile(
             k, None, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
             table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
-            INTERLEAVED, INVERSE, False, MANY, WIDE,
+            INTERLEAVED, INVERSE, False, WHOLE, MANY, WIDE,
         )  # fmt: skip

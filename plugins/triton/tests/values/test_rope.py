@@ -79,6 +79,45 @@ def test_the_backward_is_one_launch_that_saves_no_activation(monkeypatch) -> Non
     assert len(seen) == 2 and saved == [cos.shape, sin.shape]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("major", [True, False])
+def test_rows_in_one_piece(dtype, major, monkeypatch) -> None:
+    """As tables may ask for: the same values and gradients, where the last tile has too few tokens too."""
+    from kpt_plugin_triton import rope as module
+
+    q, k, cos, sin = _inputs(heads=3, sequence=7, width=32, turning=32, dtype=dtype)
+    q, k = (x if major else x.contiguous() for x in (q, k))
+    seen = []
+    launch = module._rope
+    monkeypatch.setattr(module, "_rope", lambda *call: (seen.append(call), launch(*call)))
+    upstream = tuple(x.flip(-1) for x in (q, k))
+    results = []
+    for whole in (0, 1):
+        options = {"TOKENS": 2, "HEADS": 4, "num_warps": 1, "WHOLE": whole}
+        monkeypatch.setattr(module, "options_of", lambda *_, options=options: options)
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        out = rope(*leaves, cos, sin)
+        results.append((*out, *torch.autograd.grad(out, leaves, upstream)))
+    assert [whole for _, _, constants, _ in seen for whole in constants[-3:-2]] == [False, False, True, True]
+    for pairs, one_piece in zip(*results):
+        assert one_piece.stride() == pairs.stride()
+        torch.testing.assert_close(one_piece, pairs)
+
+
+@pytest.mark.parametrize("width, turning, interleaved", [(24, 24, False), (32, 16, False), (32, 32, True)])
+def test_other_rows_are_read_in_pairs_whatever_the_table_says(
+    width, turning, interleaved, monkeypatch
+) -> None:
+    from kpt_plugin_triton import rope as module
+
+    options = {"TOKENS": 2, "HEADS": 2, "num_warps": 1, "WHOLE": 1}
+    monkeypatch.setattr(module, "options_of", lambda *_: options)
+    q, k, cos, sin = _inputs(width=width, turning=turning)
+    torch.testing.assert_close(
+        rope(q, k, cos, sin, interleaved), reference("rope")(q, k, cos, sin, interleaved=interleaved)
+    )
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 3),
