@@ -52,7 +52,7 @@ BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py 
   tests/artifact tests/test_repository.py tests/test_tutorial.py tests/test_families.py tests/test_compiling.py \
   tests/test_compiled_modules.py tests/test_repeated_parts.py tests/test_uncut_graphs.py \
   tests/test_writes_in_parts.py tests/transaction/test_cycles.py tests/test_lengths.py tests/cli/test_end_to_end.py \
-  plugins/cpu/tests/test_cpu_token_packing.py plugins/cpu/tests/test_cpu_multihead.py
+  plugins/cpu/tests/test_cpu_token_packing.py plugins/cpu/tests/test_cpu_token_proofs.py plugins/cpu/tests/test_cpu_multihead.py
 test: setup  ## every test that needs no accelerator
 	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
 	( kernels=0; \

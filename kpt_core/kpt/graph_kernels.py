@@ -21,7 +21,7 @@ from kpt import kernels, plugins
 from kpt.compiling import CapturedForward
 from kpt.ops.index import catalogue
 from kpt.plugins.validation import nearest
-from kpt.specs import KernelSpec, Undo, Variant
+from kpt.specs import KernelSpec, Undo, Variant, replace_forward
 
 if TYPE_CHECKING:
     from kpt.ops.sites import Site
@@ -75,17 +75,13 @@ class GraphKernelBehaviour(kernels.KernelBehaviour):
             shared = current.graph_pass  # another kernel's: one graph serves all
             shared.behaviours.append(self)
             return lambda: shared.behaviours.remove(self)
-        before = model.__dict__.get("forward")
         captured = CapturedForward(
             current, GraphKernels([self]), dynamic_dims=self.dims, label=type(model).__name__
         )
-        model.forward = captured  # type: ignore[method-assign, assignment]
+        put_back = replace_forward(model, captured)
 
         def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
+            put_back()
             captured.dispose()
 
         return undo

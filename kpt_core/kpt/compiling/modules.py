@@ -13,6 +13,7 @@ from kpt.compiling.call_structure import named_tensors
 from kpt.compiling.forwards import CompiledForward, NothingCaptured
 from kpt.compiling.repeats import RepeatedParts
 from kpt.error_text import summary
+from kpt.specs import replace_forward
 
 
 class CompiledModule(CompiledForward):
@@ -38,9 +39,8 @@ class CompiledModule(CompiledForward):
         self._settings = settings
         self._within: CompiledModule | None = None
         self._first: dict[str, torch.Size] = {}
-        self._before = module.__dict__.get("forward")
         super().__init__(module.forward, label=label or type(module).__name__, **settings)
-        module.forward = self  # type: ignore[method-assign, assignment]
+        self._replaced = replace_forward(module, self)
 
     def members(self) -> Iterator[CompiledForward]:
         """Those that compile: this one, or its parts."""
@@ -84,12 +84,8 @@ class CompiledModule(CompiledForward):
         self._put_back()
 
     def _put_back(self) -> None:
-        if self.module.__dict__.get("forward") is not self:
-            return
-        if self._before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self._before
+        if self.module.__dict__.get("forward") is self:
+            self._replaced()
 
     def _select(
         self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]

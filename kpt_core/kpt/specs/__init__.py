@@ -17,7 +17,7 @@ from kpt.specs.hardware import HardwareProfile, HardwareSpec, Probe
 from kpt.specs.models import Adapter, AdapterError, AdapterSpec
 from kpt.specs.observation import Observation
 from kpt.specs.ops import KernelSetup, KernelSpec, OpSpec, Recogniser, Tuner
-from kpt.specs.passes import Pass, PassSpec, PolicySpec, Skip, Undo, Variant
+from kpt.specs.passes import Pass, PassSpec, PolicySpec, Skip, Undo, Variant, replace_forward
 from kpt.specs.services import (
     Contender,
     ContenderSpec,
@@ -71,6 +71,7 @@ __all__ = [
     "Undo",
     "Variant",
     "WRAPPING",
+    "replace_forward",
 ]
 
 #: Every spec type, by the hook that collects it.

@@ -54,6 +54,23 @@ class Skip:
 Undo = Callable[[], None]
 
 
+def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Undo:
+    """Have ``forward`` called in place of the module's own; the result puts back what was there before.
+
+    What stood there may have been the class's method or a forward that was set on the instance.
+    """
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign, assignment]
+
+    def undo() -> None:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = before
+
+    return undo
+
+
 @dataclass(frozen=True)
 class PassSpec:
     """A reversible change of a model. ``entry`` names a class (or instance) that is a `Pass`.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from kpt.specs import replace_forward
 from kpt_plugin_cpu import nested
 
 _FLOATS = (torch.float32, torch.float64)
@@ -71,7 +72,6 @@ def cast_calls(
 ) -> Callable[[], None]:
     """Let the workspace's root take inputs in ``wide``, compute in ``dtype`` and return ``wide``."""
     inner = model.forward
-    before = model.__dict__.get("forward")
 
     def cast(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor.to(dtype) if tensor.dtype in _FLOATS else None
@@ -85,15 +85,7 @@ def cast_calls(
         args, kwargs = pytree.tree_map(narrow, (args, kwargs))
         return _widened(inner(*args, **kwargs), dtype, wide)
 
-    model.forward = forward  # type: ignore[method-assign]
-
-    def undo() -> None:
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.__dict__["forward"] = before
-
-    return undo
+    return replace_forward(model, forward)
 
 
 def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:

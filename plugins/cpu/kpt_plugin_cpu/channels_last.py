@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
 from kpt_plugin_cpu import nested
 from kpt_plugin_cpu.estimates import matmul_seconds
 
@@ -72,14 +72,10 @@ class ChannelsLast:
                 return output
             return pytree.tree_map(lambda leaf: nested.changed(leaf, restore), output)
 
-        outer = model.__dict__.get("forward")
-        model.forward = forward  # type: ignore[method-assign, assignment]
+        put_back = replace_forward(model, forward)
 
         def undo() -> None:
-            if outer is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = outer
+            put_back()
             for module, weight in replaced:
                 module._parameters["weight"] = weight
 

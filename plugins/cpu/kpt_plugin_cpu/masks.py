@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
 from kpt_plugin_cpu.estimates import compile_seconds, matmul_seconds
 
 
@@ -55,16 +55,7 @@ class DropMask:
             self.kept += 1
             return inner(**kwargs)
 
-        before = model.__dict__.get("forward")
-        model.forward = forward  # type: ignore[method-assign, assignment]
-
-        def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
-
-        return undo
+        return replace_forward(model, forward)
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.dropped > 0

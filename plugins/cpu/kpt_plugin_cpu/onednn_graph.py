@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.compiling import CompiledForward
-from kpt.specs import Skip, Variant
+from kpt.specs import Skip, Variant, replace_forward
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.multihead import written_out
 
@@ -133,20 +133,16 @@ class OnednnGraph:
             )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        before = model.__dict__.get("forward")
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         backend = functools.partial(lower, own=own)
         compiled = CompiledForward(
             model.forward, backend=backend, graph_pass=written_out, label=type(model).__name__
         )
         self.compiled = compiled
-        model.forward = compiled  # type: ignore[method-assign, assignment]
+        put_back = replace_forward(model, compiled)
 
         def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
+            put_back()
             compiled.dispose()
 
         return undo

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kpt.judge import tree
-from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
 from kpt_plugin_cpu.estimates import compile_seconds, fixed_seconds
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
 
@@ -124,16 +124,7 @@ class PackPadding:
             self.split += 1
             return joined
 
-        before = model.__dict__.get("forward")
-        model.forward = forward  # type: ignore[method-assign, assignment]
-
-        def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
-
-        return undo
+        return replace_forward(model, forward)
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.split > 0

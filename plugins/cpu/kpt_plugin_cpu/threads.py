@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
 
 #: Above this latency (seconds) waking threads costs nothing that could be measured.
 _SMALL = 5e-3
@@ -50,16 +50,7 @@ class Threads:
             finally:
                 put(before)
 
-        before = model.__dict__.get("forward")
-        model.forward = forward  # type: ignore[method-assign, assignment]
-
-        def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
-
-        return undo
+        return replace_forward(model, forward)
 
     def verify_applied(self, model: torch.nn.Module) -> bool:
         return self.calls > 0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.compiling import CapturedForward, FurtherInputs
-from kpt.specs import Skip, Variant
+from kpt.specs import Skip, Variant, replace_forward
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.inductor import declared_dims, settings
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
@@ -88,7 +88,6 @@ class PackTokens:
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         name, kept = variant.params["mask"], variant.params["kept"]
         self.graphs.kept = kept
-        before = model.__dict__.get("forward")
         further = FurtherInputs(
             functools.partial(self._read, name, kept),
             functools.partial(_marking, name, tuple(variant.params.get("like", ()))),
@@ -101,13 +100,10 @@ class PackTokens:
             further=further,
             label=type(model).__name__,
         )
-        model.forward = captured  # type: ignore[method-assign, assignment]
+        put_back = replace_forward(model, captured)
 
         def undo() -> None:
-            if before is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = before
+            put_back()
             captured.dispose()
 
         return undo

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kpt_plugin_triton import gluon_versions
-from kpt_plugin_triton.launch import INTERPRETED, Kernel, architecture, ceil_div, processors
+from kpt_plugin_triton import gluon
+from kpt_plugin_triton.launch import architecture, ceil_div, processors
 
 #: Queries of a tile, keys of a block, and blocks of keys that are under way.
 _QUERIES, _KEYS, _STAGES = 128, 128, 2
@@ -23,16 +23,7 @@ _OVERHEAD = 1.5
 _LOG2E = 1.4426950408889634
 
 
-@functools.cache
-def _kernel() -> Kernel | None:
-    """The kernel, if this Triton has a Gluon that it was tried with."""
-    if INTERPRETED or not gluon_versions.known():
-        return None
-    try:
-        from kpt_plugin_triton.kernels import hopper_attention
-    except (ImportError, AttributeError):
-        return None
-    return Kernel(hopper_attention.attention_forward_hopper)
+_kernel = functools.partial(gluon.kernel, "hopper_attention", "attention_forward_hopper")
 
 
 def takes(

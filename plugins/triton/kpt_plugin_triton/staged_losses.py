@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kpt_plugin_triton import gluon_versions
-from kpt_plugin_triton.launch import INTERPRETED, Kernel, architecture, ceil_div, processors
+from kpt_plugin_triton import gluon
+from kpt_plugin_triton.launch import architecture, ceil_div, processors
 
 #: Columns of a chunk, and chunks that a multiprocessor's shared memory holds.
 _CHUNK, _SLOTS = 8192, 14
@@ -29,16 +29,7 @@ class Stages(NamedTuple):
     lag: int
 
 
-@functools.cache
-def _kernel() -> Kernel | None:
-    """The kernel, if this Triton has a Gluon that it was tried with."""
-    if INTERPRETED or not gluon_versions.known():
-        return None
-    try:
-        from kpt_plugin_triton.kernels import hopper_cross_entropy
-    except (ImportError, AttributeError):
-        return None
-    return Kernel(hopper_cross_entropy.cross_entropy_staged)
+_kernel = functools.partial(gluon.kernel, "hopper_cross_entropy", "cross_entropy_staged")
 
 
 def stages_of(columns: int, dtype: torch.dtype) -> Stages | None:
