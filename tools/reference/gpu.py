@@ -19,11 +19,14 @@ COLOURS = {
     "cudnn": "#1b9e77",
     "flex": "#c51b7d",
     "torchao": "#a6761d",
+    "quack": "#d73027",
     "kpt": "#3f51b5",
 }
 #: Errors of a result file (by date, case and contender) that say nothing, and why. The file stays as it was
 #: written; the page leaves these figures out.
 SPOILED: dict[tuple[str, str, str], str] = {}
+#: A spread, of the rounds of one contender, with which a verdict says little.
+_DOUBTFUL = 0.2
 _LEFT, _RIGHT, _ROW, _TOP = 330, 560, 17, 46
 
 
@@ -39,7 +42,8 @@ def page(folder: Path) -> str:
         f"of {name.split('_')[2]}³ at {value:.0f}" for name, value in limits.items() if "matmul" in name
     )
     parts += [
-        "Each kernel of the triton plugin beside everyone else who computes the same thing, in one run. "
+        "Each kernel of the triton plugin beside everyone else who computes the same thing, all "
+        "contenders of a case in one run. "
         "GB/s count the fewest bytes that have to move; times are medians of several rounds in which the "
         "contenders alternate, with the L2 cache flushed before each call; the spread is the largest less "
         "the smallest round, over the median: where it is large, the figure says little. Errors are relative "
@@ -47,7 +51,7 @@ def page(folder: Path) -> str:
         f"Device: {content['device']['name']}; Triton {content['triton']}, torch "
         f"{content['versions']['torch']}, torchao {content['versions']['torchao']}; {content['date']}"
         f"{_commits(content)}; file "
-        f"`benchmarks/results/{path.name}`. Ceilings measured in the same run: a copy moves "
+        f"`benchmarks/results/{path.name}`. Ceilings measured in the last run: a copy moves "
         f"{limits['copy_GB/s']:.0f} GB/s (read and written), bf16 products {products} TFLOP/s.",
         f"![Achieved rates against the measured ceilings](assets/{PLOT})",
     ]
@@ -56,7 +60,12 @@ def page(folder: Path) -> str:
     parts += _goals(measured)
     if "launch_microseconds" in content:
         rows = [[name, f"{value:.1f}"] for name, value in content["launch_microseconds"].items()]
-        parts += ["## What a launch costs the host", table(["launch of a small rms_norm", "µs"], rows)]
+        parts += [
+            "## What a launch costs the host",
+            "Measured in the last run. Cases of little work, forward and backward above all, wait for the "
+            "host: they go by it, and their spread is large.",
+            table(["launch of a small rms_norm", "µs"], rows),
+        ]
     ops: dict[str, list[dict[str, Any]]] = {}
     for record in measured:
         ops.setdefault(record["op"], []).append(record)
@@ -87,10 +96,10 @@ def _goals(records: list[dict[str, Any]]) -> list[str]:
     rows = [[record["op"], record["size"], *judged] for record in records for judged in _judged_goals(record)]
     if not rows:
         return []
-    reached = sum(row[-1] == "reached" for row in rows)
+    reached = sum(row[-1].startswith("reached") for row in rows)
     return [
         "## Goals",
-        f"{reached} of {len(rows)} are reached.",
+        f"{reached} of {len(rows)} are reached, by the medians; a spread is named from {_DOUBTFUL:.0%} on.",
         table(["case", "size", "goal", "kpt", ""], rows),
     ]
 
@@ -106,7 +115,7 @@ def _judged_goals(record: dict[str, Any]) -> list[list[str]]:
         else:
             value = own["ms"] if unit == "ms" else own["rate"]
             share = goal / value if unit == "ms" else value / goal
-            found.append([f"{goal:g} {unit}", f"{value:.4g} {unit}", _verdict(share)])
+            found.append([f"{goal:g} {unit}", f"{value:.4g} {unit}", _verdict(share, own)])
     if "ahead_goal" in record:
         factor, _, rest = record["ahead_goal"].partition(" times ")
         goal_said = rest if float(factor) == 1 else record["ahead_goal"]
@@ -114,16 +123,17 @@ def _judged_goals(record: dict[str, Any]) -> list[list[str]]:
             found.append([goal_said, "", "not measured"])
         else:
             times = record["times_as_fast"]
-            found.append([goal_said, f"{times:.4g} times", _verdict(times / float(factor))])
+            rival = record["contenders"].get(rest.rpartition(" as ")[2], {})
+            found.append([goal_said, f"{times:.4g} times", _verdict(times / float(factor), own, rival)])
     return found
 
 
-def _verdict(share: float) -> str:
-    """Of the share of a goal that was reached."""
-    if share >= 1:
-        return "reached"
+def _verdict(share: float, *compared: dict[str, Any]) -> str:
+    """Of the share of a goal that was reached, with the spread of what was compared where that is large."""
     behind = 1 - share
-    return f"behind by {behind:.0%}" if behind >= 0.01 else f"behind by {behind:.2%}"
+    said = f"behind by {behind:.0%}" if behind >= 0.01 else f"behind by {behind:.2%}"
+    spread = max(row.get("spread", 0.0) for row in compared)
+    return ("reached" if share >= 1 else said) + (f" (spread {spread:.0%})" if spread >= _DOUBTFUL else "")
 
 
 def _section(record: dict[str, Any], date: str) -> list[str]:

@@ -22,6 +22,7 @@ def kernel(module: str, name: str) -> Kernel | None:
     if INTERPRETED or ".".join(triton.__version__.split(".")[:2]) not in _KNOWN:
         return None
     try:
-        return Kernel(getattr(importlib.import_module(f"kpt_plugin_triton.kernels.{module}"), name))
+        found = importlib.import_module(f"kpt_plugin_triton.kernels.{module}")
     except (ImportError, AttributeError):
         return None
+    return Kernel(getattr(found, name))

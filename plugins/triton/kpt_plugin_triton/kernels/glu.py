@@ -32,7 +32,8 @@ def glu_forward(
     inside = (row < rows) & (column < columns)
     value = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(WIDE)
     factor = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(WIDE)
-    result = (activate(value, ACTIVATION) * factor).to(out.dtype.element_ty)
+    coarse: tl.constexpr = out.dtype.element_ty.primitive_bitwidth == 16
+    result = (activate(value, ACTIVATION, coarse) * factor).to(out.dtype.element_ty)
     size = (rows + tl.zeros([], tl.int64)) * columns * (out.dtype.element_ty.primitive_bitwidth // 8)
     if size >= STREAMED:
         tl.store(out + row * columns + column, result, mask=inside, cache_modifier=".cs")
@@ -69,8 +70,8 @@ def glu_backward(
     value = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(WIDE)
     factor = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(WIDE)
     grad = tl.load(dout + row * dout_stride + column, mask=inside, other=0.0).to(WIDE)
-    result, slope = activate_with_slope(value, ACTIVATION)
     kind: tl.constexpr = dgate.dtype.element_ty
+    result, slope = activate_with_slope(value, ACTIVATION, kind.primitive_bitwidth == 16)
     tl.store(dgate + row * dgate_stride + column, (grad * factor * slope).to(kind), mask=inside)
     tl.store(dup + row * dup_stride + column, (grad * result).to(kind), mask=inside)
     if hidden is not None:

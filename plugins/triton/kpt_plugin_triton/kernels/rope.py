@@ -155,11 +155,13 @@ def _turn_whole(
     mask = inside[:, :, None]
     value = tl.load(source[:, :, None] + column, mask=mask, other=0.0).to(WIDE)
     other = tl.gather(value, tl.broadcast_to(partner, [TOKENS, HEADS, 2 * HALF]), 2)
-    at = partner if INVERSE else column
     present = known[:, :, None]
     along = tl.load(cos[:, :, None] + column, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
-    across = tl.load(sin[:, :, None] + at, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
-    out = value * along + other * tl.where(at < HALF, -across, across)
+    across = tl.load(sin[:, :, None] + column, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
+    across = tl.where(column < HALF, -across, across)
+    if INVERSE:
+        across = tl.gather(across, tl.broadcast_to(partner, [TOKENS, 1, 2 * HALF]), 2)
+    out = value * along + other * across
     tl.store(target[:, :, None] + column, out.to(target.dtype.element_ty), mask=mask)
 
 

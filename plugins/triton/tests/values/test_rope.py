@@ -79,13 +79,13 @@ def test_the_backward_is_one_launch_that_saves_no_activation(monkeypatch) -> Non
     assert len(seen) == 2 and saved == [cos.shape, sin.shape]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("major", [True, False])
-def test_rows_in_one_piece(dtype, major, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("major, tables", [(True, 1), (False, 2)])
+def test_rows_in_one_piece(dtype, major, tables, monkeypatch) -> None:
     """As tables may ask for: the same values and gradients, where the last tile has too few tokens too."""
     from kpt_plugin_triton import rope as module
 
-    q, k, cos, sin = _inputs(heads=3, sequence=7, width=32, turning=32, dtype=dtype)
+    q, k, cos, sin = _inputs(3, 3, 2, 7, 32, 32, 3 if tables > 1 else 1, dtype)
     q, k = (x if major else x.contiguous() for x in (q, k))
     seen = []
     launch = module._rope
