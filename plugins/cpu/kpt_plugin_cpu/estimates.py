@@ -22,6 +22,9 @@ ONEDNN = "float32:onednn"
 #: Seconds: a Zen 4 took 12 to 14 for BERT-base, 10 for ResNet-50 (about a hundred modules each), 18 to 24 for
 #: half as many with a dynamic batch, and 8 to 16 for models of two layers.
 _COMPILE, _COMPILE_PER_MODULE = 5.0, 0.1
+#: Share of what a call does besides products that padding costs even where its tokens are left out:
+#: attention, and moving tokens.
+_UNPACKED = 0.25
 #: Seconds that a module's call and the Python in its forward take, about.
 PER_MODULE = 40e-6
 #: Share of a module's seconds that capturing takes: a decoder of 30 layers took 8 s of 50 with one compiled.
@@ -96,6 +99,14 @@ def fixed_seconds(observation: Observation, hardware: HardwareProfile) -> float:
     )
     seconds = seconds_per_module(observation) + read / max(hardware.bandwidth, 1e9)
     return min(seconds, 0.9 * observation.baseline_seconds)
+
+
+def without_padding(observation: Observation, hardware: HardwareProfile, share: float) -> float:
+    """The gain where the ``share`` of the positions that is padding is left out of all but attention."""
+    found = estimate(observation, hardware)
+    fixed = min(fixed_seconds(observation, hardware), found.total)
+    rest = found.rest * (_UNPACKED + (1.0 - _UNPACKED) * (1.0 - share))
+    return max(1.0, found.total / max(found.products * (1.0 - share) + rest, fixed))
 
 
 def modules_with_work(observation: Observation) -> int:

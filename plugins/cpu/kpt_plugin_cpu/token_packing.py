@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 TOKENS, PLACES = "kpt_tokens", "kpt_places"
 #: The share of the positions that has to be padding.
 _WORTH = 0.1
-#: Share of what a call does besides products that packing does not make less: attention, and moving tokens.
-_UNPACKED = 0.25
 #: Share of the time of a compiler that capturing and trying the operations of the graph takes.
 _SHARE = 0.2
 
@@ -65,10 +63,6 @@ class PackTokens:
         if why:
             yield Skip(why)
             return
-        estimate = estimates.estimate(observation, hardware)
-        fixed = min(estimates.fixed_seconds(observation, hardware), estimate.total)
-        rest = estimate.rest * (_UNPACKED + (1.0 - _UNPACKED) * (1.0 - share))
-        after = max(estimate.products * (1.0 - share) + rest, fixed)
         yield Variant(
             "at their places",
             {
@@ -78,7 +72,7 @@ class PackTokens:
                 "varies": sorted(leaf.dims),
                 "dims": declared_dims(observation),
             },
-            max(1.0, estimate.total / after),
+            estimates.without_padding(observation, hardware, share),
             _SHARE * estimates.compile_seconds(observation),
             sites=("",),
             touches_mask=True,
