@@ -36,6 +36,9 @@ _GAMBLE_LEAST = 0.15
 #: nor for less than this.
 _GAMBLE_GAIN = 1.2
 
+#: A step without which the plan seems this much slower stays, even if noise leaves that open.
+_STAYS = 1.1
+
 
 class Search:
     """One search; `run` returns what it found.
@@ -152,7 +155,7 @@ class Search:
         return best
 
     def _ablate(self, best: Outcome, *, least: float = 0.0) -> Outcome:
-        """Drop every step without which the plan is not slower.
+        """Drop every step without which the plan is not slower, or not by enough to tell it in this noise.
 
         Where that needs a set-up, a step without which the plan promises less than ``least`` stays. So does,
         as long as a compiler may come, one that costs it nothing and makes no difference without it: not
@@ -183,7 +186,7 @@ class Search:
                 continue
             # The clock paired the full plan (baseline) with the reduced one (candidate).
             share = 1.0 / reduced.timing.ratio
-            if reduced.timing.high < 1.0:
+            if reduced.timing.high < 1.0 or share >= _STAYS:
                 gains[step.name] = share
                 ledger.paid.add(step)
                 reduced.close()
