@@ -207,7 +207,10 @@ def test_interrupting_a_command_ends_it_with_its_own_code(number, tmp_path):
     import torch
 
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "model.pt")
-    script = "import sys; from kpt.cli.main import main; sys.exit(main())"
+    # A signal that the caller of these tests ignores, as nohup does, would stay ignored.
+    heard = "default_int_handler" if number == signal.SIGINT else "SIG_DFL"
+    script = f"import signal, sys; signal.signal({int(number)}, signal.{heard})\n"
+    script += "from kpt.cli.main import main; sys.exit(main())"
     options = [
         "--model",
         "model.pt",
