@@ -50,9 +50,8 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 AOT := plugins/triton/tests/test_aot.py
 BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py tests/cli/test_plugins_commands.py \
   tests/artifact tests/test_repository.py tests/test_tutorial.py tests/test_families.py tests/test_compiling.py \
-  tests/test_compiled_modules.py tests/test_repeated_parts.py tests/test_uncut_graphs.py \
-  tests/test_writes_in_parts.py tests/transaction/test_cycles.py tests/test_lengths.py tests/cli/test_end_to_end.py \
-  plugins/cpu/tests/test_cpu_token_packing.py plugins/cpu/tests/test_cpu_token_proofs.py plugins/cpu/tests/test_cpu_multihead.py
+  tests/test_compiled_modules.py tests/test_uncut_graphs.py \
+  tests/test_writes_in_parts.py tests/transaction/test_cycles.py tests/test_lengths.py tests/cli/test_end_to_end.py
 test: setup  ## every test that needs no accelerator
 	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
 	( kernels=0; \
