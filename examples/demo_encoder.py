@@ -50,7 +50,7 @@ def nearest(scores: torch.Tensor) -> torch.Tensor:
 
 
 def examples(singles: list[Any], batches: list[Any]) -> Iterator[dict[str, torch.Tensor]]:
-    """What the optimiser is shown: both kinds of call, batches for the most part, by which plans are timed."""
+    """What the optimiser is shown: both kinds of call; plans are timed by the commoner one, batches."""
     yield from singles[:2]
     yield from batches[:4]
 
