@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from kpt.judge.clock import Timing
+from kpt.judge.timing import Timing
 from kpt.specs import Level, Phase, Variant
 from kpt.transaction.budget import Budget
 from kpt.transaction.outcome import Outcome

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import kpt
 from kpt.cli.contest import Entrant, by_name, contest, eager
 from kpt.cli.output import CommandError
 from kpt.judge.calls import Call
+from kpt.judge.kinds import Kind
 from kpt.plugins import registry
 from stand_ins import INPUTS, receipt
 
@@ -57,7 +60,7 @@ def test_contenders_see_the_same_fresh_inputs_and_wrong_or_failing_ones_are_told
     by = {entrant.name: entrant for entrant in found}
     assert by["right"].error == 0.0 and by["wrong"].error > 1e-3
     assert "SystemExit: no licence" in by["failing"].failed and "OSError" in by["late"].failed
-    assert len(by["right"].spans) == len(by["eager"].spans) == len(by["wrong"].spans) >= 5
+    assert len(by["right"].spans[0]) == len(by["eager"].spans[0]) == len(by["wrong"].spans[0]) >= 5
     assert by["right"].low <= by["right"].ratio <= by["right"].high
     assert seen["right"][1:] == seen["wrong"][1:] and len(set(seen["right"][1:])) > 5
     assert torch.equal(model.weight, weights)
@@ -82,7 +85,35 @@ def test_a_contender_that_fails_while_it_is_timed_leaves_the_others_in():
     reference, tired, other = found
     assert "while it was timed: SystemExit: out of credits" in tired.to_dict()["reason"]
     assert tired.to_dict()["state"] == "failed" and other.to_dict()["state"] == "ran"
-    assert len(other.spans) == len(reference.spans) >= 5
+    assert len(other.spans[0]) == len(reference.spans[0]) >= 5
+
+
+def test_kinds_of_calls_take_turns_and_all_of_them_count(monkeypatch):
+    """The median of all calls would be that of the small ones, which are the most."""
+    now = [0.0]
+    monkeypatch.setattr("kpt.cli.contest.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Rows(torch.nn.Module):
+        def forward(self, input):
+            now[0] += 2.0 if len(input) == 1 else 8.0
+            return input
+
+    def helps_batches(model, inputs):
+        now[0] += 2.0
+
+    def helps_nobody(model, inputs):
+        model(**inputs)
+
+    kinds = [
+        Kind("single", 0.75, lambda: Call((torch.ones(1, 4),))),
+        Kind("batch", 0.25, lambda: Call((torch.ones(8, 4),))),
+    ]
+    found = entrants(helps_batches, helps_nobody)
+    contest(Rows(), found, kinds, seconds=0.0, rounds=10, tell=lambda text: None)
+    _, helps, same = found
+    assert [len(spans) for spans in helps.spans] == [3, 3] and helps.to_dict()["spans"] == 6
+    assert helps.ratio == pytest.approx(4**0.25) and helps.low == helps.high == helps.ratio
+    assert same.ratio == 1.0 and same.seconds == pytest.approx(2**1.5)
 
 
 def test_what_a_contender_does_while_it_is_prepared_is_its_own():

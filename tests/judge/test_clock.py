@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from kpt.judge.calls import Call
-from kpt.judge.clock import Timing, cache_flusher, interval, measure, paired
+from kpt.judge.clock import cache_flusher, measure, paired
+from kpt.judge.intervals import interval
+from kpt.judge.timing import Timing
 
 
 class Clock:

@@ -12,7 +12,7 @@ import hostile_passes
 import kpt
 import mixed_models
 import stopping_passes
-from kpt.judge.clock import Timing
+from kpt.judge.timing import Timing
 from kpt.judge.verdict import Verdict
 from kpt.specs import Variant
 from kpt.transaction import gate, trial

@@ -17,7 +17,7 @@ import hostile_passes
 import kpt
 from fingerprints import fast_calls, optimized
 from kpt import interruption
-from kpt.judge.clock import Timing
+from kpt.judge.timing import Timing
 from kpt.transaction import commit, events, trial
 from slow_models import DerivedScale, DirectScale, Net, net, plugin
 

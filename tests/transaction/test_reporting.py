@@ -176,3 +176,43 @@ def test_brackets_in_names_and_reasons_are_shown_as_they_are():
     shown = " ".join(str(receipt).split())
     for text in ("pack[q]", "toy[/x]", "[enforce fail at alloc.cpp:83]", "[/usr/lib/x.so]", "no [conv] here"):
         assert text in shown
+
+
+class SlowBatches(slow_models.Net):
+    """Takes the detour for batches only."""
+
+    def forward(self, x):
+        if len(x) > 4:
+            return super().forward(x)
+        scaled = slow_models.fast_forward(self.slow, self.first(x))
+        return self.last(self.dropout(self.norm(scaled)))
+
+
+def test_a_plan_that_helps_the_fewer_calls_is_kept_and_each_kind_is_told():
+    torch.manual_seed(0)
+    examples = [torch.randn(1, 16)] * 5 + [torch.randn(32, 16)] * 2
+    model = optimized(SlowBatches().eval(), examples, plugins=[plugin(DirectScale)])
+    receipt = kpt.report(model)
+    single, batch = receipt.kinds
+    assert single["label"] == "1x16 (5 examples)" and batch["label"] == "32x16 (2 examples)"
+    assert single["share"] == pytest.approx(5 / 7) and batch["low"] > 1.0
+    assert receipt.speedup == pytest.approx(single["ratio"] ** (5 / 7) * batch["ratio"] ** (2 / 7))
+    saved = [each["share"] * (each["baseline_seconds"] - each["candidate_seconds"]) for each in receipt.kinds]
+    spent = receipt.setup_seconds + receipt.search_seconds
+    assert receipt.break_even_calls == pytest.approx(spent / sum(saved), abs=1.0)
+    again = Receipt.from_dict(json.loads(receipt.to_json()))
+    for text in (str(receipt), receipt.to_html(), str(again)):
+        assert "by kind of call:" in text and "32x16 (2 examples)" in text
+    kpt.restore(model)
+
+
+def test_a_kind_that_a_plan_makes_slower_is_called_so():
+    receipt = Receipt("Net", "inference", "exact", "latency", status="optimized")
+    fields = {"share": 0.5, "low": 0.8, "baseline_seconds": 1e-3, "candidate_seconds": 1.1e-3, "pairs": 9}
+    receipt.kinds = [
+        {**fields, "label": "1x8", "ratio": 0.91, "high": 0.95},
+        {**fields, "label": "8x8", "ratio": 0.97, "high": 1.02},
+    ]
+    told = str(receipt)
+    assert "1x8: 0.91x (1.00 ms -> 1.10 ms) - slower" in told
+    assert "8x8: 0.97x (1.00 ms -> 1.10 ms)\n" in told + "\n" and told.count("slower") == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kpt.judge.clock import Timing
+from kpt.judge.timing import Timing
 from kpt.specs import Phase
 from kpt.transaction.budget import Budget
 from kpt.transaction.outcome import Outcome
@@ -197,3 +197,4 @@ def test_a_step_stays_where_noise_hides_a_gain_that_is_likely(median: float, sta
     found = search.run()
     assert "compiler" in trials.seen, "the step was not left out for a trial"
     assert set(found.best.plan.names) == ({"half", "compiler"} if stays else {"compiler"})
+    assert found.doubts == ({"half": "in doubt: its gain lies between 0.95x and 1.52x"} if stays else {})

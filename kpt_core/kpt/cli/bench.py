@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +16,7 @@ from kpt.specs import LEVELS
 if TYPE_CHECKING:
     from kpt.cli.contest import Entrant
     from kpt.cli.sources import Source
+    from kpt.judge.kinds import Kind
 
 Names = Annotated[str, typer.Option(metavar="NAME,…", help="Only these contenders, besides eager.")]
 Seconds = Annotated[
@@ -88,7 +89,7 @@ def command(
         source, contenders, level=level, dynamic_shapes=shapes, budget=budget, plugins=selected
     )
     seconds = 20.0 if seconds is None else seconds
-    contest(source.model, entrants, _drawing(source, shapes), seconds=seconds, tell=note)
+    contest(source.model, entrants, _kinds(source, shapes), seconds=seconds, tell=note)
     data = {
         "model": str(model),
         "machine": machine(source),
@@ -142,16 +143,17 @@ def _chosen(source: Source, names: str, **ours: Any) -> list[Entrant]:
     return [eager(), *(entrant for entrant in found if not wanted or entrant.name in wanted)]
 
 
-def _drawing(source: Source, shapes: Any) -> Callable[[], Any]:
-    """A function that draws fresh inputs like the examples."""
+def _kinds(source: Source, shapes: Any) -> Sequence[Kind]:
+    """The kinds of the examples, which draw fresh inputs like them."""
     import torch
 
+    from kpt.judge import kinds
     from kpt.judge.calls import as_calls
     from kpt.judge.draws import InputSpec
 
     spec = InputSpec.from_calls(as_calls(source.inputs), shapes, source.model.forward)
     generator = torch.Generator().manual_seed(0)
-    return lambda: spec.draw(generator)
+    return kinds.of_examples(spec, lambda examples: spec.draw(generator, examples=examples))
 
 
 def machine(source: Source) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from kpt.judge.calls import Call
+    from kpt.judge.kinds import Kind
     from kpt.plugins import Registered, Registry
     from kpt.specs import ContenderSpec
 
@@ -41,8 +41,10 @@ class Entrant:
     """One contender: how it is prepared, and what came of it.
 
     ``error`` is the root mean square of its difference from eager's outputs, relative to theirs;
-    None where the outputs cannot be compared. ``ratio`` is eager's time over its own, the median of
-    the paired ratios with its 95 % interval. ``note`` is what its preparation has to say.
+    None where the outputs cannot be compared. ``spans`` are seconds per call, kind by kind. ``ratio`` is
+    eager's time over its own, the median of the paired ratios with its 95 % interval; of several kinds of
+    calls it is the geometric mean of their medians, weighed with their ``shares``, and so are ``seconds``.
+    ``note`` is what its preparation has to say.
     """
 
     name: str
@@ -53,7 +55,8 @@ class Entrant:
     note: str = ""
     setup_seconds: float = 0.0
     run: Run | None = None
-    spans: list[float] = field(default_factory=list)
+    spans: list[list[float]] = field(default_factory=list)
+    shares: tuple[float, ...] = ()
     error: float | None = None
     ratio: float = math.nan
     low: float = math.nan
@@ -61,7 +64,9 @@ class Entrant:
 
     @property
     def seconds(self) -> float:
-        return statistics.median(self.spans) if self.spans else math.nan
+        from kpt.judge.intervals import middle
+
+        return middle(self.spans, self.shares) if any(self.spans) else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         state = "absent" if self.absent else "failed" if self.failed else "ran"
@@ -77,7 +82,7 @@ class Entrant:
             "ratio_low": self.low,
             "ratio_high": self.high,
             "error": self.error,
-            "spans": len(self.spans),
+            "spans": sum(map(len, self.spans)),
         }
 
 
@@ -144,7 +149,7 @@ def by_name(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 def contest(
     model: torch.nn.Module,
     entrants: Sequence[Entrant],
-    draw: Callable[[], Call],
+    calls: Callable[[], Call] | Sequence[Kind],
     *,
     seconds: float,
     rounds: int = 200,
@@ -152,17 +157,21 @@ def contest(
 ) -> None:
     """Prepare every entrant on its own copy of ``model``, then time all of them in one loop.
 
-    Each round draws fresh inputs and calls the entrants in random order, so that drift and noise hit
-    all of them alike. ``seconds`` bounds the timing, not the preparation.
+    Each round draws fresh inputs of one of the kinds of ``calls``, which take turns, and calls the entrants
+    in random order, so that drift and noise hit all of them alike. ``seconds`` bounds the timing, not the
+    preparation.
     """
     import torch
 
     from kpt.judge.clock import synchroniser
+    from kpt.judge.intervals import LEAST_OF_A_KIND
+    from kpt.judge.kinds import one_kind
 
     wait = synchroniser()
     reference = entrants[0]
+    kinds = one_kind(calls) if callable(calls) else tuple(calls)
     with torch.no_grad():
-        first = draw()
+        first = kinds[0].next_call()
         _prepare(reference, model, first, wait)
         if reference.run is None:
             raise model_fails(reference.failed)
@@ -170,18 +179,26 @@ def contest(
             if not entrant.absent:
                 tell(f"preparing {entrant.name}")
                 _prepare(entrant, model, first, wait)
-        _compare([entrant for entrant in entrants if entrant.run], by_name(model, draw().clone()))
+        _compare(
+            [entrant for entrant in entrants if entrant.run], by_name(model, kinds[-1].next_call().clone())
+        )
         running = [entrant for entrant in entrants if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
-        repeats = _repeats(reference.run, by_name(model, first.clone()), wait)
+        for entrant in running:
+            entrant.spans, entrant.shares = [[] for _ in kinds], tuple(kind.share for kind in kinds)
+        example = [by_name(model, kind.next_call().clone()) for kind in kinds]
+        repeats = [_repeats(reference.run, inputs, wait) for inputs in example]
+        least = max(5, LEAST_OF_A_KIND * len(kinds))
         order = random.Random(0)
         end = time.perf_counter() + seconds
         for number in range(rounds):
-            if number >= 5 and time.perf_counter() >= end:
+            if number >= least and time.perf_counter() >= end:
                 break
-            calls = [draw() for _ in range(repeats)]
+            kind = number % len(kinds)
+            drawn = [kinds[kind].next_call() for _ in range(repeats[kind])]
             for entrant in order.sample(running, len(running)):
-                outcome = attempt(_time, entrant, [by_name(model, call.clone()) for call in calls], wait)
+                inputs = [by_name(model, call.clone()) for call in drawn]
+                outcome = attempt(_time, entrant, kind, inputs, wait)
                 if outcome.error is not None:
                     entrant.failed, entrant.run = f"while it was timed: {one_line(outcome.error)}", None
                     running.remove(entrant)
@@ -264,7 +281,7 @@ def _repeats(run: Run, inputs: Inputs, wait: Callable[[], None]) -> int:
     return min(MAX_REPEATS, math.ceil(SPAN_SECONDS / spent))
 
 
-def _time(entrant: Entrant, calls: Sequence[Inputs], wait: Callable[[], None]) -> None:
+def _time(entrant: Entrant, kind: int, calls: Sequence[Inputs], wait: Callable[[], None]) -> None:
     run = entrant.run
     assert run is not None
     wait()
@@ -272,12 +289,15 @@ def _time(entrant: Entrant, calls: Sequence[Inputs], wait: Callable[[], None]) -
     for inputs in calls:
         run(inputs)
     wait()
-    entrant.spans.append((time.perf_counter() - start) / len(calls))
+    entrant.spans[kind].append((time.perf_counter() - start) / len(calls))
 
 
 def _rate(entrant: Entrant, reference: Entrant) -> None:
-    from kpt.judge.clock import interval
+    from kpt.judge.intervals import middle, stratified_interval
 
-    ratios = [theirs / own for theirs, own in zip(reference.spans, entrant.spans, strict=True)]
-    entrant.ratio = statistics.median(ratios)
-    entrant.low, entrant.high = interval(ratios)
+    ratios = [
+        [theirs / own for theirs, own in zip(*spans, strict=True)]
+        for spans in zip(reference.spans, entrant.spans, strict=True)
+    ]
+    entrant.ratio = middle(ratios, entrant.shares)
+    entrant.low, entrant.high = stratified_interval(ratios, entrant.shares)

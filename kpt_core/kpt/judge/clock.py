@@ -13,13 +13,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kpt.judge.calls import Call
+from kpt.judge.intervals import LEAST_OF_A_KIND, interval, spread
+from kpt.judge.kinds import Kind, one_kind
 from kpt.judge.load import ONE_BY_ONE, Issue, Load, one_by_one
+from kpt.judge.timing import Sample, Timing, summarised, together
 
 #: Calls shorter than this are repeated inside one timed span: a clock reading costs about 0.1 µs, and a
 #: span of 200 µs keeps that and the loop under 1 %.
@@ -29,42 +32,6 @@ MAX_REPEATS = 64
 SLOW_SECONDS = 0.5
 #: How far from 1.0 the interval has to lie to stop early: what is close gets all the time there is.
 MARGIN = 0.03
-_RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A candidate against a baseline.
-
-    ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
-    ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
-    call. ``drift`` is the baseline's median in the last third of the pairs over that in the first, ``noise``
-    the relative median absolute deviation of the ratios, ``repeats`` the calls in one timed span.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    baseline_seconds: float
-    candidate_seconds: float
-    pairs: int
-    drift: float = 1.0
-    noise: float = 0.0
-    repeats: int = 1
-
-    @property
-    def faster(self) -> bool:
-        """Whether the candidate is faster beyond doubt: the interval's lower bound exceeds 1."""
-        return self.low > 1.0
-
-    @property
-    def iterations(self) -> int:
-        """Timed calls of each side."""
-        return self.pairs * self.repeats
-
-    def to_dict(self) -> dict[str, float]:
-        """The figures as JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -107,7 +74,7 @@ def cache_flusher(megabytes: int = 256, device: torch.device | str = "cpu") -> C
 def paired(
     baseline: Callable[..., Any],
     candidate: Callable[..., Any],
-    next_call: Callable[[], Call],
+    calls: Callable[[], Call] | Sequence[Kind],
     *,
     seconds: float = 2.0,
     patience: float = 0.0,
@@ -121,65 +88,66 @@ def paired(
     seed: int = 0,
     load: Load = ONE_BY_ONE,
 ) -> Timing:
-    """Time ``baseline`` and ``candidate`` alternately on the calls that ``next_call`` draws.
+    """Time ``baseline`` and ``candidate`` alternately on fresh calls.
 
     Each side gets its own clone of every call, made outside of the timed span. Stops after
     ``seconds`` once ``min_pairs`` are in, at ``max_pairs``, at ``deadline`` (a reading of ``timer``)
     whatever is in, or early when a 99.8 % interval lies clear of 1.0 and is narrow. With fewer than three
-    pairs nothing is claimed: the interval is (0, infinity).
+    pairs of a kind nothing is claimed: the interval is (0, infinity).
 
     Args:
+        calls: draws one call; or the kinds of calls, which take turns, so that each has as many pairs.
         patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
             1.0; the interval is then one of 99 %, since it was looked at twice.
+        min_pairs: of all kinds together; three of each kind are wanted in any case.
         synchronize: waits for the device; default: for the current accelerator, if there is one.
         flush: evicts caches before each timed span; each span is then a single call.
         load: how the calls of one span arrive. With more than one call at a time, seconds are those of the
             span over the number of its calls: the inverse of the throughput.
 
     Raises:
-        ValueError: ``min_pairs`` or ``max_pairs`` make no sense, or caches are to be flushed between calls
-            that arrive at once.
+        ValueError: ``min_pairs`` or ``max_pairs`` make no sense, there is no kind of call, or caches are to
+            be flushed between calls that arrive at once.
         Exception: whatever either side raises.
     """
     if min_pairs < 1 or max_pairs < min_pairs:
         raise ValueError(f"expected 1 <= min_pairs <= max_pairs, got {min_pairs} and {max_pairs}")
     if flush is not None and load.calls > 1:
         raise ValueError(f"caches can't be flushed before each call of {load}; expected one call at a time")
+    samples = [Sample(kind) for kind in (one_kind(calls) if callable(calls) else calls)]
+    if not samples:
+        raise ValueError("expected one kind of call at least, got none")
+    if len(samples) > 1:
+        min_pairs = max(min_pairs, LEAST_OF_A_KIND * len(samples))
     wait = synchronize or synchroniser()
     order = random.Random(seed)
     sides = (baseline, candidate)
-    times: tuple[list[float], list[float]] = ([], [])
     looked_longer = False
     with _collector_off(), load.issuing() as issue:
-        repeats = 1
+
+        def pair(sample: Sample, repeats: int) -> tuple[float, float]:
+            return _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue)
+
         start = timer()
-        for round_number in range(max(warmup, 1)):
-            first = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
-            if _passed(deadline, timer) or min(first) >= SLOW_SECONDS:
-                # One more warm-up of a slow call would cost more than its cold start distorts.
-                if round_number == 0:
-                    _append(times, first)
+        for sample in samples:
+            if any(other.baseline for other in samples) and _passed(deadline, timer):
                 break
-            if flush is None:
-                repeats = _repeats(min(first), repeats)
-        if repeats > 1:  # a first call may be slow for reasons of its own: calibrate on a warm one
-            again = _pair(sides, next_call, load.calls, order, wait, flush, timer, issue)
-            repeats = _repeats(min(again), 1)
-        repeats = load.calls * math.ceil(repeats / load.calls)  # every caller has as many
-        check, end = min_pairs, start + seconds
-        while len(times[0]) < max_pairs and not (times[0] and _passed(deadline, timer)):
-            pairs = len(times[0])
-            if pairs >= min_pairs and timer() >= end:
-                if looked_longer or patience <= 0.0 or not _undecided(times, seed):
+            _warm_up(sample, warmup, pair, load.calls, deadline, timer, calibrated=flush is None)
+        check, end, taken = min_pairs, start + seconds, sum(len(sample.baseline) for sample in samples)
+        while taken < max_pairs and not (taken and _passed(deadline, timer)):
+            if taken >= min_pairs and timer() >= end:
+                if looked_longer or patience <= 0.0 or not _undecided(samples, seed):
                     break
                 end, looked_longer = end + patience, True
-            if pairs >= check:
-                if _settled(times, pairs >= 2 * min_pairs, seed):
+            if taken >= check:
+                if _settled(samples, taken >= 2 * min_pairs, seed):
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
-                check = math.ceil(pairs * 1.5)
-            _append(times, _pair(sides, next_call, repeats, order, wait, flush, timer, issue))
-    return _timing(times, repeats, seed, 0.99 if looked_longer else 0.95)
+                check = math.ceil(taken * 1.5)
+            sample = min(samples, key=lambda sample: len(sample.baseline))
+            sample.append(pair(sample, sample.repeats))
+            taken += 1
+    return summarised(samples, seed, 0.99 if looked_longer else 0.95)
 
 
 def measure(
@@ -212,8 +180,8 @@ def measure(
             calls = [next_call() for _ in range(repeats)]
             spans.append(_span(function, calls, wait, flush, timer))
     low, high = interval(spans, 0.95, seed)
-    middle = statistics.median(spans)
-    return Measurement(middle, low, high, len(spans), repeats, _spread(spans, middle))
+    center = statistics.median(spans)
+    return Measurement(center, low, high, len(spans), repeats, spread(spans, center))
 
 
 @contextmanager
@@ -241,9 +209,29 @@ def _repeats(seconds: float, fallback: int) -> int:
     )
 
 
-def _append(times: tuple[list[float], list[float]], pair: tuple[float, float]) -> None:
-    for kept, value in zip(times, pair, strict=True):
-        kept.append(value)
+def _warm_up(
+    sample: Sample,
+    rounds: int,
+    pair: Callable[[Sample, int], tuple[float, float]],
+    at_once: int,
+    deadline: float | None,
+    timer: Callable[[], float],
+    *,
+    calibrated: bool,
+) -> None:
+    """Run pairs that do not count, except for a very slow first one, and choose the calls of a span."""
+    for number in range(max(rounds, 1)):
+        first = pair(sample, at_once)
+        if _passed(deadline, timer) or min(first) >= SLOW_SECONDS:
+            # One more warm-up of a slow call would cost more than its cold start distorts.
+            if number == 0:
+                sample.append(first)
+            break
+        if calibrated:
+            sample.repeats = _repeats(min(first), sample.repeats)
+    if sample.repeats > 1:  # a first call may be slow for reasons of its own: calibrate on a warm one
+        sample.repeats = _repeats(min(pair(sample, at_once)), 1)
+    sample.repeats = at_once * math.ceil(sample.repeats / at_once)  # every caller has as many
 
 
 def _pair(
@@ -283,68 +271,18 @@ def _span(
     return (timer() - start) / len(calls)
 
 
-def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the median; the range of 3 to 5 values; (0, infinity) for fewer."""
-    number = len(values)
-    if number < 3:
-        return 0.0, math.inf
-    if number < 6:  # resampling so few values understates the doubt
-        return min(values), max(values)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(number, (_RESAMPLES, number), generator=generator)
-    samples = torch.tensor(values, dtype=torch.float64)[picks].sort(dim=1).values
-    medians = ((samples[:, (number - 1) // 2] + samples[:, number // 2]) / 2.0).sort().values
-    tail = int((1.0 - confidence) / 2.0 * _RESAMPLES)
-    return float(medians[tail]), float(medians[_RESAMPLES - 1 - tail])
-
-
-def _ratios(times: tuple[list[float], list[float]]) -> list[float]:
-    return [before / after if after > 0.0 else 1.0 for before, after in zip(*times, strict=True)]
-
-
-def _settled(times: tuple[list[float], list[float]], many: bool, seed: int) -> bool:
+def _settled(samples: Sequence[Sample], many: bool, seed: int) -> bool:
     """Whether more pairs would change nothing: far from 1.0 at 99.8 %, and narrow or already many.
 
     Every look is a chance to stop at an accident; with these margins the looks together add
     little to the interval's own 2.5 % on either side (a test simulates it).
     """
-    ratios = _ratios(times)
-    low, high = interval(ratios, 0.998, seed)
+    ratio, low, high = together(samples, 0.998, seed)
     clear = low > 1.0 + MARGIN or high < 1.0 - MARGIN
-    return clear and (many or high - low <= 0.1 * statistics.median(ratios))
+    return clear and (many or high - low <= 0.1 * ratio)
 
 
-def _undecided(times: tuple[list[float], list[float]], seed: int) -> bool:
+def _undecided(samples: Sequence[Sample], seed: int) -> bool:
     """Whether one side looks faster and the interval does not say so."""
-    ratios = _ratios(times)
-    low, high = interval(ratios, 0.95, seed)
-    return low <= 1.0 <= high and abs(statistics.median(ratios) - 1.0) > MARGIN
-
-
-def _spread(values: Sequence[float], middle: float) -> float:
-    if not middle:
-        return 0.0
-    return statistics.median(abs(value - middle) for value in values) / middle
-
-
-def _timing(
-    times: tuple[list[float], list[float]], repeats: int, seed: int, confidence: float = 0.95
-) -> Timing:
-    ratios = _ratios(times)
-    ratio = statistics.median(ratios)
-    low, high = interval(ratios, confidence, seed)
-    third = len(ratios) // 3
-    drift = 1.0
-    if third:
-        drift = statistics.median(times[0][-third:]) / max(statistics.median(times[0][:third]), 1e-12)
-    return Timing(
-        ratio=ratio,
-        low=low,
-        high=high,
-        baseline_seconds=statistics.median(times[0]),
-        candidate_seconds=statistics.median(times[1]),
-        pairs=len(ratios),
-        drift=drift,
-        noise=_spread(ratios, ratio),
-        repeats=repeats,
-    )
+    ratio, low, high = together(samples, 0.95, seed)
+    return low <= 1.0 <= high and abs(ratio - 1.0) > MARGIN

@@ -92,12 +92,18 @@ class InputSpec:
         """The name of the leaf at ``path`` (which starts with "args" or "kwargs")."""
         return leaf_name(path, self._parameters)
 
+    @property
+    def examples(self) -> tuple[Call, ...]:
+        """The example calls, in the order in which they were given."""
+        return self._examples
+
     # -- drawing ------------------------------------------------------------------------------
 
     def draw(
         self,
         generator: torch.Generator,
         *,
+        examples: Sequence[int] | None = None,
         sizes: Mapping[str, int] | None = None,
         padding: bool = False,
         keep_integers: bool = False,
@@ -107,6 +113,7 @@ class InputSpec:
 
         Args:
             generator: a CPU generator; the only source of randomness.
+            examples: positions of the examples of which one is picked; by default all.
             sizes: sizes of dynamic dimensions by name; by default those of the example at hand.
             padding: pad every sequence mask raggedly, even if no example was padded, and mix other masks
                 and flags that are alike in the examples.
@@ -122,11 +129,12 @@ class InputSpec:
             raise ValueError(
                 f"unknown dimension {unknown[0]!r}; the dimensions are {', '.join(self.dimensions) or 'none'}"
             )
-        example = self._examples[int(torch.randint(len(self._examples), (1,), generator=generator))]
+        positions = range(len(self._examples)) if examples is None else examples
+        picked = positions[int(torch.randint(len(positions), (1,), generator=generator))]
         return Drawing(
             self.leaves,
             self._parameters,
-            example,
+            self._examples[picked],
             generator,
             dict(sizes or {}),
             padding,

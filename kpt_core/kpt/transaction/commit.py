@@ -19,7 +19,7 @@ from kpt.transaction.memory import out_of_memory
 if TYPE_CHECKING:
     import torch
 
-    from kpt.judge.clock import Timing
+    from kpt.judge.timing import Timing
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.trial import Trials
 
@@ -53,7 +53,7 @@ class Committed:
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain.forward, args, kwargs),
                 lambda *args, **kwargs: runner.run(model.forward, args, kwargs),
-                trials.baseline.draw,
+                trials.baseline.kinds,
                 seconds=min(seconds, max(0.5, left)),
                 patience=min(2.0 * seconds, max(0.0, 0.5 * left - seconds)),
                 warmup=2,

@@ -13,11 +13,11 @@ from kpt.transaction import memory, recipe
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.commit import Committed, commit
 from kpt.transaction.events import emit
-from kpt.transaction.plan import Plan
+from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.receipt import Entry, Receipt
 
 if TYPE_CHECKING:
-    from kpt.judge.clock import Timing
+    from kpt.judge.timing import Timing
     from kpt.transaction.ledger import Found
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Proposals
@@ -110,13 +110,19 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
     receipt.status, receipt.reason = "optimized", ""
     applied = committed.applied.behaviours
     effects = {step: _effect(behaviour) for step, behaviour in applied}
+
+    def reason(step: Candidate) -> str:
+        why = effects.get(step) or step.variant.note or "right and faster"
+        doubt = found.doubts.get(step.name)
+        return f"{why} ({doubt})" if doubt else why
+
     receipt.accepted = [
         Entry(
             step.name,
             step.phase,
             step.plugin,
             "kept",
-            effects.get(step) or step.variant.note or "right and faster",
+            reason(step),
             found.gains.get(step.name),
             dict(best.figures),
         )
@@ -130,6 +136,7 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
     if timing is not None:
         receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
         receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
+        receipt.kinds = [asdict(kind) for kind in timing.kinds]
     if trials.metric.before is not None:
         receipt.accuracy = {
             "before": trials.metric.before,

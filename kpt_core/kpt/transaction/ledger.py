@@ -53,6 +53,8 @@ class Found:
     gains: dict[str, float] = field(default_factory=dict)
     rejected: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: Steps that stayed although the clock could not tell that the plan is slower without them, and by what.
+    doubts: dict[str, str] = field(default_factory=dict)
 
 
 class Ledger:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kpt.specs import LEVELS
 
 if TYPE_CHECKING:
-    from kpt.judge.clock import Timing
+    from kpt.judge.timing import Timing
     from kpt.transaction.applied import Applied
     from kpt.transaction.plan import Candidate, Plan
 

@@ -49,7 +49,9 @@ class Receipt:
     """What was tried, kept, rejected and why, with every number that decided.
 
     Times are in seconds. ``speedup`` is the median of the paired ratios untouched / optimised with
-    its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back.
+    its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back. Where the examples
+    are of several kinds (of other sizes or forms), it is the geometric mean of the kinds' medians, as are the
+    seconds, and ``kinds`` has each with its label, share, ratio, interval and seconds.
     ``break_even_calls`` is set-up time over the time saved per call; None when nothing is saved.
     ``derived_bytes`` are those of the tensors that the plan holds beside the model's own: copies, packed
     weights, constants of compiled code. What native libraries allocate for themselves and the machine
@@ -80,6 +82,7 @@ class Receipt:
     speedup_high: float = 1.0
     seconds_before: float = 0.0
     seconds_after: float = 0.0
+    kinds: list[dict[str, Any]] = field(default_factory=list)
     setup_seconds: float = 0.0
     search_seconds: float = 0.0
     searched: bool = False
@@ -100,6 +103,8 @@ class Receipt:
     @property
     def break_even_calls(self) -> int | None:
         saved = self.seconds_before - self.seconds_after
+        if self.kinds:  # of which the seconds above are geometric means
+            saved = sum(k["share"] * (k["baseline_seconds"] - k["candidate_seconds"]) for k in self.kinds)
         if not self.optimized or saved <= 0.0:
             return None
         return math.ceil((self.setup_seconds + self.search_seconds) / saved)
@@ -188,7 +193,7 @@ class Receipt:
             table.add_row(Text("skip", "dim"), *map(Text, names), Text(skip["reason"], "dim"))
         if table.row_count:
             yield table
-        for line in (*self._calls(), *self.notes):
+        for line in (*self._kinds(), *self._calls(), *self.notes):
             yield Text(line)
 
     def _facts(self) -> str:
@@ -210,6 +215,15 @@ class Receipt:
         if callers > 1:
             return f" ({callers} callers at once)"
         return f" ({queued} calls in a row)" if queued > 1 else ""
+
+    def _kinds(self) -> list[str]:
+        """A line for each kind of call, which says so where the plan makes it slower."""
+        lines = []
+        for kind in self.kinds:
+            before, after = _duration(kind["baseline_seconds"]), _duration(kind["candidate_seconds"])
+            slower = " - slower" if kind["high"] < 1.0 else ""
+            lines.append(f"  {kind['label']}: {kind['ratio']:.2f}x ({before} -> {after}){slower}")
+        return ["by kind of call:", *lines] if lines else []
 
     def _calls(self) -> list[str]:
         if not self.calls:
@@ -235,7 +249,8 @@ class Receipt:
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
         )
-        facts = "<br>".join(html.escape(line) for line in (self._facts(), *self._calls(), *self.notes))
+        lines = (self._facts(), *self._kinds(), *self._calls(), *self.notes)
+        facts = "<br>".join(map(html.escape, lines))
         return (
             f"<div class='kpt-receipt'><p><b>{html.escape(self.headline())}</b></p><p>{facts}</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -18,6 +18,7 @@ from kpt.transaction.plan import Plan, excludes, worth
 from kpt.transaction.watch import why_no_copies
 
 if TYPE_CHECKING:
+    from kpt.judge.timing import Timing
     from kpt.transaction.budget import Budget
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Candidate, Proposals
@@ -188,6 +189,8 @@ class Search:
             share = 1.0 / reduced.timing.ratio
             if reduced.timing.high < 1.0 or share >= _STAYS:
                 gains[step.name] = share
+                if reduced.timing.high >= 1.0:
+                    ledger.found.doubts[step.name] = _doubt(reduced.timing)
                 ledger.paid.add(step)
                 reduced.close()
                 continue
@@ -323,6 +326,12 @@ class Search:
 
 def _alone(worse: Outcome, better: Outcome) -> str:
     return f"{ratio(worse):.2f}x alone; {better.plan.key} gives {better.over_eager:.2f}x"
+
+
+def _doubt(timing: Timing) -> str:
+    """Between what the gain of a step lies, by the ``timing`` of the plan against that without it."""
+    low, high = 1.0 / timing.high, 1.0 / timing.low if timing.low > 0.0 else math.inf
+    return f"in doubt: its gain lies between {low:.2f}x and {high:.2f}x"
 
 
 def _hope(candidate: Candidate, best: Outcome) -> float:

@@ -24,7 +24,7 @@ from kpt.transaction.safekeeping import ModelDamaged, Safekeeping
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
-    from kpt.judge.clock import Timing
+    from kpt.judge.timing import Timing
     from kpt.transaction.accuracy import Accuracy
     from kpt.transaction.baseline import Baseline
     from kpt.transaction.budget import Budget
@@ -237,7 +237,7 @@ class Trials:
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain, args, kwargs),
                 lambda *args, **kwargs: runner.run(applied.forward, args, kwargs),
-                baseline.draw,
+                baseline.kinds,
                 seconds=min(span, self.budget.left()),
                 patience=patience,
                 warmup=2,

@@ -1,0 +1,86 @@
+"""Medians and their bootstrap intervals, of one sample and of samples of several kinds taken together."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+_RESAMPLES = 1000
+#: Values of each kind below which nothing is claimed of several kinds together.
+LEAST_OF_A_KIND = 3
+
+
+def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of the median; the range of 3 to 5 values; (0, infinity) for fewer."""
+    number = len(values)
+    if number < 3:
+        return 0.0, math.inf
+    if number < 6:  # resampling so few values understates the doubt
+        return min(values), max(values)
+    generator = torch.Generator().manual_seed(seed)
+    return _tails(_medians(torch.tensor(values, dtype=torch.float64), generator), confidence)
+
+
+def middle(groups: Sequence[Sequence[float]], shares: Sequence[float]) -> float:
+    """The geometric mean of the groups' medians, each weighed with its share of 1; empty groups are left out.
+
+    Of one group it is the median.
+
+    Raises:
+        ValueError: every group is empty.
+    """
+    present = [(group, share) for group, share in zip(groups, shares, strict=True) if group]
+    if not present:
+        raise ValueError("expected a value in one group at least, got none")
+    if len(present) == 1:
+        return statistics.median(present[0][0])
+    total = sum(share for _, share in present)
+    medians = [(statistics.median(group), share / total) for group, share in present]
+    if any(value <= 0.0 for value, _ in medians):
+        return 0.0
+    return math.exp(sum(share * math.log(value) for value, share in medians))
+
+
+def stratified_interval(
+    groups: Sequence[Sequence[float]], shares: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Interval of `middle` by resampling within each group (a stratified bootstrap).
+
+    Deviations of a group of n are widened by the square root of n / (n - 1), which the bootstrap of few
+    values lacks. (0, infinity) where a group has fewer than `LEAST_OF_A_KIND` values. Of one group it is
+    that of `interval`.
+    """
+    if len(groups) == 1:
+        return interval(groups[0], confidence, seed)
+    if min(map(len, groups)) < LEAST_OF_A_KIND or min(map(min, groups)) <= 0.0:
+        return 0.0, math.inf
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(_RESAMPLES, dtype=torch.float64)
+    for group, share in zip(groups, shares, strict=True):
+        values = torch.tensor(group, dtype=torch.float64).log()
+        own = math.log(statistics.median(group))
+        wider = math.sqrt(len(group) / (len(group) - 1))
+        total += share / sum(shares) * (own + wider * (_medians(values, generator) - own))
+    low, high = _tails(total, confidence)
+    return math.exp(low), math.exp(high)
+
+
+def spread(values: Sequence[float], center: float) -> float:
+    """The relative median absolute deviation of ``values`` from ``center``."""
+    return statistics.median(abs(value - center) for value in values) / center if center else 0.0
+
+
+def _medians(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    number = len(values)
+    picks = torch.randint(number, (_RESAMPLES, number), generator=generator)
+    samples = values[picks].sort(dim=1).values
+    return (samples[:, (number - 1) // 2] + samples[:, number // 2]) / 2.0
+
+
+def _tails(resampled: torch.Tensor, confidence: float) -> tuple[float, float]:
+    ordered = resampled.sort().values
+    tail = int((1.0 - confidence) / 2.0 * _RESAMPLES)
+    return float(ordered[tail]), float(ordered[_RESAMPLES - 1 - tail])

@@ -1,0 +1,123 @@
+"""What paired timing found: the times of each kind of call, and the figures that are made of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kpt.judge.intervals import interval, middle, spread, stratified_interval
+from kpt.judge.kinds import Kind
+
+
+@dataclass(frozen=True)
+class KindTiming:
+    """A candidate against a baseline on the calls of one kind, whose share of the examples is ``share``.
+
+    ``ratio``, ``low`` and ``high`` are as those of `Timing`; seconds are medians per call.
+    """
+
+    label: str
+    share: float
+    ratio: float
+    low: float
+    high: float
+    baseline_seconds: float
+    candidate_seconds: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A candidate against a baseline.
+
+    ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
+    ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
+    call. Of calls of several kinds all three are geometric means of the kinds' medians, weighed with their
+    shares, and ``kinds`` has the kinds one by one. ``drift`` is the baseline's median in the last third of
+    the pairs over that in the first, ``noise`` the relative median absolute deviation of the ratios, both of
+    the kind where they are largest; ``repeats`` the fewest calls in one timed span.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    baseline_seconds: float
+    candidate_seconds: float
+    pairs: int
+    drift: float = 1.0
+    noise: float = 0.0
+    repeats: int = 1
+    kinds: tuple[KindTiming, ...] = ()
+
+    @property
+    def faster(self) -> bool:
+        """Whether the candidate is faster beyond doubt: the interval's lower bound exceeds 1."""
+        return self.low > 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return asdict(self)
+
+
+@dataclass
+class Sample:
+    """The times of one kind's pairs, and how many calls each of its spans holds."""
+
+    kind: Kind
+    baseline: list[float] = field(default_factory=list)
+    candidate: list[float] = field(default_factory=list)
+    repeats: int = 1
+
+    def append(self, pair: tuple[float, float]) -> None:
+        self.baseline.append(pair[0])
+        self.candidate.append(pair[1])
+
+    @property
+    def ratios(self) -> list[float]:
+        pairs = zip(self.baseline, self.candidate, strict=True)
+        return [before / after if after > 0.0 else 1.0 for before, after in pairs]
+
+
+def together(samples: Sequence[Sample], confidence: float, seed: int) -> tuple[float, float, float]:
+    """The ratio over all kinds, and its interval."""
+    ratios, shares = [sample.ratios for sample in samples], [sample.kind.share for sample in samples]
+    return middle(ratios, shares), *stratified_interval(ratios, shares, confidence, seed)
+
+
+def summarised(samples: Sequence[Sample], seed: int, confidence: float = 0.95) -> Timing:
+    ratio, low, high = together(samples, confidence, seed)
+    shares = [sample.kind.share for sample in samples]
+    kinds = tuple(
+        KindTiming(
+            sample.kind.label,
+            sample.kind.share,
+            statistics.median(sample.ratios),
+            *interval(sample.ratios, confidence, seed),
+            statistics.median(sample.baseline),
+            statistics.median(sample.candidate),
+            len(sample.baseline),
+        )
+        for sample in samples
+        if sample.baseline
+    )
+    return Timing(
+        ratio=ratio,
+        low=low,
+        high=high,
+        baseline_seconds=middle([sample.baseline for sample in samples], shares),
+        candidate_seconds=middle([sample.candidate for sample in samples], shares),
+        pairs=sum(len(sample.baseline) for sample in samples),
+        drift=max((_drift(sample.baseline) for sample in samples), key=lambda drift: abs(drift - 1.0)),
+        noise=max(spread(s.ratios, statistics.median(s.ratios)) for s in samples if s.baseline),
+        repeats=min(sample.repeats for sample in samples),
+        kinds=kinds if len(samples) > 1 else (),
+    )
+
+
+def _drift(seconds: Sequence[float]) -> float:
+    third = len(seconds) // 3
+    if not third:
+        return 1.0
+    return statistics.median(seconds[-third:]) / max(statistics.median(seconds[:third]), 1e-12)
