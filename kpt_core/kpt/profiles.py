@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from kpt.specs import HardwareSpec
 
 OVERRIDE_VARIABLE = "KPT_OVERRIDE_HARDWARE"
-_SCHEMA = 3
+_SCHEMA = 4
 
 _log = logging.getLogger("kpt")
 _lock = threading.RLock()
@@ -272,12 +273,13 @@ def _busy() -> bool:
 
 
 def _key(registered: Registered[HardwareSpec], profile: HardwareProfile) -> str:
-    """What measured rates depend on: the device, who measures, and the processors that may run."""
+    """What measured rates depend on: the device, who measures and by which libraries, and the processors."""
     facts = {
         "schema": _SCHEMA,
         "profile": to_dict(profile),
         "probe": registered.spec.probe,
         "plugin": [registered.distribution, registered.version],
+        "torch": attempt(version, "torch").value,
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }

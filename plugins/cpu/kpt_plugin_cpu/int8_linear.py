@@ -54,8 +54,15 @@ def _product(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, 
     place: list[Tensor] = _places.get(weight, [])
     if not place:
         place.append(torch.ops.kpt_cpu.pack_int8(weight))
+    return packed_product(codes, place[0], scale, zero_points, dtype)
+
+
+def packed_product(
+    codes: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """sum_k (codes[r, k] - 128) w[n, k] scale[n] in ``dtype``, [R, N], for weights that `pack_int8` packed."""
     return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
-        codes, *_constants(), place[0], scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
+        codes, *_constants(), packed, scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
 
 

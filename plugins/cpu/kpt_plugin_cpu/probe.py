@@ -227,11 +227,12 @@ def _rates() -> dict[str, float]:
 
         codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
         zero_points = torch.zeros(width, dtype=torch.int64)
-        product = torch.ops.kpt_cpu.int8_product
+        product = int8_linear.packed_product
         try:
             weight, scale = int8_linear.quantize_weight(square)  # multiplies, too, to see what saturates
-            product(codes, weight, scale, zero_points, torch.float32)
-            runs["int8"] = lambda: product(codes, weight, scale, zero_points, torch.float32)
+            packed_codes = torch.ops.kpt_cpu.pack_int8(weight)
+            product(codes, packed_codes, scale, zero_points, torch.float32)
+            runs["int8"] = lambda: product(codes, packed_codes, scale, zero_points, torch.float32)
         except RuntimeError:  # oneDNN has no such product for this CPU
             pass
     return {name: work / seconds for name, seconds in _fastest(runs).items()}

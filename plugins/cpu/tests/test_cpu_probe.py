@@ -56,12 +56,32 @@ def test_rates_are_measured(monkeypatch):
     assert measured.predicted_seconds(0.0, 1e9, "float32") > 0
 
 
+def test_the_int8_rate_is_that_of_weights_packed_once(monkeypatch):
+    """Packing takes as long as the product, or several times that with AMX."""
+    prepack, product, seen = torch.ops.onednn.qlinear_prepack, int8_linear.packed_product, []
+
+    def packing(*given):
+        seen.append("pack")
+        return prepack(*given)
+
+    def multiplying(*given):
+        seen.append("product")
+        return product(*given)
+
+    monkeypatch.setattr(probe, "_SPAN", 0.01)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", packing)
+    monkeypatch.setattr(int8_linear, "packed_product", multiplying)
+    rates = probe.CpuProbe().measure(probe.CpuProbe().detect()).matmul_rates
+    if "int8" in rates:
+        assert seen.count("pack") <= 2 < seen.count("product"), seen
+
+
 def test_a_cpu_without_int8_products_has_the_other_rates(monkeypatch):
     def refused(*given):
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(probe, "_SPAN", 0.01)
-    monkeypatch.setattr(int8_linear, "_product", refused)
+    monkeypatch.setattr(int8_linear, "packed_product", refused)
     int8_linear.largest_weight.cache_clear()
     rates = probe.CpuProbe().measure(probe.CpuProbe().detect()).matmul_rates
     assert "int8" not in rates and rates["float32"] > 1e8
