@@ -60,7 +60,7 @@ def _product(codes: Tensor, weight: Tensor, scale: Tensor, zero_points: Tensor, 
 def packed_product(
     codes: Tensor, packed: Tensor, scale: Tensor, zero_points: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """sum_k (codes[r, k] - 128) w[n, k] scale[n] in ``dtype``, [R, N], for weights that `pack_int8` packed."""
+    """sum_k (codes[r, k] - 128) w[n, k] scale[n] in ``dtype``, [R, N]; `pack_int8` packed the weights."""
     return torch.ops.onednn.qlinear_pointwise.tensor(  # type: ignore[no-any-return]
         codes, *_constants(), packed, scale, zero_points, None, 1.0, 0, dtype, "none", [], ""
     )
