@@ -113,7 +113,7 @@ def test_kinds_of_calls_take_turns_and_all_of_them_count(monkeypatch):
     _, helps, same = found
     assert [len(spans) for spans in helps.spans] == [3, 3] and helps.to_dict()["spans"] == 6
     assert helps.ratio == pytest.approx(4**0.25) and helps.low == helps.high == helps.ratio
-    assert same.ratio == 1.0 and same.seconds == pytest.approx(2**1.5)
+    assert same.ratio == 1.0 and same.seconds == pytest.approx(2.0 * 0.75 + 8.0 * 0.25)
 
 
 def test_what_a_contender_does_while_it_is_prepared_is_its_own():

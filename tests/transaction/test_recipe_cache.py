@@ -256,6 +256,37 @@ def test_finding_nothing_is_remembered_too():
     assert fingerprints.ours(model) == []
 
 
+def test_finding_nothing_for_one_mixture_of_calls_is_no_answer_for_another():
+    """A static size would be part of the key; the dynamic batch is not."""
+
+    def mixed(*rows: int) -> kpt.Receipt:
+        model, examples = net(), [torch.randn(n, 16) for n in rows]
+        slower = [plugin(hostile_passes.Slower)]
+        kpt.optimize(model, examples, plugins=slower, cache=True, budget=6.0, dynamic_shapes=({0: "batch"},))
+        return kpt.report(model)
+
+    assert mixed(2, 2, 2, 30).searched
+    again = mixed(2, 2, 2, 28)
+    assert not again.searched and again.recipe == "hit" and not again.optimized
+    other = mixed(2, 30, 31, 29)
+    assert other.searched and "another mixture of calls" in other.recipe
+    assert any("another mixture" in note for note in other.notes)
+
+
+def test_a_gain_in_doubt_is_told_by_a_recipe_too(cached):
+    names = [e.name for e in run()[0].accepted]
+
+    def by_name(data: dict) -> None:
+        data["figures"]["doubts"] = {names[0]: "in doubt: its gain lies between 0.97x and 1.30x"}
+
+    edited(by_name)(cached)
+    receipt, _ = run()
+    assert not receipt.searched and "in doubt: its gain lies" in receipt.accepted[0].reason
+    edited(lambda data: data["figures"].update(doubts=[1]))(cached)
+    refused, _ = run()
+    assert refused.searched and "figures of the recipe are malformed" in " ".join(refused.notes)
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

@@ -43,8 +43,8 @@ class Entrant:
     ``error`` is the root mean square of its difference from eager's outputs, relative to theirs;
     None where the outputs cannot be compared. ``spans`` are seconds per call, kind by kind. ``ratio`` is
     eager's time over its own, the median of the paired ratios with its 95 % interval; of several kinds of
-    calls it is the geometric mean of their medians, weighed with their ``shares``, and so are ``seconds``.
-    ``note`` is what its preparation has to say.
+    calls it is the geometric mean of their medians, weighed with their ``shares``, and
+    ``seconds`` the arithmetic mean. ``note`` is what its preparation has to say.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Entrant:
 
     @property
     def seconds(self) -> float:
-        from kpt.judge.intervals import middle
+        from kpt.judge.intervals import average
 
-        return middle(self.spans, self.shares) if any(self.spans) else math.nan
+        return average(self.spans, self.shares) if any(self.spans) else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         state = "absent" if self.absent else "failed" if self.failed else "ran"
@@ -171,23 +171,21 @@ def contest(
     reference = entrants[0]
     kinds = one_kind(calls) if callable(calls) else tuple(calls)
     with torch.no_grad():
-        first = kinds[0].next_call()
-        _prepare(reference, model, first, wait)
+        examples = [kind.next_call() for kind in sorted(kinds, key=lambda kind: -kind.share)]
+        _prepare(reference, model, examples, wait)
         if reference.run is None:
             raise model_fails(reference.failed)
         for entrant in entrants[1:]:
             if not entrant.absent:
                 tell(f"preparing {entrant.name}")
-                _prepare(entrant, model, first, wait)
-        _compare(
-            [entrant for entrant in entrants if entrant.run], by_name(model, kinds[-1].next_call().clone())
-        )
-        running = [entrant for entrant in entrants if entrant.run is not None]
+                _prepare(entrant, model, examples, wait)
+        prepared = [entrant for entrant in entrants if entrant.run is not None]
+        _compare(prepared, by_name(model, kinds[-1].next_call().clone()))
+        running = [entrant for entrant in prepared if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
         for entrant in running:
             entrant.spans, entrant.shares = [[] for _ in kinds], tuple(kind.share for kind in kinds)
-        example = [by_name(model, kind.next_call().clone()) for kind in kinds]
-        repeats = [_repeats(reference.run, inputs, wait) for inputs in example]
+        repeats = [_repeats(reference.run, by_name(model, kind.next_call().clone()), wait) for kind in kinds]
         least = max(5, LEAST_OF_A_KIND * len(kinds))
         order = random.Random(0)
         end = time.perf_counter() + seconds
@@ -208,16 +206,22 @@ def contest(
         _rate(entrant, reference)
 
 
-def _prepare(entrant: Entrant, model: torch.nn.Module, call: Call, wait: Callable[[], None]) -> None:
-    """Let ``entrant`` prepare itself, on a copy of the inputs; torch's flags are put back for the others."""
+def _prepare(
+    entrant: Entrant, model: torch.nn.Module, calls: Sequence[Call], wait: Callable[[], None]
+) -> None:
+    """Let ``entrant`` prepare itself for the first of ``calls``, and run all of them, on copies.
+
+    torch's flags are put back for the others.
+    """
     from kpt.judge.state import untouched
 
     start = time.perf_counter()
-    example = by_name(model, call.clone())
+    example, *others = [by_name(model, call.clone()) for call in calls]
 
     def prepared() -> Run:
         run = entrant.prepare(copy.deepcopy(model), example)
-        run(example)  # the first call compiles, and belongs to the preparation
+        for inputs in (example, *others):  # a first call compiles, and belongs to the preparation
+            run(inputs)
         wait()
         return run
 

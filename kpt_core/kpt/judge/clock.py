@@ -30,6 +30,8 @@ SPAN_SECONDS = 200e-6
 MAX_REPEATS = 64
 #: A warm-up pair as slow as this counts as a measured pair: its cold start is negligible.
 SLOW_SECONDS = 0.5
+#: The same where calls of several kinds are timed: each kind has a warm-up pair, and each was called before.
+SLOW_OF_KINDS = 0.05
 #: How far from 1.0 the interval has to lie to stop early: what is close gets all the time there is.
 MARGIN = 0.03
 
@@ -93,10 +95,12 @@ def paired(
     Each side gets its own clone of every call, made outside of the timed span. Stops after
     ``seconds`` once ``min_pairs`` are in, at ``max_pairs``, at ``deadline`` (a reading of ``timer``)
     whatever is in, or early when a 99.8 % interval lies clear of 1.0 and is narrow. With fewer than three
-    pairs of a kind nothing is claimed: the interval is (0, infinity).
+    pairs, or a kind that was not reached, nothing is claimed: the interval is (0, infinity).
 
     Args:
-        calls: draws one call; or the kinds of calls, which take turns, so that each has as many pairs.
+        calls: draws one call; or the kinds of calls. Each kind gets three pairs at least, and then the one
+            whose next pair tells most for the time it takes: pairs go by share over the square root of the
+            time (Neyman's allocation, for equal noise).
         patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
             1.0; the interval is then one of 99 %, since it was looked at twice.
         min_pairs: of all kinds together; three of each kind are wanted in any case.
@@ -106,8 +110,8 @@ def paired(
             span over the number of its calls: the inverse of the throughput.
 
     Raises:
-        ValueError: ``min_pairs`` or ``max_pairs`` make no sense, there is no kind of call, or caches are to
-            be flushed between calls that arrive at once.
+        ValueError: ``min_pairs`` or ``max_pairs`` make no sense (for so many kinds), there is no kind of
+            call, or caches are to be flushed between calls that arrive at once.
         Exception: whatever either side raises.
     """
     if min_pairs < 1 or max_pairs < min_pairs:
@@ -118,7 +122,12 @@ def paired(
     if not samples:
         raise ValueError("expected one kind of call at least, got none")
     if len(samples) > 1:
-        min_pairs = max(min_pairs, LEAST_OF_A_KIND * len(samples))
+        min_pairs, warmup = max(min_pairs, LEAST_OF_A_KIND * len(samples)), 1
+        if max_pairs < min_pairs:
+            raise ValueError(
+                f"{len(samples)} kinds of calls want {min_pairs} pairs, got max_pairs={max_pairs}"
+            )
+    slow = SLOW_SECONDS if len(samples) == 1 else SLOW_OF_KINDS
     wait = synchronize or synchroniser()
     order = random.Random(seed)
     sides = (baseline, candidate)
@@ -126,13 +135,16 @@ def paired(
     with _collector_off(), load.issuing() as issue:
 
         def pair(sample: Sample, repeats: int) -> tuple[float, float]:
-            return _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue)
+            begun = timer()
+            found = _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue)
+            sample.cost = timer() - begun
+            return found
 
         start = timer()
         for sample in samples:
             if any(other.baseline for other in samples) and _passed(deadline, timer):
                 break
-            _warm_up(sample, warmup, pair, load.calls, deadline, timer, calibrated=flush is None)
+            _warm_up(sample, warmup, pair, load.calls, slow, deadline, timer, calibrated=flush is None)
         check, end, taken = min_pairs, start + seconds, sum(len(sample.baseline) for sample in samples)
         while taken < max_pairs and not (taken and _passed(deadline, timer)):
             if taken >= min_pairs and timer() >= end:
@@ -144,7 +156,7 @@ def paired(
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
                 check = math.ceil(taken * 1.5)
-            sample = min(samples, key=lambda sample: len(sample.baseline))
+            sample = _next(samples)
             sample.append(pair(sample, sample.repeats))
             taken += 1
     return summarised(samples, seed, 0.99 if looked_longer else 0.95)
@@ -209,11 +221,20 @@ def _repeats(seconds: float, fallback: int) -> int:
     )
 
 
+def _next(samples: Sequence[Sample]) -> Sample:
+    """Whose turn it is: who has fewest pairs, until all have enough; then who tells most for its time."""
+    fewest = min(samples, key=lambda sample: len(sample.baseline))
+    if len(fewest.baseline) < LEAST_OF_A_KIND:
+        return fewest
+    return min(samples, key=lambda s: len(s.baseline) * math.sqrt(max(s.cost, 1e-9)) / s.kind.share)
+
+
 def _warm_up(
     sample: Sample,
     rounds: int,
     pair: Callable[[Sample, int], tuple[float, float]],
     at_once: int,
+    slow: float,
     deadline: float | None,
     timer: Callable[[], float],
     *,
@@ -222,7 +243,7 @@ def _warm_up(
     """Run pairs that do not count, except for a very slow first one, and choose the calls of a span."""
     for number in range(max(rounds, 1)):
         first = pair(sample, at_once)
-        if _passed(deadline, timer) or min(first) >= SLOW_SECONDS:
+        if _passed(deadline, timer) or min(first) >= slow:
             # One more warm-up of a slow call would cost more than its cold start distorts.
             if number == 0:
                 sample.append(first)
@@ -283,6 +304,15 @@ def _settled(samples: Sequence[Sample], many: bool, seed: int) -> bool:
 
 
 def _undecided(samples: Sequence[Sample], seed: int) -> bool:
-    """Whether one side looks faster and the interval does not say so."""
+    """Whether one side looks faster, on one kind of call at least, and the interval does not say so."""
     ratio, low, high = together(samples, 0.95, seed)
-    return low <= 1.0 <= high and abs(ratio - 1.0) > MARGIN
+    return low <= 1.0 <= high and (
+        abs(ratio - 1.0) > MARGIN or any(_apart(sample, seed) for sample in samples)
+    )
+
+
+def _apart(sample: Sample, seed: int) -> bool:
+    """Whether this kind of call alone is clearly slower or faster: it may be a small share of all."""
+    ratios = sample.ratios
+    low, high = interval(ratios, 0.95, seed)
+    return len(ratios) >= LEAST_OF_A_KIND and (low > 1.0 + MARGIN or high < 1.0 - MARGIN)

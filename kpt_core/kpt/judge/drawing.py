@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kpt.judge import fresh, tree
+from kpt.judge import forms, fresh, tree
 from kpt.judge.calls import Call, copied_leaf
 from kpt.judge.layouts import laid_out, scaled_strides
 from kpt.judge.leafnames import leaf_name, named_leaves
@@ -29,9 +29,11 @@ class Drawing:
         padding: bool,
         keep_integers: bool,
         mix_integers: bool,
+        own_masks: bool,
     ) -> None:
         self.parameters, self.example, self.generator = parameters, example, generator
         self.padding, self.keep_integers, self.mix_integers = padding, keep_integers, mix_integers
+        self.own_masks = own_masks
         self.leaves = {leaf.name: leaf for leaf in leaves}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.bounds: dict[int, list[tuple[str, int]]] = {}
@@ -103,6 +105,8 @@ class Drawing:
     def _keep(self, leaf: LeafSpec, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         padded = leaf.form.kind == "padded" or (leaf.form.kind == "causal" and bool(leaf.form.sides))
         full, own = shape, _distinct(tensor, tuple(tensor.shape))
+        if self.own_masks and padded and len(own) == 2 and _keeps_all(leaf, tensor):
+            return torch.ones(shape, dtype=torch.bool)
         sequences = _is_sequence_mask(leaf.name) and len(own) >= 2 and own[-1] > 1
         if self.padding and leaf.form.kind == "ones":
             shape = _distinct(tensor, shape)
@@ -156,6 +160,11 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
         return False
     return first.device.type != "meta" and torch.equal(first, second)
+
+
+def _keeps_all(leaf: LeafSpec, tensor: torch.Tensor) -> bool:
+    """Whether ``tensor``, a mask of an example, masks nothing."""
+    return tensor.device.type != "meta" and bool(forms.keep_flags(tensor, leaf.form.kept).all())
 
 
 def _is_sequence_mask(name: str) -> bool:

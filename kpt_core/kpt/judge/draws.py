@@ -108,6 +108,7 @@ class InputSpec:
         padding: bool = False,
         keep_integers: bool = False,
         mix_integers: bool = False,
+        own_masks: bool = False,
     ) -> Call:
         """A fresh call like one of the examples, on the examples' devices, with their strides.
 
@@ -120,6 +121,8 @@ class InputSpec:
             keep_integers: leave integers as in the example, for models that accept few combinations.
             mix_integers: draw zeros and ones where the examples hold one of them everywhere. Eager may refuse
                 that, and on an accelerator it may not be tried: a 1 may be no row of a table.
+            own_masks: where a [batch, sequence] mask of the example picked masks nothing, so does the draw's;
+                otherwise it is padded as soon as another example is.
 
         Raises:
             ValueError: an unknown dimension, or a spec from `from_dict` with values that cannot be drawn.
@@ -140,6 +143,7 @@ class InputSpec:
             padding,
             keep_integers,
             mix_integers,
+            own_masks,
         ).call()
 
     def sizes(self, generator: torch.Generator, number: int) -> list[dict[str, int]]:

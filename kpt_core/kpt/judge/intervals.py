@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 _RESAMPLES = 1000
-#: Values of each kind below which nothing is claimed of several kinds together.
+#: Values of each kind below which several together claim no more than their range.
 LEAST_OF_A_KIND = 3
 
 
@@ -44,19 +44,28 @@ def middle(groups: Sequence[Sequence[float]], shares: Sequence[float]) -> float:
     return math.exp(sum(share * math.log(value) for value, share in medians))
 
 
+def average(groups: Sequence[Sequence[float]], shares: Sequence[float]) -> float:
+    """The arithmetic mean of the groups' medians, weighed with the shares; empty groups are left out."""
+    present = [(statistics.median(own), share) for own, share in zip(groups, shares, strict=True) if own]
+    return sum(value * share for value, share in present) / sum(share for _, share in present)
+
+
 def stratified_interval(
     groups: Sequence[Sequence[float]], shares: Sequence[float], confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Interval of `middle` by resampling within each group (a stratified bootstrap).
 
     Deviations of a group of n are widened by the square root of n / (n - 1), which the bootstrap of few
-    values lacks. (0, infinity) where a group has fewer than `LEAST_OF_A_KIND` values. Of one group it is
-    that of `interval`.
+    values lacks. The range of all values where a group has fewer than `LEAST_OF_A_KIND`, and (0, infinity)
+    where one has none, or all together so few. Of one group it is that of `interval`.
     """
     if len(groups) == 1:
         return interval(groups[0], confidence, seed)
-    if min(map(len, groups)) < LEAST_OF_A_KIND or min(map(min, groups)) <= 0.0:
+    pooled = [value for group in groups for value in group]
+    if len(pooled) < LEAST_OF_A_KIND or min(map(len, groups)) == 0 or min(pooled) <= 0.0:
         return 0.0, math.inf
+    if min(map(len, groups)) < LEAST_OF_A_KIND:
+        return min(pooled), max(pooled)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(_RESAMPLES, dtype=torch.float64)
     for group, share in zip(groups, shares, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +18,14 @@ from kpt.judge.calls import Call
 if TYPE_CHECKING:
     from kpt.judge.draws import InputSpec
 
-#: Calls of one form are of one kind where the largest has at most as many times the smallest's elements.
+#: The largest call of a kind has at most as many times the smallest's elements.
 _ALIKE = 2.0
-#: Each kind wants pairs of its own: kinds beyond these join the one next in size.
+#: Each kind wants pairs of its own: beyond these, neighbours in size become one.
 _MOST = 4
+#: Constants that a forward branches on, unlike numbers, which often differ from call to call.
+_FLAGS = (bool, str, bytes, enum.Enum, type(None), torch.dtype, torch.device)
+#: Examples that a label names.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,15 @@ class Kind:
     next_call: Callable[[], Call]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Examples of one kind: a label, their positions by size, and the elements of the one in the middle."""
+
+    label: str
+    examples: tuple[int, ...]
+    elements: int
+
+
 def one_kind(next_call: Callable[[], Call]) -> tuple[Kind, ...]:
     """All calls as one kind."""
     return (Kind("all calls", 1.0, next_call),)
@@ -40,21 +55,20 @@ def of_examples(spec: InputSpec, draw: Callable[[Sequence[int]], Call]) -> tuple
     """The kinds of the examples of ``spec``; ``draw`` draws a call like one of those at some positions."""
     number = len(spec.examples)
     return tuple(
-        Kind(label, len(examples) / number, partial(draw, examples)) for label, examples in group(spec)
+        Kind(each.label, len(each.examples) / number, partial(draw, each.examples)) for each in group(spec)
     )
 
 
-def group(spec: InputSpec) -> list[tuple[str, tuple[int, ...]]]:
-    """The kinds of the examples that ``spec`` was learnt from: a label, and the positions by size.
+def group(spec: InputSpec) -> list[Group]:
+    """The kinds of the examples that ``spec`` was learnt from, small ones first.
 
-    Kinds differ in form (structure, dtypes, ranks and constants), in whether a mask masks anything, or by
-    more than a factor of two in the number of elements. Smaller ones come first.
+    Kinds differ in form (structure, dtypes, ranks, flags and strings), in whether a mask masks anything, or
+    in size: each spans a factor of two in the number of elements, from its smallest call on. Four at most:
+    beyond that, those next to each other in size become one.
     """
     found: dict[Any, list[tuple[int, int]]] = {}
     for number, call in enumerate(spec.examples):
-        masks = spec.padding_masks(call).values()
-        form = _form(call), all(bool(mask.all()) for mask in masks)
-        found.setdefault(form, []).append((_elements(call), number))
+        found.setdefault((_form(call), _masks(spec, call)), []).append((_elements(call), number))
     kinds: list[list[tuple[int, int]]] = []
     for members in found.values():
         members.sort()
@@ -63,34 +77,74 @@ def group(spec: InputSpec) -> list[tuple[str, tuple[int, ...]]]:
             if index == len(members) or members[index][0] > _ALIKE * max(members[begin][0], 1):
                 kinds.append(members[begin:index])
                 begin = index
-    kinds.sort(key=lambda members: members[0][0])
+    kinds.sort(key=lambda members: members[0])
     while len(kinds) > _MOST:
-        steps = [after[0][0] / max(before[-1][0], 1) for before, after in itertools.pairwise(kinds)]
+        steps = [
+            (after[0][0] / max(before[-1][0], 1), len(before) + len(after))
+            for before, after in itertools.pairwise(kinds)
+        ]
         nearest = steps.index(min(steps))
         kinds[nearest : nearest + 2] = [sorted(kinds[nearest] + kinds[nearest + 1])]
-    numbers = [[number for _, number in members] for members in kinds]
-    return [(_label([spec.examples[each] for each in of_kind]), tuple(of_kind)) for of_kind in numbers]
+    return [
+        Group(
+            _label(spec, [number for _, number in members]),
+            tuple(number for _, number in members),
+            members[len(members) // 2][0],
+        )
+        for members in kinds
+    ]
+
+
+def described(spec: InputSpec) -> list[list[float]]:
+    """The kinds as JSON values: the power of two of a call's elements, and the share."""
+    number = len(spec.examples)
+    return [[math.log2(max(each.elements, 1)), len(each.examples) / number] for each in group(spec)]
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Whether two descriptions are of about the same mixture of calls.
+
+    As many kinds, each within a factor of two in size and a quarter in its share of the calls.
+    """
+    try:
+        pairs = [(float(a) - float(c), float(b) - float(d)) for (a, b), (c, d) in zip(first, second)]
+        return len(first) == len(second) and all(abs(a) <= 1.0 and abs(b) <= 0.25 for a, b in pairs)
+    except (TypeError, ValueError):  # not written by `described`
+        return False
 
 
 def _form(call: Call) -> tuple[Any, ...]:
-    return tuple(
-        (path, str(leaf.dtype), leaf.dim())
-        if isinstance(leaf, torch.Tensor)
-        else (path, type(leaf).__qualname__, repr(leaf) if tree.is_atom(leaf) else "")
-        for path, leaf in call.leaves()
-    )
+    leaves = (_leaf_form(leaf) for _, leaf in call.leaves())
+    return tree.structure(call.args), tree.structure(call.kwargs), *leaves
+
+
+def _leaf_form(leaf: Any) -> tuple[str, Any]:
+    if isinstance(leaf, torch.Tensor):
+        return str(leaf.dtype), leaf.dim()
+    return type(leaf).__qualname__, repr(leaf) if isinstance(leaf, _FLAGS) else ""
+
+
+def _masks(spec: InputSpec, call: Call) -> bool:
+    """Whether a mask of ``call`` masks anything."""
+    return not all(bool(mask.all()) for mask in spec.padding_masks(call).values())
 
 
 def _elements(call: Call) -> int:
     return sum(leaf.numel() for _, leaf in call.leaves() if isinstance(leaf, torch.Tensor))
 
 
-def _label(calls: list[Call]) -> str:
-    """The largest input's shape in the smallest of ``calls`` and in the largest, which come by size."""
-    shapes = ["x".join(map(str, _largest_shape(call))) or "no tensor" for call in (calls[0], calls[-1])]
-    return f"{' to '.join(dict.fromkeys(shapes))} ({len(calls)} example{'s' if len(calls) > 1 else ''})"
+def _label(spec: InputSpec, numbers: list[int]) -> str:
+    """The largest input's shape, from the smallest of the examples to the largest, and which they are."""
+    calls = [spec.examples[number] for number in numbers]
+    shapes = dict.fromkeys(_largest_shape(call) for call in (calls[0], calls[-1]))
+    padded = " padded" if any(_masks(spec, call) for call in calls) else ""
+    named = ", ".join(map(str, sorted(numbers)[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
+    return f"{' to '.join(shapes)}{padded} (example{'s' if len(numbers) > 1 else ''} {named})"
 
 
-def _largest_shape(call: Call) -> tuple[int, ...]:
+def _largest_shape(call: Call) -> str:
     tensors = [leaf for _, leaf in call.leaves() if isinstance(leaf, torch.Tensor)]
-    return tuple(max(tensors, key=lambda tensor: tensor.numel()).shape) if tensors else ()
+    if not tensors:
+        return "no tensor"
+    shape = max(tensors, key=lambda tensor: tensor.numel()).shape
+    return "x".join(map(str, shape)) or "scalar"

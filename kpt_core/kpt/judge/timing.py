@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kpt.judge.intervals import interval, middle, spread, stratified_interval
+from kpt.judge.intervals import average, interval, middle, spread, stratified_interval
 from kpt.judge.kinds import Kind
 
 
@@ -34,10 +35,11 @@ class Timing:
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
     ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
-    call. Of calls of several kinds all three are geometric means of the kinds' medians, weighed with their
-    shares, and ``kinds`` has the kinds one by one. ``drift`` is the baseline's median in the last third of
-    the pairs over that in the first, ``noise`` the relative median absolute deviation of the ratios, both of
-    the kind where they are largest; ``repeats`` the fewest calls in one timed span.
+    call. Of calls of several kinds the ratio is the geometric mean of the kinds' medians and seconds are the
+    arithmetic one, each weighed with the shares, and ``kinds`` has the kinds one by one. ``drift`` is the
+    baseline's median in the last third of the pairs over that in the first, ``noise`` the relative median
+    absolute deviation of the ratios, both of the kind where they are largest; ``repeats`` the fewest calls
+    in one timed span.
     """
 
     ratio: float
@@ -53,8 +55,16 @@ class Timing:
 
     @property
     def faster(self) -> bool:
-        """Whether the candidate is faster beyond doubt: the interval's lower bound exceeds 1."""
-        return self.low > 1.0
+        """Whether the candidate is faster beyond doubt: the interval's lower bound exceeds 1.
+
+        Of several kinds of calls, all of them together must not take longer either.
+        """
+        return self.low > 1.0 and not (self.kinds and self.candidate_seconds > self.baseline_seconds)
+
+    @property
+    def told(self) -> bool:
+        """Whether it claims anything: enough pairs were timed, of every kind of call."""
+        return self.high < math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -63,12 +73,13 @@ class Timing:
 
 @dataclass
 class Sample:
-    """The times of one kind's pairs, and how many calls each of its spans holds."""
+    """The times of one kind's pairs, how many calls each span holds, and seconds that the last pair took."""
 
     kind: Kind
     baseline: list[float] = field(default_factory=list)
     candidate: list[float] = field(default_factory=list)
     repeats: int = 1
+    cost: float = 0.0
 
     def append(self, pair: tuple[float, float]) -> None:
         self.baseline.append(pair[0])
@@ -106,8 +117,8 @@ def summarised(samples: Sequence[Sample], seed: int, confidence: float = 0.95) -
         ratio=ratio,
         low=low,
         high=high,
-        baseline_seconds=middle([sample.baseline for sample in samples], shares),
-        candidate_seconds=middle([sample.candidate for sample in samples], shares),
+        baseline_seconds=average([sample.baseline for sample in samples], shares),
+        candidate_seconds=average([sample.candidate for sample in samples], shares),
         pairs=sum(len(sample.baseline) for sample in samples),
         drift=max((_drift(sample.baseline) for sample in samples), key=lambda drift: abs(drift - 1.0)),
         noise=max(spread(s.ratios, statistics.median(s.ratios)) for s in samples if s.baseline),

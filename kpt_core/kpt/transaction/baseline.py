@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,10 +164,11 @@ class Baseline:
         keep = self.keep_integers if keep_integers is None else keep_integers
         return self.observation.spec.draw(self.generator, keep_integers=keep, **options)
 
-    @cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of the examples, of which the clock draws in turn."""
-        return kinds.of_examples(self.observation.spec, lambda examples: self.draw(examples=examples))
+        return kinds.of_examples(
+            self.observation.spec, lambda examples: self.draw(examples=examples, own_masks=True)
+        )
 
     def runs(self, call: Call) -> bool:
         """Whether eager accepts ``call`` at all (a length beyond a table of positions, say)."""

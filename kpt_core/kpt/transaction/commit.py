@@ -53,7 +53,7 @@ class Committed:
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain.forward, args, kwargs),
                 lambda *args, **kwargs: runner.run(model.forward, args, kwargs),
-                trials.baseline.kinds,
+                trials.baseline.kinds(),
                 seconds=min(seconds, max(0.5, left)),
                 patience=min(2.0 * seconds, max(0.0, 0.5 * left - seconds)),
                 warmup=2,

@@ -91,11 +91,11 @@ def _refused(found: Found, best: Outcome, beneath: Outcome | None, rule: str, re
     again = {step.name for step in kept}
     found.rejected = [entry for entry in found.rejected if entry.name not in again]
     for step in best.plan.steps:
-        gain = found.gains.pop(step.name, None)
+        gain = found.forget_gain(step.name)
         if step not in kept:
             found.rejected.append(Entry(step.name, step.phase, step.plugin, rule, reason, gain))
     if beneath is not None and len(kept) == 1:
-        found.gains[kept[0].name] = beneath.over_eager
+        found.gain(kept[0].name, beneath.over_eager)
 
 
 def _effect(behaviour: Any) -> str:
@@ -147,6 +147,7 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
         run.key,
         {
             "gains": found.gains,
+            "doubts": found.doubts,
             "rejected": [entry.to_dict() for entry in found.rejected],
             "speedup": receipt.speedup,
             "budget": run.budget.seconds,
@@ -178,7 +179,12 @@ def store(run: Run, *, fixed: bool) -> None:
         receipt.recipe_data = recipe.to_dict(
             Plan(),
             run.key,
-            {"reason": receipt.reason, "rejected": rejected, "budget": run.budget.seconds},
+            {
+                "reason": receipt.reason,
+                "rejected": rejected,
+                "budget": run.budget.seconds,
+                "kinds": run.kinds,
+            },
         )
     if not run.request.cache or run.request.plan is not None or run.keeps_recipe:
         return

@@ -53,8 +53,20 @@ class Found:
     gains: dict[str, float] = field(default_factory=dict)
     rejected: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    #: Steps that stayed although the clock could not tell that the plan is slower without them, and by what.
+    #: What is said of gains that noise leaves open, by the step's name.
     doubts: dict[str, str] = field(default_factory=dict)
+
+    def gain(self, name: str, value: float, doubt: str = "") -> None:
+        """Note what the step ``name`` gains, and what is to be said of that, in place of what was noted."""
+        self.gains[name] = value
+        self.doubts.pop(name, None)
+        if doubt:
+            self.doubts[name] = doubt
+
+    def forget_gain(self, name: str) -> float | None:
+        """Drop what was noted of the step ``name``; the gain, if there was one."""
+        self.doubts.pop(name, None)
+        return self.gains.pop(name, None)
 
 
 class Ledger:

@@ -50,8 +50,8 @@ class Receipt:
 
     Times are in seconds. ``speedup`` is the median of the paired ratios untouched / optimised with
     its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back. Where the examples
-    are of several kinds (of other sizes or forms), it is the geometric mean of the kinds' medians, as are the
-    seconds, and ``kinds`` has each with its label, share, ratio, interval and seconds.
+    are of several kinds (of other sizes or forms), it is the geometric mean of the kinds' medians, seconds
+    are arithmetic means, and ``kinds`` has each with its label, share, ratio, interval and seconds.
     ``break_even_calls`` is set-up time over the time saved per call; None when nothing is saved.
     ``derived_bytes`` are those of the tensors that the plan holds beside the model's own: copies, packed
     weights, constants of compiled code. What native libraries allocate for themselves and the machine
@@ -103,8 +103,6 @@ class Receipt:
     @property
     def break_even_calls(self) -> int | None:
         saved = self.seconds_before - self.seconds_after
-        if self.kinds:  # of which the seconds above are geometric means
-            saved = sum(k["share"] * (k["baseline_seconds"] - k["candidate_seconds"]) for k in self.kinds)
         if not self.optimized or saved <= 0.0:
             return None
         return math.ceil((self.setup_seconds + self.search_seconds) / saved)
@@ -150,6 +148,7 @@ class Receipt:
         """The result in one sentence."""
         if self.optimized:
             interval = f"95 % interval {self.speedup_low:.2f} to {self.speedup_high:.2f}"
+            interval += f" over {len(self.kinds)} kinds of calls" if self.kinds else ""
             if self.objective == "throughput" and self.seconds_before and self.seconds_after:
                 before, after = _rate(self.seconds_before), _rate(self.seconds_after)
                 return f"{self.model}: {self.speedup:.2f}x the throughput ({before} -> {after}, {interval})"
@@ -221,7 +220,7 @@ class Receipt:
         lines = []
         for kind in self.kinds:
             before, after = _duration(kind["baseline_seconds"]), _duration(kind["candidate_seconds"])
-            slower = " - slower" if kind["high"] < 1.0 else ""
+            slower = " - slower" if kind["high"] is not None and kind["high"] < 1.0 else ""
             lines.append(f"  {kind['label']}: {kind['ratio']:.2f}x ({before} -> {after}){slower}")
         return ["by kind of call:", *lines] if lines else []
 

@@ -210,7 +210,9 @@ def check(data: Any) -> dict[str, Any]:
 
 
 def _check_figures(figures: Any) -> None:
-    if not isinstance(figures, dict) or not isinstance(figures.get("gains", {}), dict):
+    if not isinstance(figures, dict) or not all(
+        isinstance(figures.get(name, {}), dict) for name in ("gains", "doubts")
+    ):
         raise RecipeError("the figures of the recipe are malformed")
     rejected = figures.get("rejected", [])
     if not isinstance(rejected, list):

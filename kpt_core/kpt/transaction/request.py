@@ -63,6 +63,8 @@ class Run:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         self.key = ""
+        #: What kinds of calls the examples are, which a verdict that nothing pays holds for.
+        self.kinds: list[list[float]] = []
         self.committed: Committed | None = None
         #: Whether the cache holds a plan that a larger budget found: what this run finds does not replace it.
         self.keeps_recipe = False

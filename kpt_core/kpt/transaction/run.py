@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kpt import compiling, interruption, profiles
+from kpt.judge import kinds
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
@@ -222,6 +223,7 @@ def _recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
         "accuracy": request.accuracy is not None,
     }
     run.key = recipe.key_of(observation, request.registry, facts)
+    run.kinds = kinds.described(observation.spec)
     if request.plan is not None:
         receipt.recipe = "given"
         return request.plan
@@ -231,9 +233,16 @@ def _recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
     data, receipt.recipe = recipe.read(run.key)
     if data is not None and _unfinished(data, request.budget):
         data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
+    if data is not None and not observation.deterministic and _of_other_calls(data, run.kinds):
+        data, receipt.recipe = None, "it found nothing for another mixture of calls"
     if receipt.recipe not in ("hit", "miss"):
         receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
     return data
+
+
+def _of_other_calls(data: dict[str, Any], mixture: list[list[float]]) -> bool:
+    """Whether nothing paid for itself, on a ``mixture`` of calls other than this. What did is timed again."""
+    return not data["steps"] and not kinds.alike(data.get("figures", {}).get("kinds"), mixture)
 
 
 def _unfinished(data: dict[str, Any], budget: float) -> bool:
@@ -300,7 +309,8 @@ def _apply_recipe(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool
             recipe.forget(run.key)
         return False
     figures = data.get("figures", {})
-    found = Found(best=outcome, gains=dict(figures.get("gains", {})))
+    gains, doubts = dict(figures.get("gains", {})), dict(figures.get("doubts", {}))
+    found = Found(best=outcome, gains=gains, doubts=doubts)
     found.rejected = [Entry(**entry) for entry in figures.get("rejected", [])]
     conclusion.commit_best(run, trials, found, timed=timed)
     if fixed and run.committed is None:

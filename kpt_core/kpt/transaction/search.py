@@ -163,7 +163,6 @@ class Search:
         where ``least`` is 0, after which none comes.
         """
         ledger = self.ledger
-        gains = ledger.found.gains
         for step in sorted(best.plan.steps, key=lambda step: step.gain):
             if len(best.plan) == 1:
                 break
@@ -185,12 +184,14 @@ class Search:
             if not reduced.right or reduced.timing is None:
                 reduced.close()
                 continue
+            if not reduced.timing.told:
+                ledger.found.notes.append(f"{step.name} was timed too little to tell what it gains")
+                reduced.close()
+                continue
             # The clock paired the full plan (baseline) with the reduced one (candidate).
             share = 1.0 / reduced.timing.ratio
             if reduced.timing.high < 1.0 or share >= _STAYS:
-                gains[step.name] = share
-                if reduced.timing.high >= 1.0:
-                    ledger.found.doubts[step.name] = _doubt(reduced.timing)
+                ledger.found.gain(step.name, share, _doubt(reduced.timing))
                 ledger.paid.add(step)
                 reduced.close()
                 continue
@@ -207,7 +208,7 @@ class Search:
             reduced.rule, reduced.reason = "ok", ""
             best = ledger.supersede(best, reduced)
         if len(best.plan) == 1:
-            gains[best.plan.steps[0].name] = best.over_eager
+            ledger.found.gain(best.plan.steps[0].name, best.over_eager)
         return best
 
     def _may_pay_later(self, step: Candidate, best: Outcome) -> bool:
@@ -258,7 +259,7 @@ class Search:
         for step in replaced:
             ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
             ledger.found.gains.pop(step.name, None)
-        ledger.found.gains[candidate.name] = ratio(outcome)
+        ledger.found.gain(candidate.name, ratio(outcome))
         if ledger.paid.issuperset(replaced):
             ledger.paid.add(candidate)
         return ledger.supersede(best, outcome)
@@ -329,9 +330,14 @@ def _alone(worse: Outcome, better: Outcome) -> str:
 
 
 def _doubt(timing: Timing) -> str:
-    """Between what the gain of a step lies, by the ``timing`` of the plan against that without it."""
-    low, high = 1.0 / timing.high, 1.0 / timing.low if timing.low > 0.0 else math.inf
-    return f"in doubt: its gain lies between {low:.2f}x and {high:.2f}x"
+    """Between what the gain of a step lies, by the ``timing`` of the plan against that without it.
+
+    Nothing where it is beyond doubt.
+    """
+    if timing.high < 1.0:
+        return ""
+    most = f"{1.0 / timing.low:.2f}x" if timing.low > 0.0 else "any number"
+    return f"in doubt: its gain lies between {1.0 / timing.high:.2f}x and {most}"
 
 
 def _hope(candidate: Candidate, best: Outcome) -> float:

@@ -164,7 +164,7 @@ def _holding(ledger: Ledger, admitted: Callable[[Candidate], bool], best: Outcom
             if best is not None:
                 if len(added) == 1 and len(plan) == len(known) + 1:  # timed with it and without it
                     ledger.paid.add(added[0])
-                    ledger.found.gains[added[0].name] = ratio(outcome)
+                    ledger.found.gain(added[0].name, ratio(outcome))
                 for step in known if len(added) == 1 else ():  # else something else may have paid for it
                     if step not in plan.steps and step not in apart:
                         reason = f"{plan.key} without it gives {ratio(outcome):.2f}x of {best.plan.key}"

@@ -237,7 +237,7 @@ class Trials:
             return clock.paired(
                 lambda *args, **kwargs: runner.run(plain, args, kwargs),
                 lambda *args, **kwargs: runner.run(applied.forward, args, kwargs),
-                baseline.kinds,
+                baseline.kinds(),
                 seconds=min(span, self.budget.left()),
                 patience=patience,
                 warmup=2,

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from kpt.specs import HardwareProfile
@@ -72,8 +73,9 @@ def test_the_int8_rate_is_that_of_weights_packed_once(monkeypatch):
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", packing)
     monkeypatch.setattr(int8_linear, "packed_product", multiplying)
     rates = probe.CpuProbe().measure(probe.CpuProbe().detect()).matmul_rates
-    if "int8" in rates:
-        assert seen.count("pack") <= 2 < seen.count("product"), seen
+    if "int8" not in rates:
+        pytest.skip("oneDNN has no int8 product for this CPU")
+    assert seen.count("pack") <= 2 < seen.count("product"), seen
 
 
 def test_a_cpu_without_int8_products_has_the_other_rates(monkeypatch):
