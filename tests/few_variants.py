@@ -1,4 +1,4 @@
-"""The cpu plugin's compiler with one variant of it, for tests that need a compiled plan and no contest."""
+"""Passes of the cpu plugin with one variant of each, for tests that need a compiled plan and no contest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import kpt
 from kpt.specs import PassSpec, Variant
+from kpt_plugin_cpu.captured import Captured
 from kpt_plugin_cpu.inductor import Inductor
 
 
@@ -37,6 +38,13 @@ class Repeated(_One):
     """Compiles one block for all, with packed weights."""
 
     name = "repeated blocks"
+
+
+class Packed(Captured):
+    """Captures the graph and packs its weights, whatever was measured."""
+
+    def propose(self, observation: Any, hardware: Any) -> Iterator[Variant]:
+        yield Variant("whole, packed weights", {"dims": {}, "packs": True}, 5.0, derives=True)
 
 
 class CompilerAndMasks:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 FUSED = 0.5
 #: The rate of fp32 products by oneDNN; "float32" is that of the library which eager calls.
 ONEDNN = "float32:onednn"
+#: Share of the rest that is left in bfloat16, which moves half the bytes.
+_HALVED = 0.8
+#: What is said after a dtype for the rate of its products with weights packed for oneDNN.
+PACKED = ":onednn"
 #: Seconds: a Zen 4 took 12 to 14 for BERT-base, 10 for ResNet-50 (about a hundred modules each), 18 to 24 for
 #: half as many with a dynamic batch, and 8 to 16 for models of two layers.
 _COMPILE, _COMPILE_PER_MODULE = 5.0, 0.1
@@ -69,10 +73,32 @@ def gain_of_dtype(
 ) -> float:
     """The gain of doing products in ``dtype``, and all else in ``rest``.
 
-    A rest in bfloat16 moves half the bytes; one in float32 takes as long as before.
+    A rest in bfloat16 moves half the bytes; one in float32 takes as long as before. Weights in bfloat16 may
+    be packed for it, as those in int8 are.
     """
+    faster = max(rate_ratio(hardware, dtype), rate_ratio(hardware, dtype + PACKED))
     return estimate(observation, hardware).gain(
-        rate_ratio=rate_ratio(hardware, dtype), rest_ratio=1.0 if rest == "float32" else 0.8
+        rate_ratio=faster, rest_ratio=1.0 if rest == "float32" else _HALVED
+    )
+
+
+def gain_of_packing(observation: Observation, hardware: HardwareProfile) -> float:
+    """The gain of bfloat16 weights packed for oneDNN over such weights as they are.
+
+    1.0 where rates are not measured, or the model is not in bfloat16 and its level does not allow that.
+    """
+    names = "bfloat16", "bfloat16" + PACKED
+    if not all(hardware.matmul_rates.get(name) for name in names):
+        return 1.0
+    plain, packed = (rate_ratio(hardware, name) for name in names)
+    found = estimate(observation, hardware)
+    if "bfloat16" in observation.parameter_dtypes:
+        products = min(found.products / plain, found.products)
+        return found.total / (found.total - products + products * plain / packed)
+    if observation.level == "exact" or "bfloat16" not in hardware.native_dtypes:
+        return 1.0
+    return found.gain(rate_ratio=packed, rest_ratio=_HALVED) / found.gain(
+        rate_ratio=plain, rest_ratio=_HALVED
     )
 
 

@@ -278,7 +278,7 @@ class Inductor:
         return self.compiled.told if self.compiled is not None else ""
 
 
-class _Passes:
+class Passes:
     """Multi-head attention written out, and then the others, each where it is wanted."""
 
     def __init__(self, attention: ShortAttention | None, packed: PackedWeights | None) -> None:
@@ -332,7 +332,7 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
             name: {int(axis): dim for axis, dim in axes.items()}
             for name, axes in (params.get("dims") or {}).items()
         },
-        "graph_pass": _Passes(attention, packed),
+        "graph_pass": Passes(attention, packed),
         "around_compilation": around,
         **backend,
     }

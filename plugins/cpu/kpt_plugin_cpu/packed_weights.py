@@ -66,14 +66,18 @@ _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 class PackedWeights:
     """A graph pass that packs the weights of linears, [N, K], once; ``packed`` holds the copies.
 
+    With ``compiled`` the products are operations that inductor takes packed tensors for; else oneDNN's own,
+    which cost less to call.
+
     Packed are bfloat16 weights, where oneDNN has products for them on this CPU, and, with ``float32``, those
     in float32; int8 weights are those of `Int8Linear`. A weight counts as one where it is a parameter, a
     buffer or a tensor attribute of a module of ``model``: writes to these are watched. What a graph itself
     writes to is left alone.
     """
 
-    def __init__(self, model: torch.nn.Module, *, float32: bool = True) -> None:
+    def __init__(self, model: torch.nn.Module, *, float32: bool = True, compiled: bool = True) -> None:
         self.model = model
+        self.compiled = compiled
         self.dtypes = {torch.float32} if float32 else set()
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.dtypes.add(torch.bfloat16)
@@ -117,8 +121,11 @@ class PackedWeights:
             weight, rows, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         )
         constant = self._constant(graph, node, packed, arguments["weight"].meta)
-        call = (arguments["input"], constant, arguments.get("bias"))
-        _replace(graph, node, torch.ops.kpt_cpu.packed_linear.default, call)
+        call: tuple[Any, ...] = (arguments["input"], constant, arguments.get("bias"))
+        product = torch.ops.kpt_cpu.packed_linear.default
+        if not self.compiled:
+            call, product = (*call, "none", [], ""), torch.ops.mkldnn._linear_pointwise.default
+        _replace(graph, node, product, call)
 
     def _pack_int8(self, graph: fx.GraphModule, node: fx.Node, weights: dict[fx.Node, Tensor]) -> None:
         if len(node.args) < 10:

@@ -199,9 +199,11 @@ def _bandwidth() -> float:
 
 
 def _rates() -> dict[str, float]:
-    """Operations per second by dtype of a 768-wide product; "float32:onednn" is fp32 through oneDNN.
+    """Operations per second by dtype of a 768-wide linear layer, with its weight row by row as in models.
 
-    "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear` multiplies.
+    "float32:onednn" and "bfloat16:onednn" have weights packed for oneDNN, which with AMX makes more of a
+    difference than the dtype. "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear`
+    multiplies.
     """
     import torch
 
@@ -212,7 +214,7 @@ def _rates() -> dict[str, float]:
     # A model of the user's may have another default dtype.
     wide = torch.randn(rows, width, generator=generator, dtype=torch.float32)
     square = torch.randn(width, width, generator=generator, dtype=torch.float32)
-    runs["float32"] = lambda: torch.mm(wide, square)
+    runs["float32"] = lambda: torch.nn.functional.linear(wide, square)
     if torch.backends.mkldnn.is_available():
         from kpt_plugin_cpu.onednn import pack
 
@@ -221,7 +223,14 @@ def _rates() -> dict[str, float]:
             wide, packed, None, "none", [], ""
         )
     half, half_square = wide.bfloat16(), square.bfloat16()
-    runs["bfloat16"] = lambda: torch.mm(half, half_square)
+    runs["bfloat16"] = lambda: torch.nn.functional.linear(half, half_square)
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        from kpt_plugin_cpu.onednn import pack
+
+        packed_half = pack(half_square)
+        runs["bfloat16:onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
+            half, packed_half, None, "none", [], ""
+        )
     if hasattr(torch.ops.onednn, "qlinear_prepack"):
         from kpt_plugin_cpu import int8_linear
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from observing import applied, observe, relative, skips, variants
+from observing import PROFILE, applied, observe, relative, skips, variants
 
+import kpt
 from kpt.compiling import CompiledForward
+from kpt.specs import HardwareProfile, PassSpec, Variant
+from kpt.transaction.observe import Observation
 from kpt_plugin_cpu.captured import Captured
 from kpt_plugin_cpu.estimates import compile_seconds
 from kpt_plugin_cpu.inductor import Inductor, compiler, packing_for_onednn, repeated_blocks, settings
@@ -104,6 +110,86 @@ def test_a_captured_graph_computes_the_same_bits_and_follows_the_weights(mlp):
 def test_a_graph_is_not_captured_where_hardly_any_time_is_between_operations(mlp):
     (reason,) = skips(Captured(), observe(mlp, torch.randn(4, 128), baseline_seconds=1.0))
     assert "too little" in reason
+
+
+PACKING = replace(PROFILE, matmul_rates={**PROFILE.matmul_rates, "bfloat16:onednn": 12e11})
+bf16 = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bfloat16 product for this CPU",
+)
+
+
+def packing(observation: Observation, profile: HardwareProfile = PACKING) -> Variant | None:
+    offers = {offer.name: offer for offer in variants(Captured(), observation, profile)}
+    return offers.get("whole, packed weights")
+
+
+def test_packing_is_offered_where_it_is_measured_to_pay_in_the_dtype_that_the_level_allows(mlp):
+    x = torch.randn(4, 128)
+    offer = packing(observe(mlp, x, level="production"))
+    assert offer is not None and offer.derives
+    whole = {o.name: o for o in variants(Captured(), observe(mlp, x, baseline_seconds=1e-3))}["whole"]
+    faster = packing(observe(mlp, x, baseline_seconds=1e-3))
+    assert faster is not None and faster.predicted_gain > whole.predicted_gain
+    assert packing(observe(mlp, x), PROFILE) is None, "the rate of packed weights is not measured"
+    level = replace(PACKING, matmul_rates={**PACKING.matmul_rates, "bfloat16:onednn": 4e11})
+    assert packing(observe(mlp, x), level) is None
+    assert packing(observe(mlp, x, level="exact")) is None
+    assert packing(observe(mlp, x, mode="training")) is None
+    half = copy.deepcopy(mlp).bfloat16()
+    assert packing(observe(half, x.bfloat16(), level="exact")) is not None
+
+
+@bf16
+@torch.no_grad()
+@pytest.mark.parametrize("shapes", [None, {"input": {0: "rows"}}])
+def test_a_captured_graph_with_packed_weights_holds_copies_until_it_is_undone(mlp, shapes):
+    half, x = mlp.bfloat16(), torch.randn(4, 128).bfloat16()
+    offer = packing(observe(half, x, level="exact", dynamic_shapes=shapes))
+    behaviour, space, undo = applied(Captured, half, offer)
+    assert not behaviour.verify_applied(space)
+    for rows in (4, 7, 1) if shapes else (4,):
+        x = torch.randn(rows, 128).bfloat16()
+        assert relative(space.forward(x), half(x)) < 1e-2
+    assert behaviour.verify_applied(space)
+    assert len(behaviour.packed.packed) >= sum(isinstance(each, nn.Linear) for each in half)
+    copies = [weakref.ref(each) for each in behaviour.packed.packed]
+    undo()
+    assert "forward" not in space.__dict__
+    del behaviour, undo, space
+    gc.collect()
+    assert not any(each() is not None for each in copies)
+
+
+@torch.no_grad()
+def test_packing_that_finds_no_weight_to_pack_had_no_effect(mlp):
+    x = torch.randn(4, 128)
+    behaviour, space, undo = applied(Captured, mlp, packing(observe(mlp, x)))
+    assert torch.equal(space.forward(x), mlp(x))
+    assert not behaviour.verify_applied(space)
+    undo()
+
+
+@bf16
+def test_optimised_in_bfloat16_its_packed_copies_follow_the_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(12)]).eval().bfloat16()
+    x = torch.randn(8, 64).bfloat16()
+
+    class Offered:
+        @kpt.hookimpl
+        def kpt_passes(self):
+            yield PassSpec("captured", "compile", "few_variants:Packed")
+
+    kpt.optimize(model, (x,), level="exact", plugins=[Offered()], budget=30, cache=False)
+    found = {entry.name: entry for entry in (*kpt.report(model).accepted, *kpt.report(model).rejected)}
+    assert found["captured:whole, packed weights"].rule in ("kept", "slower"), found
+    with torch.no_grad():
+        plain = nn.Sequential(*model)
+        assert relative(model(x), plain(x)) < 2e-2
+        model[3].weight.mul_(2.0)
+        assert relative(model(x), plain(x)) < 2e-2
+    kpt.restore(model)
 
 
 def test_training_without_repeated_blocks_is_offered_live_weights_only(mlp):

@@ -91,8 +91,10 @@ def test_a_cpu_without_int8_products_has_the_other_rates(monkeypatch):
 
 def test_rates_are_those_of_fp32_whatever_the_default_dtype(monkeypatch):
     monkeypatch.setattr(probe, "_SPAN", 0.01)
-    multiplied, product = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.append(a.dtype) or product(a, b))
+    multiplied, product = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda a, b: multiplied.append(a.dtype) or product(a, b)
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
