@@ -26,8 +26,6 @@ _SHARE = 0.15
 _LEAST, _MOST = 0.05, 0.2
 #: Packing reads each weight, writes it and reorders it: times that it is read, about.
 _PACKING = 4.0
-#: What packing is predicted to gain in company of a policy that casts to bfloat16.
-_BESIDE = 1.1
 
 
 class Captured:
@@ -50,10 +48,8 @@ class Captured:
         else:
             yield Variant("whole", dims, without_python, setup, reproducible=True)
         packing = estimates.gain_of_packing(observation, hardware)
-        if packing < 1.0 + _LEAST or observation.training:
+        if packing <= 1.0 or observation.training:
             return
-        if "bfloat16" not in observation.parameter_dtypes:
-            packing = _BESIDE  # most of it is in the prediction of the dtype that it is for
         bytes_read = _PACKING * observation.parameter_bytes
         yield Variant(
             "whole, packed weights",
