@@ -199,7 +199,9 @@ def _bandwidth() -> float:
 
 
 def _rates() -> dict[str, float]:
-    """Operations per second by dtype of a 768-wide linear layer, with its weight row by row as in models.
+    """Operations per second by dtype of a linear layer of 768 to 3072 channels on 128 rows.
+
+    Its weight lies row by row, as in models, and is as large beside the rows as in those of a sentence or two.
 
     "float32:onednn" and "bfloat16:onednn" have weights packed for oneDNN, which with AMX makes more of a
     difference than the dtype. "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear`
@@ -207,39 +209,39 @@ def _rates() -> dict[str, float]:
     """
     import torch
 
-    rows, width = 512, 768
-    work = 2.0 * rows * width * width
+    rows, inner, outer = 128, 768, 3072
+    work = 2.0 * rows * inner * outer
     runs: dict[str, Callable[[], Any]] = {}
     generator = torch.Generator().manual_seed(0)
     # A model of the user's may have another default dtype.
-    wide = torch.randn(rows, width, generator=generator, dtype=torch.float32)
-    square = torch.randn(width, width, generator=generator, dtype=torch.float32)
-    runs["float32"] = lambda: torch.nn.functional.linear(wide, square)
+    wide = torch.randn(rows, inner, generator=generator, dtype=torch.float32)
+    weights = torch.randn(outer, inner, generator=generator, dtype=torch.float32)
+    runs["float32"] = lambda: torch.nn.functional.linear(wide, weights)
     if torch.backends.mkldnn.is_available():
         from kpt_plugin_cpu.onednn import pack
 
-        packed = pack(square)
+        packed = pack(weights)
         runs["float32:onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
             wide, packed, None, "none", [], ""
         )
-    half, half_square = wide.bfloat16(), square.bfloat16()
-    runs["bfloat16"] = lambda: torch.nn.functional.linear(half, half_square)
+    half, half_weights = wide.bfloat16(), weights.bfloat16()
+    runs["bfloat16"] = lambda: torch.nn.functional.linear(half, half_weights)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         from kpt_plugin_cpu.onednn import pack
 
-        packed_half = pack(half_square)
+        packed_half = pack(half_weights)
         runs["bfloat16:onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
             half, packed_half, None, "none", [], ""
         )
     if hasattr(torch.ops.onednn, "qlinear_prepack"):
         from kpt_plugin_cpu import int8_linear
 
-        codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
-        zero_points = torch.zeros(width, dtype=torch.int64)
+        codes = torch.randint(0, 256, (rows, inner), dtype=torch.uint8, generator=generator)
+        zero_points = torch.zeros(outer, dtype=torch.int64)
         product = int8_linear.packed_product
         try:
-            weight, scale = int8_linear.quantize_weight(square)  # multiplies, too, to see what saturates
-            packed_codes = torch.ops.kpt_cpu.pack_int8(weight)
+            codes_of, scale = int8_linear.quantize_weight(weights)  # multiplies, too, to see what saturates
+            packed_codes = torch.ops.kpt_cpu.pack_int8(codes_of)
             product(codes, packed_codes, scale, zero_points, torch.float32)
             runs["int8"] = lambda: product(codes, packed_codes, scale, zero_points, torch.float32)
         except RuntimeError:  # oneDNN has no such product for this CPU
