@@ -201,7 +201,7 @@ def _bandwidth() -> float:
 def _rates() -> dict[str, float]:
     """Operations per second by dtype of a linear layer of 768 to 3072 channels on 128 rows.
 
-    Its weight lies row by row, as in models, and is as large beside the rows as in those of a sentence or two.
+    Its weight lies row by row, as in models, and is large beside the rows, as it is for a sentence or two.
 
     "float32:onednn" and "bfloat16:onednn" have weights packed for oneDNN, which with AMX makes more of a
     difference than the dtype. "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear`
