@@ -271,6 +271,8 @@ def test_finding_nothing_for_one_mixture_of_calls_is_no_answer_for_another():
     other = mixed(2, 30, 31, 29)
     assert other.searched and "another mixture of calls" in other.recipe
     assert any("another mixture" in note for note in other.notes)
+    for rows in ((2, 2, 2, 30), (2, 30, 31, 29)):  # the cache answers for both by now
+        assert not mixed(*rows).searched
 
 
 def test_a_gain_in_doubt_is_told_by_a_recipe_too(cached):
@@ -282,9 +284,13 @@ def test_a_gain_in_doubt_is_told_by_a_recipe_too(cached):
     edited(by_name)(cached)
     receipt, _ = run()
     assert not receipt.searched and "in doubt: its gain lies" in receipt.accepted[0].reason
-    edited(lambda data: data["figures"].update(doubts=[1]))(cached)
+
+
+@pytest.mark.parametrize("figures", [{"doubts": [1]}, {"doubts": {"a": 1}}, {"mixtures": 3}])
+def test_malformed_figures_of_a_recipe_lead_to_a_search(figures, cached):
+    edited(lambda data: data["figures"].update(figures))(cached)
     refused, _ = run()
-    assert refused.searched and "figures of the recipe are malformed" in " ".join(refused.notes)
+    assert refused.searched and "of the recipe are malformed" in " ".join(refused.notes)
 
 
 @pytest.fixture

@@ -104,6 +104,8 @@ def paired(
         patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
             1.0; the interval is then one of 99 %, since it was looked at twice.
         min_pairs: of all kinds together; three of each kind are wanted in any case.
+        warmup: pairs that do not count, with calls of one kind. Of several kinds, each of which both sides
+            have to have been called with before, it is one of each, and none where that takes long.
         synchronize: waits for the device; default: for the current accelerator, if there is one.
         flush: evicts caches before each timed span; each span is then a single call.
         load: how the calls of one span arrive. With more than one call at a time, seconds are those of the
@@ -137,7 +139,7 @@ def paired(
         def pair(sample: Sample, repeats: int) -> tuple[float, float]:
             begun = timer()
             found = _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue)
-            sample.cost = timer() - begun
+            sample.cost = min(sample.cost, timer() - begun)
             return found
 
         start = timer()

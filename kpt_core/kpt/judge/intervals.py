@@ -11,6 +11,8 @@ import torch
 _RESAMPLES = 1000
 #: Values of each kind below which several together claim no more than their range.
 LEAST_OF_A_KIND = 3
+#: Equal sides have all of five ratios above 1 in 3 cases of 100.
+_LEAST_TOGETHER = 5
 
 
 def interval(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -57,12 +59,12 @@ def stratified_interval(
 
     Deviations of a group of n are widened by the square root of n / (n - 1), which the bootstrap of few
     values lacks. The range of all values where a group has fewer than `LEAST_OF_A_KIND`, and (0, infinity)
-    where one has none, or all together so few. Of one group it is that of `interval`.
+    where one has none, or all together fewer than `_LEAST_TOGETHER`. Of one group it is that of `interval`.
     """
     if len(groups) == 1:
         return interval(groups[0], confidence, seed)
     pooled = [value for group in groups for value in group]
-    if len(pooled) < LEAST_OF_A_KIND or min(map(len, groups)) == 0 or min(pooled) <= 0.0:
+    if len(pooled) < _LEAST_TOGETHER or min(map(len, groups)) == 0 or min(pooled) <= 0.0:
         return 0.0, math.inf
     if min(map(len, groups)) < LEAST_OF_A_KIND:
         return min(pooled), max(pooled)

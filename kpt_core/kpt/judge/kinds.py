@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -95,20 +96,31 @@ def group(spec: InputSpec) -> list[Group]:
     ]
 
 
-def described(spec: InputSpec) -> list[list[float]]:
-    """The kinds as JSON values: the power of two of a call's elements, and the share."""
+def described(spec: InputSpec) -> list[list[Any]]:
+    """The kinds as JSON values, in one order for any order of the examples.
+
+    Each has a digest of its form, whether it is padded, the power of two of its elements, and its share.
+    """
     number = len(spec.examples)
-    return [[math.log2(max(each.elements, 1)), len(each.examples) / number] for each in group(spec)]
+    found: list[list[Any]] = []
+    for each in group(spec):
+        call = spec.examples[each.examples[0]]
+        digest = hashlib.sha256(repr(_form(call)).encode()).hexdigest()[:16]
+        size = math.log2(max(each.elements, 1))
+        found.append([digest, _masks(spec, call), size, len(each.examples) / number])
+    return sorted(found)
 
 
 def alike(first: Any, second: Any) -> bool:
     """Whether two descriptions are of about the same mixture of calls.
 
-    As many kinds, each within a factor of two in size and a quarter in its share of the calls.
+    As many kinds, of the same forms, each within a factor of two in size and a quarter in its share.
     """
     try:
-        pairs = [(float(a) - float(c), float(b) - float(d)) for (a, b), (c, d) in zip(first, second)]
-        return len(first) == len(second) and all(abs(a) <= 1.0 and abs(b) <= 0.25 for a, b in pairs)
+        return len(first) == len(second) and all(
+            (form, padded) == (other, masked) and abs(size - wide) <= 1.0 and abs(share - part) <= 0.25
+            for (form, padded, size, share), (other, masked, wide, part) in zip(first, second, strict=True)
+        )
     except (TypeError, ValueError):  # not written by `described`
         return False
 

@@ -57,9 +57,23 @@ class Timing:
     def faster(self) -> bool:
         """Whether the candidate is faster beyond doubt: the interval's lower bound exceeds 1.
 
-        Of several kinds of calls, all of them together must not take longer either.
+        Of several kinds of calls, all of them together must not be `longer` either.
         """
-        return self.low > 1.0 and not (self.kinds and self.candidate_seconds > self.baseline_seconds)
+        return self.low > 1.0 and not self.longer
+
+    @property
+    def longer(self) -> bool:
+        """Whether all kinds of calls together take longer beyond doubt: even with each at its upper bound."""
+        before = sum(kind.share * kind.baseline_seconds for kind in self.kinds)
+        return sum(kind.share * kind.baseline_seconds / kind.high for kind in self.kinds) > before
+
+    @property
+    def doubt(self) -> str:
+        """Why it is not `faster`, for people."""
+        if self.longer:
+            before, after = self.baseline_seconds * 1e3, self.candidate_seconds * 1e3
+            return f"{self.ratio:.2f}x, but all calls together take longer ({before:.3g} -> {after:.3g} ms)"
+        return f"{self.ratio:.2f}x, not faster beyond doubt (from {self.low:.2f}x)"
 
     @property
     def told(self) -> bool:
@@ -73,13 +87,13 @@ class Timing:
 
 @dataclass
 class Sample:
-    """The times of one kind's pairs, how many calls each span holds, and seconds that the last pair took."""
+    """The times of one kind's pairs, how many calls each span holds, and the least that a pair took."""
 
     kind: Kind
     baseline: list[float] = field(default_factory=list)
     candidate: list[float] = field(default_factory=list)
     repeats: int = 1
-    cost: float = 0.0
+    cost: float = math.inf
 
     def append(self, pair: tuple[float, float]) -> None:
         self.baseline.append(pair[0])

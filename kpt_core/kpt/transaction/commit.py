@@ -154,7 +154,7 @@ def _proven(
         reason = (
             "the guard let no call reach the plan: " + ", ".join(fallbacks)
             if used == 0
-            else f"end to end not faster beyond doubt ({timing.ratio:.2f}x, from {timing.low:.2f}x)"
+            else f"end to end {timing.doubt}"
         )
         return None, ("slower" if used else "no-effect", reason), timing
     return committed, ("ok", ""), timing

@@ -183,7 +183,7 @@ def store(run: Run, *, fixed: bool) -> None:
                 "reason": receipt.reason,
                 "rejected": rejected,
                 "budget": run.budget.seconds,
-                "kinds": run.kinds,
+                "mixtures": [*run.known_mixtures, run.kinds],
             },
         )
     if not run.request.cache or run.request.plan is not None or run.keeps_recipe:

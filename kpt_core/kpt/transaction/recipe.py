@@ -214,6 +214,10 @@ def _check_figures(figures: Any) -> None:
         isinstance(figures.get(name, {}), dict) for name in ("gains", "doubts")
     ):
         raise RecipeError("the figures of the recipe are malformed")
+    if not all(isinstance(text, str) for text in figures.get("doubts", {}).values()):
+        raise RecipeError("the doubts of the recipe are malformed")
+    if not isinstance(figures.get("mixtures", []), list):
+        raise RecipeError("the mixtures of calls of the recipe are malformed")
     rejected = figures.get("rejected", [])
     if not isinstance(rejected, list):
         raise RecipeError("the rejections of the recipe are malformed")

@@ -64,7 +64,9 @@ class Run:
         )
         self.key = ""
         #: What kinds of calls the examples are, which a verdict that nothing pays holds for.
-        self.kinds: list[list[float]] = []
+        self.kinds: list[list[Any]] = []
+        #: Others on which nothing paid, as the cache has it.
+        self.known_mixtures: list[Any] = []
         self.committed: Committed | None = None
         #: Whether the cache holds a plan that a larger budget found: what this run finds does not replace it.
         self.keeps_recipe = False

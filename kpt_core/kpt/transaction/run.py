@@ -36,6 +36,9 @@ from kpt.transaction.search import Search
 from kpt.transaction.trial import Trials
 from kpt.transaction.workspace import WorkspaceError
 
+#: Mixtures of calls on which nothing paid, that the cache keeps beside the last.
+_MIXTURES = 7
+
 
 def execute(model: torch.nn.Module, example_inputs: Any, request: Request) -> Receipt:
     """Optimise ``model`` in place and return the receipt.
@@ -233,16 +236,25 @@ def _recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
     data, receipt.recipe = recipe.read(run.key)
     if data is not None and _unfinished(data, request.budget):
         data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
-    if data is not None and not observation.deterministic and _of_other_calls(data, run.kinds):
+    if data is not None and not observation.deterministic and _of_other_calls(data, run):
         data, receipt.recipe = None, "it found nothing for another mixture of calls"
     if receipt.recipe not in ("hit", "miss"):
         receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
     return data
 
 
-def _of_other_calls(data: dict[str, Any], mixture: list[list[float]]) -> bool:
-    """Whether nothing paid for itself, on a ``mixture`` of calls other than this. What did is timed again."""
-    return not data["steps"] and not kinds.alike(data.get("figures", {}).get("kinds"), mixture)
+def _of_other_calls(data: dict[str, Any], run: Run) -> bool:
+    """Whether nothing paid for itself, on other mixtures of calls than this run's. What did is timed again.
+
+    So many of the others are kept that the cache answers for several programs with the same model.
+    """
+    if data["steps"]:
+        return False
+    known = data.get("figures", {}).get("mixtures", [])
+    if any(kinds.alike(mixture, run.kinds) for mixture in known):
+        return False
+    run.known_mixtures = known[-_MIXTURES:]
+    return True
 
 
 def _unfinished(data: dict[str, Any], budget: float) -> bool:

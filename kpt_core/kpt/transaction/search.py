@@ -185,7 +185,9 @@ class Search:
                 reduced.close()
                 continue
             if not reduced.timing.told:
-                ledger.found.notes.append(f"{step.name} was timed too little to tell what it gains")
+                note = f"{step.name} was timed too little to tell what it gains"
+                if note not in ledger.found.notes:
+                    ledger.found.notes.append(note)
                 reduced.close()
                 continue
             # The clock paired the full plan (baseline) with the reduced one (candidate).
@@ -258,7 +260,7 @@ class Search:
             return best
         for step in replaced:
             ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
-            ledger.found.gains.pop(step.name, None)
+            ledger.found.forget_gain(step.name)
         ledger.found.gain(candidate.name, ratio(outcome))
         if ledger.paid.issuperset(replaced):
             ledger.paid.add(candidate)

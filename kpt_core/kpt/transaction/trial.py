@@ -157,9 +157,7 @@ class Trials:
             self._judge_memory(outcome, applied)
         elif not outcome.timing.faster:
             outcome.rule = "slower"
-            outcome.reason = (
-                f"{outcome.timing.ratio:.2f}x, not faster beyond doubt (from {outcome.timing.low:.2f}x)"
-            )
+            outcome.reason = outcome.timing.doubt
 
     def _prepared(self, source: torch.nn.Module, plan: Plan) -> Applied:
         """``plan`` on a workspace of ``source``: warmed up, sealed, and seen to have an effect."""

@@ -75,10 +75,12 @@ def gain_of_dtype(
 ) -> float:
     """The gain of doing products in ``dtype``, and all else in ``rest``.
 
-    A rest in bfloat16 moves half the bytes; one in float32 takes as long as before. Weights in bfloat16 may
-    be packed for it, as those in int8 are.
+    A rest in bfloat16 moves half the bytes; one in float32 takes as long as before. In inference weights in
+    bfloat16 may be packed, as those in int8 are.
     """
-    faster = max(rate_ratio(hardware, dtype), rate_ratio(hardware, dtype + PACKED))
+    faster = rate_ratio(hardware, dtype)
+    if hardware.matmul_rates.get(dtype + PACKED) and not observation.training:
+        faster = max(faster, rate_ratio(hardware, dtype + PACKED))
     return estimate(observation, hardware).gain(
         rate_ratio=faster, rest_ratio=1.0 if rest == "float32" else _HALVED
     )
@@ -91,12 +93,13 @@ def gain_of_packing(observation: Observation, hardware: HardwareProfile) -> floa
     model that a policy has to cast first it is a small one: the prediction of that has the rest.
     """
     plain, packed = (rate_ratio(hardware, name) for name in ("bfloat16", "bfloat16" + PACKED))
-    if packed < _PAYS * plain or "bfloat16" + PACKED not in hardware.matmul_rates:
+    measured = all(hardware.matmul_rates.get(name) for name in ("bfloat16", "bfloat16" + PACKED))
+    if not measured or packed < _PAYS * plain:
         return 1.0
     if "bfloat16" in observation.parameter_dtypes:
-        found = estimate(observation, hardware)
-        products = min(found.products / plain, found.products)
-        return found.total / (found.total - products + products * plain / packed)
+        total = observation.baseline_seconds or 1e-3
+        products = min(observation.operations / hardware.matmul_rates["bfloat16"], 0.95 * total)
+        return total / (total - products + products * plain / packed)
     allowed = observation.level != "exact" and "bfloat16" in hardware.native_dtypes
     return _PAYS if allowed else 1.0
 

@@ -49,6 +49,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` [..., K] times ``weight`` [N, K] transposed, plus ``bias`` [N]; fp32."""
+    bias = bias.contiguous() if bias is not None else None  # oneDNN reads it without its strides
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -59,6 +60,6 @@ def prepare(site: Site) -> Callable[..., Any]:
     def packed_linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+        return linear(x, packed, bias)
 
     return packed_linear

@@ -26,6 +26,8 @@ _library.define(
 
 
 def _linear(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN reads a bias without its strides.
+    bias = bias.contiguous() if bias is not None else None
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, packed, bias, "none", [], "")
     return result
 
@@ -115,15 +117,24 @@ class PackedWeights:
             return
         if weight.device.type != "cpu" or not x.dtype == y.dtype == weight.dtype:  # autocast, say
             return
-        size = y.numel() // weight.shape[0]
+        bias = arguments.get("bias")
+        if bias is not None and not _is_vector(value_of(bias), weight):
+            return
+        # Without a compiler one copy serves all graphs, whatever their number of rows.
+        size = y.numel() // weight.shape[0] if self.compiled else None
         rows = size if isinstance(size, int) else None
         packed = self._once(
             weight, rows, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         )
         constant = self._constant(graph, node, packed, arguments["weight"].meta)
-        call: tuple[Any, ...] = (arguments["input"], constant, arguments.get("bias"))
+        call: tuple[Any, ...] = (arguments["input"], constant, bias)
         product = torch.ops.kpt_cpu.packed_linear.default
         if not self.compiled:
+            if isinstance(bias, fx.Node):  # oneDNN reads it without strides, and it is the one of the moment
+                with graph.graph.inserting_before(node):
+                    whole = graph.graph.call_method("contiguous", (bias,))
+                whole.meta = dict(bias.meta)
+                call = (arguments["input"], constant, whole)
             call, product = (*call, "none", [], ""), torch.ops.mkldnn._linear_pointwise.default
         _replace(graph, node, product, call)
 
@@ -167,6 +178,11 @@ def _replace(graph: fx.GraphModule, node: fx.Node, target: Any, arguments: tuple
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
+
+
+def _is_vector(bias: Any, weight: Tensor) -> bool:
+    """Whether ``bias`` has an element of its own for each row of ``weight``, as oneDNN takes it."""
+    return isinstance(bias, Tensor) and bias.dtype == weight.dtype and tuple(bias.shape) == weight.shape[:1]
 
 
 def _tensors_of(model: torch.nn.Module) -> set[int]:
