@@ -1,0 +1,172 @@
+"""A plan that is known before: what the request or the cache has, and its application without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kpt.judge import kinds
+from kpt.transaction import conclusion, recipe
+from kpt.transaction.events import emit
+from kpt.transaction.ledger import Found
+from kpt.transaction.propose import rebuild
+from kpt.transaction.receipt import Entry
+
+if TYPE_CHECKING:
+    from kpt.transaction.observe import Observation
+    from kpt.transaction.request import Run
+    from kpt.transaction.trial import Trials
+
+#: Mixtures of calls on which nothing paid, that the cache keeps beside the last.
+_MIXTURES = 7
+
+
+def recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
+    """The recipe that the request gives, or the cache has for it; None, with the receipt saying why."""
+    request, receipt = run.request, run.receipt
+    facts = {
+        "fuel": request.fuel,
+        "plugins": _selection_key(request.selection),
+        "accuracy": request.accuracy is not None,
+    }
+    run.key = recipe.key_of(observation, request.registry, facts)
+    run.kinds = kinds.described(observation.spec)
+    if request.plan is not None:
+        receipt.recipe = "given"
+        return request.plan
+    if not request.cache:
+        receipt.recipe = "cache off"
+        return None
+    data, receipt.recipe = recipe.read(run.key)
+    if data is not None and _unfinished(data, request.budget):
+        data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
+    if data is not None and not observation.deterministic and _of_other_calls(data, run):
+        data, receipt.recipe = None, "it found nothing for another mixture of calls"
+    if receipt.recipe not in ("hit", "miss"):
+        receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
+    return data
+
+
+def _of_other_calls(data: dict[str, Any], run: Run) -> bool:
+    """Whether nothing paid for itself, on other mixtures of calls than this run's. What did is timed again.
+
+    So many of the others are kept that the cache answers for several programs with the same model.
+    """
+    if data["steps"]:
+        return False
+    known = data.get("figures", {}).get("mixtures", [])
+    if any(kinds.alike(mixture, run.kinds) for mixture in known):
+        return False
+    run.known_mixtures = known[-_MIXTURES:]
+    return True
+
+
+def _unfinished(data: dict[str, Any], budget: float) -> bool:
+    """Whether the search behind a recipe ran out of time and would now have more."""
+    figures = data.get("figures", {})
+    had = figures.get("budget")
+    return (
+        isinstance(had, (int, float))
+        and had < budget
+        and any(entry.get("rule") in ("budget", "deadline") for entry in figures.get("rejected", []))
+    )
+
+
+def _selection_key(selection: Sequence[Any] | None) -> Any:
+    if selection is None:
+        return None
+    return [
+        item if isinstance(item, str) else f"{type(item).__qualname__}:{getattr(item, '__name__', '')}"
+        for item in selection
+    ]
+
+
+def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
+    """Apply a recipe and judge it, without searching; False when a search has to follow."""
+    if _with_less(run, data) and run.request.budget <= _not_within(data):
+        run.keeps_recipe = True
+        run.receipt.notes.append(
+            f"the recipe of the cache was not tried: before, it could not be set up with a budget of "
+            f"{_not_within(data):g} s"
+        )
+        return False
+    try:
+        with run.budget.limit(), trials.kept.untouched():
+            plan, skipped = rebuild(recipe.check(data), trials.observation, run.request.registry)
+    except recipe.RecipeError as error:
+        run.receipt.notes.append(f"the recipe was not used: {error}")
+        run.keeps_recipe = _with_less(run, data) and trials.observation.unfinished_proofs > 0
+        return False
+    run.receipt.skipped = skipped
+    if not plan.steps:
+        run.receipt.reason = str(data.get("figures", {}).get("reason") or "nothing paid for itself before")
+        run.receipt.rejected = [Entry(**entry) for entry in data.get("figures", {}).get("rejected", [])]
+        run.receipt.recipe_data = data
+        return True
+    emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    fixed = trials.observation.deterministic
+    outcome = trials.run(plan, keep=True, timed=False)
+    if not outcome.right or outcome.applied is None:
+        outcome.close()
+        if fixed and outcome.rule in ("budget", "deadline"):  # a search would find another plan, by the clock
+            reason = run.receipt.reason = f"the recipe {plan.key} was stopped ({outcome.reason})"
+            run.receipt.rejected = [
+                Entry(step.name, step.phase, step.plugin, outcome.rule, reason) for step in plan.steps
+            ]
+            _store_veto(run)
+            return True
+        if outcome.rule in ("budget", "deadline") and _with_less(run, data):
+            run.receipt.rejected = [
+                Entry(step.name, step.phase, step.plugin, outcome.rule, outcome.reason) for step in plan.steps
+            ]
+            return _too_late(run, plan.key, data)
+        run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
+        if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
+            recipe.forget(run.key)
+        return False
+    figures = data.get("figures", {})
+    gains, doubts = dict(figures.get("gains", {})), dict(figures.get("doubts", {}))
+    found = Found(best=outcome, gains=gains, doubts=doubts)
+    found.rejected = [Entry(**entry) for entry in figures.get("rejected", [])]
+    conclusion.commit_best(run, trials, found, timed=timed)
+    if fixed and run.committed is None:
+        _store_veto(run)
+    late = found.rejected and found.rejected[-1].rule == "deadline"
+    if run.committed is None and late and not fixed and _with_less(run, data):
+        return _too_late(run, plan.key, data)
+    return run.committed is not None or fixed
+
+
+def _with_less(run: Run, data: dict[str, Any]) -> bool:
+    """Whether a recipe of the cache was found within a larger budget than this run has."""
+    had = data.get("figures", {}).get("budget")
+    return run.receipt.recipe == "hit" and isinstance(had, (int, float)) and run.request.budget < had
+
+
+def _not_within(data: dict[str, Any]) -> float:
+    """The largest budget within which a recipe was tried in vain; 0 if there is none."""
+    found = data.get("figures", {}).get("not_within")
+    return float(found) if isinstance(found, (int, float)) else 0.0
+
+
+def _too_late(run: Run, key: str, data: dict[str, Any]) -> bool:
+    """Say that a recipe of the cache needs more time than there was: it holds as it did, and stays there.
+
+    Nothing is left for a search, which would find less. Next time, with as little, there is one at once.
+    """
+    had = data["figures"]["budget"]
+    figures = {**data["figures"], "not_within": max(run.request.budget, _not_within(data))}
+    if (problem := recipe.write(run.key, {**data, "figures": figures})) is not None:
+        run.receipt.notes.append(problem)
+    run.receipt.reason = (
+        f"the recipe {key}, which was found with budget={had:g}, could not be set up and judged with "
+        f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget"
+    )
+    return True
+
+
+def _store_veto(run: Run) -> None:
+    """In torch's deterministic mode, keep that a plan of the cache was refused: the clock of the next process
+    might let it pass, and the bits of the two would differ."""
+    if run.receipt.recipe == "hit":
+        conclusion.store(run, fixed=True)
