@@ -22,7 +22,10 @@ compiles = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
 class Slow(nn.Module):
-    """Many operations on each element, which a compiler makes one loop of."""
+    """Many operations on each element, which a compiler makes one loop of.
+
+    None is a function that eager's library computes faster than a compiler does, as MKL does on some CPUs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Slow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
         for _ in range(6):
-            y = (y * self.scale).tanh() + (y - self.scale).sigmoid() * y.abs().add(1.0).log()
+            y = 0.5 * (y * self.scale).relu() + 0.25 * (y - self.scale).abs() - 0.25 * y.clamp(-1.0, 1.0)
         return x + y
 
 
