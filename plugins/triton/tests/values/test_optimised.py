@@ -52,7 +52,7 @@ def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 class Slowly(nn.Module):
     """Does what ``inner`` does after a matrix product whose every element is multiplied by zero."""
 
-    def __init__(self, inner: nn.Module, size: int = 1000) -> None:
+    def __init__(self, inner: nn.Module, size: int = 2000) -> None:
         super().__init__()
         self.inner = inner
         self.ballast = nn.Buffer(torch.rand(size, size), persistent=False)
