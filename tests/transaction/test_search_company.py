@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,3 +199,23 @@ def test_a_step_stays_where_noise_hides_a_gain_that_is_likely(median: float, sta
     assert "compiler" in trials.seen, "the step was not left out for a trial"
     assert set(found.best.plan.names) == ({"half", "compiler"} if stays else {"compiler"})
     assert found.doubts == ({"half": "in doubt: its gain lies between 0.95x and 1.52x"} if stays else {})
+
+
+def test_a_step_that_was_timed_too_little_stays_and_is_not_timed_again() -> None:
+    class Hurried(Company):
+        def run(self, plan: Plan, **options: Any) -> Outcome:
+            outcome = super().run(plan, **options)
+            if plan.key == "compiler" and options["against"] is not None:
+                outcome.timing = Timing(1.2, 0.0, math.inf, 1.0, 1.0, 2)
+                outcome.rule = "slower"
+            return outcome
+
+    trials = Hurried("ok")
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
+    trials.log = []  # type: ignore[attr-defined]
+    offered = [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
+    search = Search(trials, Proposals(offered), Budget(400.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    search._gate = lambda: None  # type: ignore[method-assign]
+    found = search.run()
+    assert trials.seen.count("compiler") == 1 and set(found.best.plan.names) == {"half", "compiler"}
+    assert "half was timed too little to tell what it gains" in found.notes

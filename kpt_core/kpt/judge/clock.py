@@ -95,7 +95,8 @@ def paired(
     Each side gets its own clone of every call, made outside of the timed span. Stops after
     ``seconds`` once ``min_pairs`` are in, at ``max_pairs``, at ``deadline`` (a reading of ``timer``)
     whatever is in, or early when a 99.8 % interval lies clear of 1.0 and is narrow. With fewer than three
-    pairs, or a kind that was not reached, nothing is claimed: the interval is (0, infinity).
+    pairs (five, of several kinds), or a kind that was not reached, nothing is claimed: the interval is
+    (0, infinity).
 
     Args:
         calls: draws one call; or the kinds of calls. Each kind gets three pairs at least, and then the one

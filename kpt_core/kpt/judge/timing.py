@@ -13,14 +13,14 @@ from kpt.judge.kinds import Kind
 
 
 @dataclass(frozen=True)
-class KindTiming:
-    """A candidate against a baseline on the calls of one kind, whose share of the examples is ``share``.
+class _Figures:
+    """A candidate against a baseline.
 
-    ``ratio``, ``low`` and ``high`` are as those of `Timing`; seconds are medians per call.
+    ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
+    ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
+    call.
     """
 
-    label: str
-    share: float
     ratio: float
     low: float
     high: float
@@ -30,7 +30,15 @@ class KindTiming:
 
 
 @dataclass(frozen=True)
-class Timing:
+class KindTiming(_Figures):
+    """The figures of the calls of one kind, whose share of the examples is ``share``."""
+
+    label: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Timing(_Figures):
     """A candidate against a baseline.
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
@@ -42,12 +50,6 @@ class Timing:
     in one timed span.
     """
 
-    ratio: float
-    low: float
-    high: float
-    baseline_seconds: float
-    candidate_seconds: float
-    pairs: int
     drift: float = 1.0
     noise: float = 0.0
     repeats: int = 1
@@ -73,6 +75,8 @@ class Timing:
         if self.longer:
             before, after = self.baseline_seconds * 1e3, self.candidate_seconds * 1e3
             return f"{self.ratio:.2f}x, but all calls together take longer ({before:.3g} -> {after:.3g} ms)"
+        if not self.told:
+            return f"{self.ratio:.2f}x, but timed too little to tell"
         return f"{self.ratio:.2f}x, not faster beyond doubt (from {self.low:.2f}x)"
 
     @property
@@ -116,13 +120,13 @@ def summarised(samples: Sequence[Sample], seed: int, confidence: float = 0.95) -
     shares = [sample.kind.share for sample in samples]
     kinds = tuple(
         KindTiming(
-            sample.kind.label,
-            sample.kind.share,
             statistics.median(sample.ratios),
             *interval(sample.ratios, confidence, seed),
             statistics.median(sample.baseline),
             statistics.median(sample.candidate),
             len(sample.baseline),
+            sample.kind.label,
+            sample.kind.share,
         )
         for sample in samples
         if sample.baseline

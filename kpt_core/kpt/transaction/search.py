@@ -56,6 +56,8 @@ class Search:
         self.ledger = Ledger(trials, proposals.candidates, budget, fuel=fuel)
         #: Plans, and the same without a step, between which the clock saw no difference.
         self._level: set[tuple[str, str]] = set()
+        #: The same, where there was too little time for the clock to claim anything.
+        self._untold: set[tuple[str, str]] = set()
 
     def run(self) -> Found:
         """Search; whatever ends the search early, no workspace stays behind."""
@@ -173,6 +175,8 @@ class Search:
             if 1.0 / step.gain < least and ledger.slow(without):
                 continue
             pair = best.plan.key, without.key
+            if pair in self._untold:
+                continue
             if least > 0.0 and pair in self._level and self._may_pay_later(step, best):
                 continue
             if not ledger.time_for_plan(without, best):
@@ -188,6 +192,7 @@ class Search:
                 note = f"{step.name} was timed too little to tell what it gains"
                 if note not in ledger.found.notes:
                     ledger.found.notes.append(note)
+                self._untold.add(pair)
                 reduced.close()
                 continue
             # The clock paired the full plan (baseline) with the reduced one (candidate).
