@@ -29,3 +29,18 @@ def words(observation: Any, hardware: Any, sites: tuple[Any, ...]) -> Any:
 
 def nothing(observation: Any, hardware: Any, sites: tuple[Any, ...]) -> Any:
     return float("nan")
+
+
+#: The seconds and operations of a call that `Listens` was told.
+told: list[tuple[float, float]] = []
+
+
+class Listens:
+    """A pass that offers nothing."""
+
+    def propose(self, observation, hardware):
+        told.append((observation.baseline_seconds, observation.operations))
+        return iter(())
+
+    def apply(self, model, variant):
+        raise AssertionError("nothing was proposed")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import kpt
+from kpt.cli.bench import _kinds_table
 from kpt.cli.contest import Entrant, by_name, contest, eager
 from kpt.cli.output import CommandError
 from kpt.judge.calls import Call
@@ -114,6 +117,31 @@ def test_kinds_of_calls_take_turns_and_all_of_them_count(monkeypatch):
     assert [len(spans) for spans in helps.spans] == [3, 3] and helps.to_dict()["spans"] == 6
     assert helps.ratio == pytest.approx(4**0.25) and helps.low == helps.high == helps.ratio
     assert same.ratio == 1.0 and same.seconds == pytest.approx(2.0 * 0.75 + 8.0 * 0.25)
+    told = helps.to_dict()["kinds"]
+    assert [(kind["label"], kind["share"]) for kind in told] == [("single", 0.75), ("batch", 0.25)]
+    assert [kind["seconds"] for kind in told] == [2.0, 2.0]
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(_kinds_table([entrant.to_dict() for entrant in found]))
+    single, batch = (line for line in shown.getvalue().splitlines() if "% of the calls" in line)
+    assert "single, 75%" in single and single.count("2.00 s") == 3
+    assert "batch, 25%" in batch and batch.count("8.00 s") == 2 and batch.count("2.00 s") == 1
+
+
+def test_a_contender_is_compared_on_every_kind_of_call():
+    def wrong_on_singles(model, inputs):
+        return model(**inputs) * (1.1 if len(inputs["input"]) == 1 else 1.0)
+
+    def silent_on_singles(model, inputs):
+        return model(**inputs) if len(inputs["input"]) > 1 else None
+
+    kinds = [
+        Kind("single", 0.5, lambda: Call((torch.ones(1, 4),))),
+        Kind("batch", 0.5, lambda: Call((torch.ones(8, 4),))),
+    ]
+    found = entrants(wrong_on_singles, silent_on_singles)
+    contest(torch.nn.Linear(4, 4), found, kinds, seconds=0.0, rounds=6, tell=lambda text: None)
+    reference, wrong, silent = found
+    assert reference.error == 0.0 and wrong.error == pytest.approx(0.1) and silent.error is None
 
 
 def test_what_a_contender_does_while_it_is_prepared_is_its_own():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import fingerprints
 import kpt
+import predictions
 import slow_kernels
 from fingerprints import optimized
 from kpt.specs import KernelSpec
@@ -63,3 +67,32 @@ def test_a_broken_prediction_loses_its_kernel_only(predict, reason):
     skipped = {skip["name"]: skip["reason"] for skip in receipt.skipped}
     assert reason in skipped["rms_norm/right"]
     assert fingerprints.differences(before, fingerprints.of_model(net)) == []
+
+
+class Clocked(torch.nn.Module):
+    """One row takes a second of a hundred, as many as eight four of them."""
+
+    now = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Clocked.now += 0.01 if len(x) == 1 else 0.04
+        return self.linear(x)
+
+
+def test_predictions_are_told_the_mean_of_all_kinds_of_calls(monkeypatch):
+    """Of three singles and a batch no single call speaks for all, least of all the one that comes first."""
+    from kpt.transaction import observe
+
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: Clocked.now, monotonic=lambda: float(next(ticks)) * 1e-3)
+    monkeypatch.setattr(observe, "time", clock)
+    monkeypatch.setattr(predictions, "told", [])
+    examples = [torch.randn(rows, 4) for rows in (1, 8, 1, 1)]
+    listens = plugin(predictions.Listens)
+    kpt.optimize(Clocked().eval(), examples, plugins=[listens], budget=20.0, cache=False)
+    operations = 2 * 4 * 4 * (0.75 * 1 + 0.25 * 8)
+    assert predictions.told == [(pytest.approx(0.75 * 0.01 + 0.25 * 0.04), operations)]

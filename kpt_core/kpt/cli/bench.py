@@ -206,11 +206,28 @@ def _table(data: dict[str, Any]) -> Any:
             error,
             f"{entry['setup_seconds']:.1f} s",
         )
+    kinds = [_kinds_table(data["contenders"])] if any(each["kinds"] for each in data["contenders"]) else []
     profile = data["machine"]["profile"]
     name = profile["details"].get("model") or profile["name"]
     facts = f"{name}, {profile['compute_units']} compute units, {data['machine']['system']}"
     notes = [f"{entry['name']} prepared {entry['note']}" for entry in data["contenders"] if entry["note"]]
-    return Group(table, *notes, facts, _pairs(list(data["versions"].items())), data["date"])
+    return Group(table, *kinds, *notes, facts, _pairs(list(data["versions"].items())), data["date"])
+
+
+def _kinds_table(contenders: Sequence[dict[str, Any]]) -> Any:
+    """Time per call of every contender, for each kind of the examples' calls."""
+    from rich import box
+    from rich.table import Table
+
+    ran = [entry for entry in contenders if entry["kinds"]]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("calls")
+    for entry in ran:
+        table.add_column(entry["name"], justify="right")
+    for number, kind in enumerate(ran[0]["kinds"]):
+        label = f"{kind['label']}, {kind['share']:.0%} of the calls"
+        table.add_row(label, *(_duration(entry["kinds"][number]["seconds"]) for entry in ran))
+    return table
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:

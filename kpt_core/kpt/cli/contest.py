@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Entrant:
     ``error`` is the root mean square of its difference from eager's outputs, relative to theirs;
     None where the outputs cannot be compared. ``spans`` are seconds per call, kind by kind. ``ratio`` is
     eager's time over its own, the median of the paired ratios with its 95 % interval; of several kinds of
-    calls it is the geometric mean of their medians, weighed with their ``shares``, and
+    calls it is the geometric mean of their medians, weighed with their shares, and
     ``seconds`` the arithmetic mean. ``note`` is what its preparation has to say.
     """
 
@@ -56,11 +57,16 @@ class Entrant:
     setup_seconds: float = 0.0
     run: Run | None = None
     spans: list[list[float]] = field(default_factory=list)
-    shares: tuple[float, ...] = ()
+    kinds: tuple[Kind, ...] = ()
     error: float | None = None
+    compared: bool = False
     ratio: float = math.nan
     low: float = math.nan
     high: float = math.nan
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(kind.share for kind in self.kinds)
 
     @property
     def seconds(self) -> float:
@@ -83,6 +89,11 @@ class Entrant:
             "ratio_high": self.high,
             "error": self.error,
             "spans": sum(map(len, self.spans)),
+            "kinds": [
+                {"label": kind.label, "share": kind.share, "seconds": statistics.median(spans)}
+                for kind, spans in zip(self.kinds, self.spans, strict=True)
+                if len(self.kinds) > 1 and spans
+            ],
         }
 
 
@@ -180,11 +191,17 @@ def contest(
                 tell(f"preparing {entrant.name}")
                 _prepare(entrant, model, examples, wait)
         prepared = [entrant for entrant in entrants if entrant.run is not None]
-        _compare(prepared, by_name(model, kinds[-1].next_call().clone()))
+        for kind in kinds:
+            _compare(
+                [entrant for entrant in prepared if entrant.run is not None],
+                by_name(model, kind.next_call().clone()),
+            )
+            if reference.run is None:
+                raise model_fails(reference.failed)
         running = [entrant for entrant in prepared if entrant.run is not None]
         tell(f"timing {', '.join(entrant.name for entrant in running)}")
         for entrant in running:
-            entrant.spans, entrant.shares = [[] for _ in kinds], tuple(kind.share for kind in kinds)
+            entrant.spans, entrant.kinds = [[] for _ in kinds], kinds
         repeats = [_repeats(reference.run, by_name(model, kind.next_call().clone()), wait) for kind in kinds]
         least = max(5, LEAST_OF_A_KIND * len(kinds))
         order = random.Random(0)
@@ -235,7 +252,10 @@ def _prepare(
 
 
 def _compare(running: Sequence[Entrant], inputs: Inputs) -> None:
-    """Give each its error from the first, which is eager; every one gets inputs of its own."""
+    """Give each its error from the first, which is eager, or keep a larger one of inputs compared before.
+
+    Every one gets inputs of its own. Where one of the errors can't be told there is none.
+    """
     outputs: dict[str, list[Any]] = {}
     for entrant in running:
         assert entrant.run is not None
@@ -247,7 +267,10 @@ def _compare(running: Sequence[Entrant], inputs: Inputs) -> None:
     expected = outputs.get(running[0].name)
     for entrant in running:
         if entrant.name in outputs and expected is not None:
-            entrant.error = _relative_error(outputs[entrant.name], expected)
+            error = _relative_error(outputs[entrant.name], expected)
+            before = entrant.error if entrant.compared else 0.0
+            entrant.error = None if error is None or before is None else max(error, before)
+            entrant.compared = True
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -96,6 +96,15 @@ def group(spec: InputSpec) -> list[Group]:
     ]
 
 
+def representatives(spec: InputSpec) -> list[tuple[Call, float]]:
+    """For each kind of call its example of middle size, and the kind's share of all examples."""
+    number, examples = len(spec.examples), spec.examples
+    return [
+        (examples[each.examples[len(each.examples) // 2]], len(each.examples) / number)
+        for each in group(spec)
+    ]
+
+
 def described(spec: InputSpec) -> list[list[Any]]:
     """The kinds as JSON values, in one order for any order of the examples.
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Observation:
     """Facts about one model and its calls, as passes see them.
 
-    ``model`` is read only. ``baseline_seconds`` is the eager latency of one call, ``operations`` its
-    floating-point operations as torch's flop counter sees them (matrix products and convolutions).
+    ``model`` is read only. ``baseline_seconds`` is the eager latency of a call, ``operations`` its
+    floating-point operations as torch's flop counter sees them (matrix products and convolutions); where the
+    examples are of several kinds, both are means over these, weighed with their shares.
     ``stochastic`` says that outputs depend on the random seed, as they do with dropout in training,
     ``samples`` that in training they do so without dropout modules, too (noise, skipped blocks), so that only
     the random numbers that eager draws give eager's values,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.error_text import add_note
-from kpt.judge import outputs, tree
+from kpt.judge import kinds, outputs, tree
 from kpt.judge.calls import Call, as_calls, check_devices
 from kpt.judge.draws import InputSpec
 from kpt.kernels import ops_with_kernels
@@ -111,7 +111,9 @@ def observe(
     mode = mode_of(model)
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
-    seconds, writes = _warm_up(model, runner, plain, calls)
+    writes = _warm_up(model, runner, plain, calls)
+    typical = kinds.representatives(spec)
+    seconds = sum(share * _seconds(runner, plain, call) for call, share in typical)
     refuse_bypassed(runner, plain, calls[0])
     moving = moving_state(runner, plain, calls[0])
     looked_at = _various(calls, int(_LOOKED_AT * deadline.left() / max(3.0 * seconds, 1e-9)))
@@ -123,7 +125,9 @@ def observe(
         once = unrepeatable(runner, plain, looked_at, writes) or told_by_gradients(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     samples = stochastic and _samples(plain, calls[0])
-    operations = _operations(runner, plain, calls[0]) if seconds < 0.05 * deadline.left() else 0.0
+    operations = 0.0
+    if len(typical) * seconds < 0.05 * deadline.left():
+        operations = sum(share * _operations(runner, plain, call) for call, share in typical)
     from kpt import ops
 
     import_dynamo()
@@ -167,12 +171,10 @@ def observe(
     )
 
 
-def _warm_up(
-    model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]
-) -> tuple[float, bool]:
+def _warm_up(model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> bool:
     """Run every example once (an example that eager cannot run is the user's error).
 
-    Returns the seconds of the first, and whether the forward writes to a tensor that it is given.
+    Returns whether the forward writes to a tensor that it is given.
     """
     writes = False
     finite: dict[str, bool] = {}
@@ -213,9 +215,16 @@ def _warm_up(
                 "the outputs hold no element on any example, so that nothing could be judged by them; pass "
                 "examples with one row at least"
             )
+    return writes
+
+
+def _seconds(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
+    """Seconds of one call, which was made before."""
+    given = call.clone()
+    with runner.buffers_kept():
         start = time.perf_counter()
-        runner.step(plain.forward, calls[0].clone())
-        return time.perf_counter() - start, writes
+        runner.step(plain.forward, given)
+        return time.perf_counter() - start
 
 
 def _holds_floats(leaf: Any) -> bool:
