@@ -191,10 +191,10 @@ def contest(
                 tell(f"preparing {entrant.name}")
                 _prepare(entrant, model, examples, wait)
         prepared = [entrant for entrant in entrants if entrant.run is not None]
-        for kind in kinds:
+        for each in kinds:
             _compare(
                 [entrant for entrant in prepared if entrant.run is not None],
-                by_name(model, kind.next_call().clone()),
+                by_name(model, each.next_call().clone()),
             )
             if reference.run is None:
                 raise model_fails(reference.failed)
