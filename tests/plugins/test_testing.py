@@ -400,8 +400,16 @@ def refuses_other_dims(x, dim=-1):
     return torch.softmax(x, dim)
 
 
+def breaks_on_other_dims(x, dim=-1):
+    """By an error as a kernel's launch raises it: nobody meant to refuse."""
+    if dim not in (-1, x.dim() - 1):
+        raise RuntimeError("invalid configuration argument")
+    return torch.softmax(x, dim)
+
+
 KERNELS = {
     right: set(),
+    breaks_on_other_dims: {"test_other_arguments"},
     ignores_dim: {"test_other_arguments"},
     refuses_other_dims: set(),
     one_percent_off: {"test_values"},

@@ -51,7 +51,8 @@ class KernelSuite(Suite, standard=True):
     def other_arguments(self) -> Mapping[str, Mapping[str, Any]]:
         """What the op may be called with in place of some of its `arguments`, by what is another.
 
-        A kernel is right there, too, or refuses: by its ``supports``, or by an error.
+        A kernel is right there, too, or refuses: by its ``supports``, or by a TypeError, ValueError or
+        NotImplementedError.
         """
         return other_arguments(self.kernel.op, self.arguments())
 
@@ -62,6 +63,10 @@ class KernelSuite(Suite, standard=True):
     def site(self, dtype: torch.dtype) -> tuple[Site, Call] | None:
         """A site that computes the op in ``dtype`` and a call of it; None where there is no typical one."""
         return op_site(self.kernel.op, dtype, self.device)
+
+    def refusal(self, site: Site) -> str | None:
+        """Why the kernel does not take ``site``; None where it does."""
+        return refusal_of(self.kernel, site)
 
     def run(self) -> Callable[..., Any]:
         """The function under test, with the reference's signature."""
@@ -81,16 +86,13 @@ class KernelSuite(Suite, standard=True):
         judged = 0
         for dtype in self.dtypes():
             place = self.site(dtype)
-            refusal = None if place is None else self._refusal(place[0])
+            refusal = None if place is None else self.refusal(place[0])
             if refusal is None:
                 judged += 1
                 others: dict[str, Any] = {"rows": (), "layouts": (), "scales": ()}
                 self._judge(dtype, place, {"ordinary": not probes, **others, **probes})
         if not judged:
             raise skip(f"the kernel refuses the typical site: {refusal}; override site()")
-
-    def _refusal(self, site: Site) -> str | None:
-        return refusal_of(self.kernel, site)
 
     def _judge(self, dtype: torch.dtype, place: tuple[Site, Call] | None, probes: dict[str, Any]) -> None:
         if self.kernel.setup is None:
@@ -131,15 +133,21 @@ class KernelSuite(Suite, standard=True):
         for other, changed in self.other_arguments().items():
             place = op_site(self.kernel.op, dtype, self.device, other)
             if self.kernel.supports is not None:
-                refused = f"no site with another {other}" if place is None else self._refusal(place[0]) or ""
+                refused = f"no site with another {other}" if place is None else self.refusal(place[0]) or ""
                 if refused:
                     continue
             given = {**typical, **changed}
             try:
                 self.run()(**{name: _cast(value, dtype) for name, value in given.items()})
-            except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            except (TypeError, ValueError, NotImplementedError) as error:
                 refused = f"{type(error).__name__}: {error}"
                 continue
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                raise AssertionError(
+                    f"{self.kernel.op}/{self.kernel.name} in {dtype} with another {other} fails by {said}; "
+                    "compute it, or refuse it by `supports` or a TypeError, ValueError or NotImplementedError"
+                ) from error
             judged += 1
             probes: dict[str, Any] = {"rows": (), "layouts": (), "scales": (), "dtypes": (dtype,)}
             found = judge_kernel(

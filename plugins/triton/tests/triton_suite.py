@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kpt.ops.sites import Site
 from kpt.testing import KernelSuite
 from kpt_plugin_triton.launch import INTERPRETED
 
@@ -21,6 +23,10 @@ class TritonSuite(KernelSuite):
 
     def site(self, dtype: torch.dtype) -> None:
         return None  # the functions are tested; what sites they take is the business of other tests
+
+    def refusal(self, site: Site) -> str | None:
+        """What is refused on a GPU: an interpreted kernel stands for one that runs there."""
+        return super().refusal(replace(site, devices=("cuda:0",)) if INTERPRETED else site)
 
 
 class InOneDtype(TritonSuite):
