@@ -48,7 +48,7 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 # The kernels' values, interpreted, and what is compiled ahead of time take about as long as all other tests: they
 # run beside them, at the lowest priority, and after them what hangs on no close timing.
 AOT := plugins/triton/tests/test_aot.py
-BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py tests/cli/test_plugins_commands.py \
+BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py tests/plugins/test_kernels_judged.py tests/cli/test_plugins_commands.py \
   tests/artifact tests/test_repository.py tests/test_tutorial.py tests/test_families.py tests/test_compiling.py \
   tests/test_compiled_modules.py tests/test_uncut_graphs.py \
   tests/test_writes_in_parts.py tests/transaction/test_cycles.py tests/test_lengths.py tests/cli/test_end_to_end.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -10,6 +11,7 @@ from typing import Protocol
 
 import pytest
 
+from conformance import HOME
 from kpt import plugins
 
 PRELUDE = "import kpt\nfrom kpt.specs import *\n"
@@ -76,6 +78,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
     plugins.clear_cache()
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """An empty module that references like ``{HOME}:name`` can point to."""
+    module = types.ModuleType(HOME)
+    monkeypatch.setitem(sys.modules, HOME, module)
+    return module
 
 
 def _only_below(folder: Path):  # type: ignore[no-untyped-def]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 from unittest import SkipTest
 
@@ -12,58 +11,11 @@ import pytest
 import torch
 
 import kpt
+from conformance import HOME, failures, outcomes, plugin_of, plugin_suite
 from kpt.plugins.validation import CORE_OPS
 from kpt.specs import ExporterSpec, HardwareProfile, HardwareSpec, KernelSpec, OpSpec, PassSpec, Skip, Variant
-from kpt.testing import KernelSuite, PluginSuite, Suite, tiny_models
+from kpt.testing import KernelSuite, PluginSuite, tiny_models
 from kpt.testing.models import op_arguments
-from kpt.testing.suite import standard_tests
-
-HOME = "kpt_test_conformance"
-
-
-@pytest.fixture
-def home(monkeypatch):
-    """A module that references can point to."""
-    module = types.ModuleType(HOME)
-    monkeypatch.setitem(sys.modules, HOME, module)
-    return module
-
-
-def plugin_of(**hooks):
-    """A plugin object whose hooks return the given specs."""
-    members = {name: kpt.hookimpl(_returning(specs, name)) for name, specs in hooks.items()}
-    return type("Plugin", (), members)()
-
-
-def _returning(specs, name):
-    def hook(self):
-        return specs
-
-    hook.__name__ = name
-    return hook
-
-
-def outcomes(suite: Suite) -> dict[str, str]:
-    """What each standard test says: "" where it passes, "-" where it is skipped, or the failure."""
-    said = {}
-    for name, _ in standard_tests(type(suite)):
-        try:
-            getattr(suite, name)()
-            said[name] = ""
-        except SkipTest:
-            said[name] = "-"
-        except Exception as error:  # noqa: BLE001 - whatever a standard test raises is its failure
-            said[name] = str(error)
-    return said
-
-
-def failures(suite: Suite) -> dict[str, str]:
-    return {name: text for name, text in outcomes(suite).items() if text not in ("", "-")}
-
-
-def plugin_suite(plugin: object) -> Suite:
-    return type("TestIt", (PluginSuite,), {"plugin": plugin})()
-
 
 # ---------------------------------------------------------------------------------------------
 # A suite cannot be weakened
@@ -336,147 +288,6 @@ def test_a_module_that_imports_torch_is_told(install):
 # What KernelSuite finds
 
 
-def right(x, dim=-1):
-    return torch.softmax(x, dim)
-
-
-def one_percent_off(x, dim=-1):
-    return torch.softmax(x, dim) * 1.01
-
-
-def even_only(x, dim=-1):
-    y = torch.softmax(x, dim)
-    return y if x.shape[-2] % 2 == 0 else y * 1.1
-
-
-def contiguous_only(x, dim=-1):
-    y = torch.softmax(x, dim)
-    return y if x.is_contiguous() else y * 1.1
-
-
-def modifies(x, dim=-1):
-    y = torch.softmax(x, dim)
-    x.detach().add_(1.0)
-    return y
-
-
-def overflows(x, dim=-1):
-    e = x.exp()
-    e = torch.where(x.abs() > 20, torch.full_like(e, float("nan")), e)
-    return e / e.sum(dim, keepdim=True)
-
-
-def partly_written(x, dim=-1):
-    y = torch.empty(x.shape, dtype=x.dtype)
-    y[..., 1:] = torch.softmax(x, dim)[..., 1:]
-    y[..., :1] = torch.where(torch.isnan(y[..., :1]), y[..., :1], torch.softmax(x, dim)[..., :1])
-    return y
-
-
-class _WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim):
-        y = torch.softmax(x, dim)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (y,) = ctx.saved_tensors
-        return gradient * y, None
-
-
-def wrong_gradient(x, dim=-1):
-    return _WrongGradient.apply(x, dim)
-
-
-def ignores_dim(x, dim=-1):
-    return torch.softmax(x, -1)
-
-
-def refuses_other_dims(x, dim=-1):
-    if dim not in (-1, x.dim() - 1):
-        raise ValueError(f"dim is {dim}; supported: the last one")
-    return torch.softmax(x, dim)
-
-
-def breaks_on_other_dims(x, dim=-1):
-    """By an error as a kernel's launch raises it: nobody meant to refuse."""
-    if dim not in (-1, x.dim() - 1):
-        raise RuntimeError("invalid configuration argument")
-    return torch.softmax(x, dim)
-
-
-KERNELS = {
-    right: set(),
-    breaks_on_other_dims: {"test_other_arguments"},
-    ignores_dim: {"test_other_arguments"},
-    refuses_other_dims: set(),
-    one_percent_off: {"test_values"},
-    even_only: {"test_odd_sizes"},
-    contiguous_only: {"test_strides"},
-    modifies: {"test_values"},
-    overflows: {"test_small_and_large_values"},
-    wrong_gradient: {"test_gradients"},
-}
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda function: function.__name__)
-def test_kernels_are_judged(home, kernel):
-    home.kernel = kernel
-    spec = KernelSpec("softmax", "k", f"{HOME}:kernel", backward=True, reproducible=True)
-    suite = type("TestIt", (KernelSuite,), {"kernel": spec})()
-    found = failures(suite)
-    # A kernel that is wrong at once fails wherever it is called; the first test says why.
-    assert KERNELS[kernel] <= set(found), found
-    if not KERNELS[kernel] or "test_values" not in KERNELS[kernel]:
-        assert set(found) <= KERNELS[kernel] | {"test_gradients", "test_random_sizes"}, found
-
-
-def test_a_kernel_that_prepares_sites_is_judged_on_one(home):
-    def packed(factor):
-        def setup(site):
-            weights = site.weights()
-            matrix = (weights["weight"] * factor).detach().clone()
-
-            def run(x, weight, bias=None):
-                return torch.nn.functional.linear(x, matrix.to(x.dtype), bias)
-
-            return run
-
-        return setup
-
-    def linear(x, weight, bias=None):
-        return torch.nn.functional.linear(x, weight, bias)
-
-    home.entry = linear
-    spec = KernelSpec(
-        "linear", "packed", f"{HOME}:entry", setup=f"{HOME}:setup", dtypes=("float32", "bfloat16")
-    )
-    suite = type("TestIt", (KernelSuite,), {"kernel": spec})()
-    home.setup = packed(1.0)
-    assert not failures(suite)
-    assert outcomes(suite)["test_values"] == ""
-    home.setup = packed(1.01)
-    assert failures(suite)["test_values"].startswith("linear/packed in torch.float32: value")
-
-
-def test_a_kernel_that_refuses_the_typical_site_is_skipped(home):
-    home.kernel, home.supports = right, lambda site: "only for sequences above 4096"
-    spec = KernelSpec("softmax", "k", f"{HOME}:kernel", supports=f"{HOME}:supports")
-    suite = type("TestIt", (KernelSuite,), {"kernel": spec})()
-    with pytest.raises(SkipTest, match="above 4096"):
-        suite.test_values()
-
-
-def test_plugin_suite_judges_kernels_of_known_ops(home):
-    home.kernel = one_percent_off
-    plugin = plugin_of(kpt_kernels=[KernelSpec("softmax", "k", f"{HOME}:kernel")])
-    found = failures(plugin_suite(plugin))
-    assert set(found) == {"test_kernels_equal_their_references"}
-    assert found["test_kernels_equal_their_references"].startswith("softmax/k in torch.float32: value")
-
-
 @pytest.mark.parametrize("op", CORE_OPS)
 def test_every_op_has_arguments_that_its_reference_takes(op):
     from kpt.ops import reference
@@ -486,16 +297,6 @@ def test_every_op_has_arguments_that_its_reference_takes(op):
     result = reference(op)(**arguments)
     for tensor in result if isinstance(result, tuple) else (result,):
         assert torch.isfinite(tensor).all()
-
-
-def test_references_themselves_pass_as_kernels():
-    for op in CORE_OPS:
-        suite = type(
-            "TestReference",
-            (KernelSuite,),
-            {"kernel": KernelSpec(op, "reference", "math:sqrt"), "run": KernelSuite.reference},
-        )()
-        assert not failures(suite), op
 
 
 def test_the_tiny_models_run():
@@ -515,14 +316,3 @@ def test_the_core_never_imports_the_suites():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("refused", [True, False])
-def test_other_arguments_are_not_asked_for_where_supports_refuses_them(home, refused):
-    """A norm that adds nothing to its weight: right for all sites that it says it takes."""
-    home.kernel = lambda x, weight=None, eps=1e-6, offset=0.0: torch.rms_norm(x, x.shape[-1:], weight, eps)
-    home.supports = lambda site: "an offset" if refused and float(site.weights().get("offset", 0.0)) else None
-    spec = KernelSpec("rms_norm", "k", f"{HOME}:kernel", supports=f"{HOME}:supports")
-    found = failures(type("TestIt", (KernelSuite,), {"kernel": spec})())
-    assert set(found) == (set() if refused else {"test_other_arguments"}), found
-    assert refused or "with another offset: value" in found["test_other_arguments"]
