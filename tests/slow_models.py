@@ -108,6 +108,19 @@ class DirectScale:
         return self.applied > 0
 
 
+def fast_for_singles(self: SlowScale, x: torch.Tensor) -> torch.Tensor:
+    for _ in range(0 if len(x) == 1 else 4 * self.rounds):
+        x = x.neg().neg()
+    return x * self.weight + self.bias
+
+
+class SinglesOnly(DirectScale):
+    """As `DirectScale` for a batch of one row; others take four times as long as before."""
+
+    def replacement(self) -> Callable[..., torch.Tensor]:
+        return fast_for_singles
+
+
 class DerivedScale(DirectScale):
     """As `DirectScale`, with copies of the weights, so that the weights have to be watched."""
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import kpt
-from kpt.cli.bench import _kinds_table
+from kpt.cli.bench import _kinds, _kinds_table
 from kpt.cli.contest import Entrant, by_name, contest, eager
 from kpt.cli.output import CommandError
 from kpt.judge.calls import Call
@@ -142,6 +142,46 @@ def test_a_contender_is_compared_on_every_kind_of_call():
     contest(torch.nn.Linear(4, 4), found, kinds, seconds=0.0, rounds=6, tell=lambda text: None)
     reference, wrong, silent = found
     assert reference.error == 0.0 and wrong.error == pytest.approx(0.1) and silent.error is None
+
+
+def test_a_contender_that_fails_after_one_kind_costs_no_table():
+    timed = 0
+
+    def fails_on_batches(model, inputs):
+        nonlocal timed
+        timed += 1
+        if len(inputs["input"]) > 1 and timed > 6:
+            raise MemoryError("too large")
+        return model(**inputs)
+
+    kinds = [
+        Kind("single", 0.5, lambda: Call((torch.ones(1, 4),))),
+        Kind("batch", 0.5, lambda: Call((torch.ones(8, 4),))),
+    ]
+    found = entrants(fails_on_batches)
+    contest(torch.nn.Linear(4, 4), found, kinds, seconds=0.0, rounds=6, tell=lambda text: None)
+    assert found[1].to_dict()["state"] == "failed" and any(found[1].spans)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(_kinds_table([entrant.to_dict() for entrant in found]))
+    assert "eager" in shown.getvalue() and "fails_on_batches" not in shown.getvalue()
+
+
+def test_kinds_are_drawn_as_the_clock_draws_them():
+    """Examples without padding have no padding here either, although the mask of others has."""
+
+    class Masked(torch.nn.Module):
+        def forward(self, x, attention_mask):
+            return x * attention_mask
+
+    def example(kept):
+        mask = torch.ones(4, 16, dtype=torch.long)
+        mask[0, kept:] = 0
+        return {"x": torch.randn(4, 16), "attention_mask": mask}
+
+    source = SimpleNamespace(inputs=[example(16), example(16), example(5), example(9)], model=Masked())
+    plain, padded = _kinds(source, None)
+    assert all(bool(plain.next_call().kwargs["attention_mask"].all()) for _ in range(8))
+    assert not any(bool(padded.next_call().kwargs["attention_mask"].all()) for _ in range(8))
 
 
 def test_what_a_contender_does_while_it_is_prepared_is_its_own():

@@ -19,7 +19,7 @@ from fingerprints import fast_calls, optimized
 from kpt import interruption
 from kpt.judge.timing import Timing
 from kpt.transaction import commit, events, trial
-from slow_models import DerivedScale, DirectScale, Net, net, plugin
+from slow_models import DerivedScale, DirectScale, Net, SinglesOnly, net, plugin
 
 PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
 EXAMPLE = torch.randn(32, 16)
@@ -273,6 +273,28 @@ def test_finding_nothing_for_one_mixture_of_calls_is_no_answer_for_another():
     assert any("another mixture" in note for note in other.notes)
     for rows in ((2, 2, 2, 30), (2, 30, 31, 29)):  # the cache answers for both by now
         assert not mixed(*rows).searched
+
+
+def test_a_plan_of_one_mixture_and_nothing_for_another_stay_beside_each_other():
+    """They had erased each other, so that every process of the two programs searched."""
+
+    def mixed(*rows: int) -> kpt.Receipt:
+        model, examples = net(), [torch.randn(n, 16) for n in rows]
+        shapes = {"x": {0: "batch"}}
+        kpt.optimize(model, examples, plugins=[plugin(SinglesOnly)], budget=20.0, dynamic_shapes=shapes)
+        return kpt.report(model)
+
+    singles, batches = (1, 1, 1, 1, 1, 1, 1, 18), (30, 30, 30, 30)
+    first = mixed(*singles)
+    assert first.searched and first.optimized
+    other = mixed(*batches)
+    assert other.searched and not other.optimized and other.rejected[0].rule == "slower"
+    for _ in range(2):
+        again = mixed(*singles)
+        assert again.optimized and not again.searched and again.recipe == "hit"
+        nothing = mixed(*batches)
+        assert not nothing.optimized and not nothing.searched and nothing.recipe == "hit"
+        assert "on calls like these" in nothing.reason
 
 
 def test_a_gain_in_doubt_is_told_by_a_recipe_too(cached):

@@ -201,6 +201,28 @@ def test_a_step_stays_where_noise_hides_a_gain_that_is_likely(median: float, sta
     assert found.doubts == ({"half": "in doubt: its gain lies between 0.95x and 1.52x"} if stays else {})
 
 
+def test_a_step_stays_without_which_all_calls_together_take_longer() -> None:
+    """What it gains for slow calls the others hide; the commit would refuse the plan without it."""
+
+    class Mixed(Company):
+        def run(self, plan: Plan, **options: Any) -> Outcome:
+            outcome = super().run(plan, **options)
+            if plan.key == "compiler" and options["against"] is not None:
+                outcome.timing = Timing(0.99, 0.97, 1.02, 1.0, 1.3, 16, total=0.77, total_high=0.8)
+                outcome.rule = "slower"
+            return outcome
+
+    trials = Mixed("ok")
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
+    trials.log = []  # type: ignore[attr-defined]
+    offered = [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
+    search = Search(trials, Proposals(offered), Budget(200.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    search._gate = lambda: None  # type: ignore[method-assign]
+    found = search.run()
+    assert "compiler" in trials.seen and set(found.best.plan.names) == {"half", "compiler"}
+    assert found.doubts == {"half": "all kinds of calls together take 1.30 times as long without it"}
+
+
 def test_a_step_that_was_timed_too_little_stays_and_is_not_timed_again() -> None:
     class Hurried(Company):
         def run(self, plan: Plan, **options: Any) -> Outcome:

@@ -153,7 +153,7 @@ def _kinds(source: Source, shapes: Any) -> Sequence[Kind]:
 
     spec = InputSpec.from_calls(as_calls(source.inputs), shapes, source.model.forward)
     generator = torch.Generator().manual_seed(0)
-    return kinds.of_examples(spec, lambda examples: spec.draw(generator, examples=examples))
+    return kinds.of_examples(spec, lambda some: spec.draw(generator, examples=some, own_masks=True))
 
 
 def machine(source: Source) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _kinds_table(contenders: Sequence[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    ran = [entry for entry in contenders if entry["kinds"]]
+    ran = [entry for entry in contenders if entry["state"] == "ran"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("calls")
     for entry in ran:

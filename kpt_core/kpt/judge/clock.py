@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from kpt.judge.calls import Call
-from kpt.judge.intervals import LEAST_OF_A_KIND, interval, spread
+from kpt.judge.intervals import LEAST_OF_A_KIND, interval, least_of_a_kind, spread
 from kpt.judge.kinds import Kind, one_kind
 from kpt.judge.load import ONE_BY_ONE, Issue, Load, one_by_one
-from kpt.judge.timing import Sample, Timing, summarised, together
+from kpt.judge.timing import TOLERANCE, Sample, Timing, summarised, together, total
 
 #: Calls shorter than this are repeated inside one timed span: a clock reading costs about 0.1 µs, and a
 #: span of 200 µs keeps that and the loop under 1 %.
@@ -99,11 +99,12 @@ def paired(
     (0, infinity).
 
     Args:
-        calls: draws one call; or the kinds of calls. Each kind gets three pairs at least, and then the one
-            whose next pair tells most for the time it takes: pairs go by share over the square root of the
-            time (Neyman's allocation, for equal noise).
+        calls: draws one call; or the kinds of calls. Each kind gets three pairs at least (five, where it is
+            most of the calls), and then the one whose next pair tells most for the time it takes: pairs go by
+            share over the square root of the time (Neyman's allocation, for equal noise).
         patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
-            1.0; the interval is then one of 99 %, since it was looked at twice.
+            1.0; the interval is then one of 99 %, since it was looked at twice. The same where it is open
+            whether all kinds together take longer: pairs then go by what a kind is of the seconds.
         min_pairs: of all kinds together; three of each kind are wanted in any case.
         warmup: pairs that do not count, with calls of one kind. Of several kinds, each of which both sides
             have to have been called with before, it is one of each, and none where that takes long.
@@ -125,7 +126,7 @@ def paired(
     if not samples:
         raise ValueError("expected one kind of call at least, got none")
     if len(samples) > 1:
-        min_pairs, warmup = max(min_pairs, LEAST_OF_A_KIND * len(samples)), 1
+        min_pairs, warmup = max(min_pairs, sum(least_of_a_kind(s.kind.share) for s in samples)), 1
         if max_pairs < min_pairs:
             raise ValueError(
                 f"{len(samples)} kinds of calls want {min_pairs} pairs, got max_pairs={max_pairs}"
@@ -134,7 +135,7 @@ def paired(
     wait = synchronize or synchroniser()
     order = random.Random(seed)
     sides = (baseline, candidate)
-    looked_longer = False
+    looked_longer = by_total = False
     with _collector_off(), load.issuing() as issue:
 
         def pair(sample: Sample, repeats: int) -> tuple[float, float]:
@@ -153,13 +154,13 @@ def paired(
             if taken >= min_pairs and timer() >= end:
                 if looked_longer or patience <= 0.0 or not _undecided(samples, seed):
                     break
-                end, looked_longer = end + patience, True
+                end, looked_longer, by_total = end + patience, True, _total_open(samples, 0.95, seed)
             if taken >= check:
                 if _settled(samples, taken >= 2 * min_pairs, seed):
                     break
                 # Looking rarely keeps repeated looks from finding a winner by chance.
                 check = math.ceil(taken * 1.5)
-            sample = _next(samples)
+            sample = _next(samples, by_total)
             sample.append(pair(sample, sample.repeats))
             taken += 1
     return summarised(samples, seed, 0.99 if looked_longer else 0.95)
@@ -224,12 +225,17 @@ def _repeats(seconds: float, fallback: int) -> int:
     )
 
 
-def _next(samples: Sequence[Sample]) -> Sample:
+def _next(samples: Sequence[Sample], by_total: bool) -> Sample:
     """Whose turn it is: who has fewest pairs, until all have enough; then who tells most for its time."""
-    fewest = min(samples, key=lambda sample: len(sample.baseline))
-    if len(fewest.baseline) < LEAST_OF_A_KIND:
-        return fewest
-    return min(samples, key=lambda s: len(s.baseline) * math.sqrt(max(s.cost, 1e-9)) / s.kind.share)
+    waiting = [s for s in samples if len(s.baseline) < least_of_a_kind(s.kind.share)]
+    if waiting:
+        return min(waiting, key=lambda sample: len(sample.baseline))
+
+    def pairs_by_worth(sample: Sample) -> float:
+        worth = sample.kind.share * (statistics.median(sample.baseline) if by_total else 1.0)
+        return len(sample.baseline) * math.sqrt(max(sample.cost, 1e-9)) / max(worth, 1e-12)
+
+    return min(samples, key=pairs_by_worth)
 
 
 def _warm_up(
@@ -256,6 +262,8 @@ def _warm_up(
     if sample.repeats > 1:  # a first call may be slow for reasons of its own: calibrate on a warm one
         sample.repeats = _repeats(min(pair(sample, at_once)), 1)
     sample.repeats = at_once * math.ceil(sample.repeats / at_once)  # every caller has as many
+    if not sample.baseline:
+        sample.cost = math.inf  # pairs of as many calls as the measured ones tell what those take
 
 
 def _pair(
@@ -302,16 +310,27 @@ def _settled(samples: Sequence[Sample], many: bool, seed: int) -> bool:
     little to the interval's own 2.5 % on either side (a test simulates it).
     """
     ratio, low, high = together(samples, 0.998, seed)
-    clear = low > 1.0 + MARGIN or high < 1.0 - MARGIN
+    clear = (low > 1.0 + MARGIN and not _total_open(samples, 0.998, seed)) or high < 1.0 - MARGIN
     return clear and (many or high - low <= 0.1 * ratio)
 
 
+def _total_open(samples: Sequence[Sample], confidence: float, seed: int) -> bool:
+    """Whether it is open if all kinds of calls together take longer."""
+    if len(samples) == 1:
+        return False
+    _, low, high = total(samples, confidence, seed)
+    return low < 1.0 - TOLERANCE < high
+
+
 def _undecided(samples: Sequence[Sample], seed: int) -> bool:
-    """Whether one side looks faster, on one kind of call at least, and the interval does not say so."""
+    """Whether one side looks faster, on one kind of call at least, and the interval does not say so.
+
+    Or it does, and all kinds together may take longer.
+    """
     ratio, low, high = together(samples, 0.95, seed)
-    return low <= 1.0 <= high and (
-        abs(ratio - 1.0) > MARGIN or any(_apart(sample, seed) for sample in samples)
-    )
+    if low > 1.0:
+        return _total_open(samples, 0.95, seed)
+    return high >= 1.0 and (abs(ratio - 1.0) > MARGIN or any(_apart(sample, seed) for sample in samples))
 
 
 def _apart(sample: Sample, seed: int) -> bool:

@@ -105,7 +105,10 @@ class Drawing:
     def _keep(self, leaf: LeafSpec, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         padded = leaf.form.kind == "padded" or (leaf.form.kind == "causal" and bool(leaf.form.sides))
         full, own = shape, _distinct(tensor, tuple(tensor.shape))
-        if self.own_masks and padded and len(own) == 2 and _keeps_all(leaf, tensor):
+        if self.own_masks and padded and _keeps_all(leaf, tensor):
+            if len(own) >= 2:
+                whole = torch.full(shape[:1], shape[-1])
+                self.lengths.setdefault((shape[0], shape[-1]), []).append((whole, tensor))
             return torch.ones(shape, dtype=torch.bool)
         sequences = _is_sequence_mask(leaf.name) and len(own) >= 2 and own[-1] > 1
         if self.padding and leaf.form.kind == "ones":

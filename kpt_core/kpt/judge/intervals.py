@@ -11,6 +11,8 @@ import torch
 _RESAMPLES = 1000
 #: Values of each kind below which several together claim no more than their range.
 LEAST_OF_A_KIND = 3
+#: The same where it is most of the calls: the range of three values is too narrow for what all hangs on.
+_LEAST_OF_MOST = 5
 #: Equal sides have all of five ratios above 1 in 3 cases of 100.
 _LEAST_TOGETHER = 5
 
@@ -71,17 +73,47 @@ def stratified_interval(
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(_RESAMPLES, dtype=torch.float64)
     for group, share in zip(groups, shares, strict=True):
-        values = torch.tensor(group, dtype=torch.float64).log()
-        own = math.log(statistics.median(group))
-        wider = math.sqrt(len(group) / (len(group) - 1))
-        total += share / sum(shares) * (own + wider * (_medians(values, generator) - own))
+        total += share / sum(shares) * _resampled(group, generator)
     low, high = _tails(total, confidence)
     return math.exp(low), math.exp(high)
+
+
+def total_interval(
+    groups: Sequence[Sequence[float]],
+    weights: Sequence[float],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of the ratio of two totals, of which the first is the sum of ``weights``, one for each group.
+
+    The second is the sum of the weights over the groups' medians, which are resampled as in
+    `stratified_interval`. (0, infinity) where a group has no value, or one that is not positive.
+    """
+    if not all(groups) or min(map(min, groups)) <= 0.0:
+        return 0.0, math.inf
+    generator = torch.Generator().manual_seed(seed)
+    after = torch.zeros(_RESAMPLES, dtype=torch.float64)
+    for group, weight in zip(groups, weights, strict=True):
+        after += weight * (-_resampled(group, generator)).exp()
+    low, high = _tails(sum(weights) / after, confidence)
+    return low, high
+
+
+def least_of_a_kind(share: float) -> int:
+    """How many values a kind that is ``share`` of all calls wants."""
+    return _LEAST_OF_MOST if 0.5 < share < 1.0 else LEAST_OF_A_KIND
 
 
 def spread(values: Sequence[float], center: float) -> float:
     """The relative median absolute deviation of ``values`` from ``center``."""
     return statistics.median(abs(value - center) for value in values) / center if center else 0.0
+
+
+def _resampled(group: Sequence[float], generator: torch.Generator) -> torch.Tensor:
+    """Logarithms of the medians of resamples of ``group``, spread as much as those of so few values are."""
+    own = math.log(statistics.median(group))
+    wider = math.sqrt(len(group) / max(len(group) - 1, 1))
+    return own + wider * (_medians(torch.tensor(group, dtype=torch.float64).log(), generator) - own)
 
 
 def _medians(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -71,21 +71,24 @@ def group(spec: InputSpec) -> list[Group]:
     for number, call in enumerate(spec.examples):
         found.setdefault((_form(call), _masks(spec, call)), []).append((_elements(call), number))
     kinds: list[list[tuple[int, int]]] = []
-    for members in found.values():
+    order: dict[int, tuple[bool, str]] = {}  # of calls of one size, in any order of the examples
+    for (form, masked), members in found.items():
         members.sort()
+        order.update(dict.fromkeys((number for _, number in members), (masked, _digest(form))))
         begin = 0
         for index in range(1, len(members) + 1):
             if index == len(members) or members[index][0] > _ALIKE * max(members[begin][0], 1):
                 kinds.append(members[begin:index])
                 begin = index
-    kinds.sort(key=lambda members: members[0])
+    kinds.sort(key=lambda members: (members[0][0], order[members[0][1]]))
     while len(kinds) > _MOST:
         steps = [
             (after[0][0] / max(before[-1][0], 1), len(before) + len(after))
             for before, after in itertools.pairwise(kinds)
         ]
         nearest = steps.index(min(steps))
-        kinds[nearest : nearest + 2] = [sorted(kinds[nearest] + kinds[nearest + 1])]
+        joined = kinds[nearest] + kinds[nearest + 1]
+        kinds[nearest : nearest + 2] = [sorted(joined, key=lambda m: (m[0], order[m[1]], m[1]))]
     return [
         Group(
             _label(spec, [number for _, number in members]),
@@ -113,10 +116,11 @@ def described(spec: InputSpec) -> list[list[Any]]:
     number = len(spec.examples)
     found: list[list[Any]] = []
     for each in group(spec):
-        call = spec.examples[each.examples[0]]
-        digest = hashlib.sha256(repr(_form(call)).encode()).hexdigest()[:16]
+        calls = [spec.examples[number] for number in each.examples]
+        forms = sorted({_digest(_form(call)) for call in calls})
         size = math.log2(max(each.elements, 1))
-        found.append([digest, _masks(spec, call), size, len(each.examples) / number])
+        padded = any(_masks(spec, call) for call in calls)
+        found.append([_digest(forms), padded, size, len(each.examples) / number])
     return sorted(found)
 
 
@@ -132,6 +136,10 @@ def alike(first: Any, second: Any) -> bool:
         )
     except (TypeError, ValueError):  # not written by `described`
         return False
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _form(call: Call) -> tuple[Any, ...]:

@@ -151,6 +151,7 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
             "rejected": [entry.to_dict() for entry in found.rejected],
             "speedup": receipt.speedup,
             "budget": run.budget.seconds,
+            "mixtures": run.known_mixtures,
         },
     )
 
@@ -191,7 +192,11 @@ def store(run: Run, *, fixed: bool) -> None:
     late = any(entry.rule in ("budget", "deadline") for entry in receipt.rejected)
     if late and not receipt.optimized and not fixed:
         return  # a longer budget may still find something
-    problem = recipe.write(run.key, receipt.recipe_data)
+    kept = receipt.recipe_data
+    if run.outpaced is not None and not receipt.optimized and not fixed:  # it pays on other calls than these
+        figures = {**run.outpaced.get("figures", {}), "mixtures": [*run.known_mixtures, run.kinds]}
+        kept = {**run.outpaced, "figures": figures}
+    problem = recipe.write(run.key, kept)
     if problem is not None:
         receipt.notes.append(problem)
 

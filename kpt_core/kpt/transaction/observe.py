@@ -113,7 +113,8 @@ def observe(
     runner = Runner(plain, training=mode == "training")
     writes = _warm_up(model, runner, plain, calls)
     typical = kinds.representatives(spec)
-    seconds = sum(share * _seconds(runner, plain, call) for call, share in typical)
+    each = [_seconds(runner, plain, call) for call, _ in typical]
+    seconds = sum(share * own for (_, share), own in zip(typical, each, strict=True))
     refuse_bypassed(runner, plain, calls[0])
     moving = moving_state(runner, plain, calls[0])
     looked_at = _various(calls, int(_LOOKED_AT * deadline.left() / max(3.0 * seconds, 1e-9)))
@@ -125,9 +126,7 @@ def observe(
         once = unrepeatable(runner, plain, looked_at, writes) or told_by_gradients(runner, plain, calls[0])
     stochastic = mode == "training" and _varies(runner, plain, calls[0])
     samples = stochastic and _samples(plain, calls[0])
-    operations = 0.0
-    if len(typical) * seconds < 0.05 * deadline.left():
-        operations = sum(share * _operations(runner, plain, call) for call, share in typical)
+    operations = _operations(runner, plain, typical) if sum(each) < 0.05 * deadline.left() else 0.0
     from kpt import ops
 
     import_dynamo()
@@ -305,18 +304,22 @@ def _samples(plain: torch.nn.Module, call: Call) -> bool:
     return _varies(Runner(quiet, training=True), quiet, call)
 
 
-def _operations(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
-    """Floating-point operations of one call; 0.0 where torch cannot count them.
+def _operations(runner: Runner, plain: torch.nn.Module, calls: list[tuple[Call, float]]) -> float:
+    """Floating-point operations of a call, the mean over calls with shares; 0.0 if one can't be counted.
 
     Counting runs the forward through formulas of torch's for single ops, and some refuse what the op itself
     computes (grouped-query attention in torch 2.11). The count only orders the search.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, runner.buffers_kept(), torch.no_grad():
-        try:
-            plain.forward(*call.clone().args, **call.clone().kwargs)
-        except Exception as error:  # noqa: BLE001 - the forward itself ran before; this is the counting
-            _log.debug("The operations of a call could not be counted: %s", error)
-            return 0.0
-    return float(counter.get_total_flops())
+    operations = 0.0
+    for call, share in calls:
+        given = call.clone()
+        with FlopCounterMode(display=False) as counter, runner.buffers_kept(), torch.no_grad():
+            try:
+                plain.forward(*given.args, **given.kwargs)
+            except Exception as error:  # noqa: BLE001 - the forward itself ran before; this is the counting
+                _log.debug("The operations of a call could not be counted: %s", error)
+                return 0.0
+        operations += share * float(counter.get_total_flops())
+    return operations

@@ -9,6 +9,7 @@ from kpt.judge import kinds
 from kpt.transaction import conclusion, recipe
 from kpt.transaction.events import emit
 from kpt.transaction.ledger import Found
+from kpt.transaction.plan import Plan
 from kpt.transaction.propose import rebuild
 from kpt.transaction.receipt import Entry
 
@@ -40,25 +41,30 @@ def recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
     data, receipt.recipe = recipe.read(run.key)
     if data is not None and _unfinished(data, request.budget):
         data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
-    if data is not None and not observation.deterministic and _of_other_calls(data, run):
-        data, receipt.recipe = None, "it found nothing for another mixture of calls"
+    if data is not None and not observation.deterministic:
+        data = _for_these_calls(data, run)
+        receipt.recipe = "hit" if data is not None else "it found nothing for another mixture of calls"
     if receipt.recipe not in ("hit", "miss"):
         receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
     return data
 
 
-def _of_other_calls(data: dict[str, Any], run: Run) -> bool:
-    """Whether nothing paid for itself, on other mixtures of calls than this run's. What did is timed again.
+def _for_these_calls(data: dict[str, Any], run: Run) -> dict[str, Any] | None:
+    """What a recipe says of this run's mixture of calls; None if that is nothing.
 
-    So many of the others are kept that the cache answers for several programs with the same model.
+    A recipe keeps, beside a plan or none, the mixtures on which nothing paid, so that the cache answers for
+    several programs with the same model. A plan of another mixture is timed on this one's calls.
     """
-    if data["steps"]:
-        return False
     known = data.get("figures", {}).get("mixtures", [])
-    if any(kinds.alike(mixture, run.kinds) for mixture in known):
-        return False
-    run.known_mixtures = known[-_MIXTURES:]
-    return True
+    others = [each for each in known if not kinds.alike(each, run.kinds)]
+    run.known_mixtures = others[-_MIXTURES:]
+    if len(others) == len(known):
+        return data if data["steps"] else None
+    if not data["steps"]:
+        return data
+    run.keeps_recipe = True
+    reason = "nothing paid for itself on calls like these before; on others something does"
+    return recipe.to_dict(Plan(), run.key, {"reason": reason, "mixtures": known})
 
 
 def _unfinished(data: dict[str, Any], budget: float) -> bool:
@@ -131,7 +137,10 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
     conclusion.commit_best(run, trials, found, timed=timed)
     if fixed and run.committed is None:
         _store_veto(run)
-    late = found.rejected and found.rejected[-1].rule == "deadline"
+    last = found.rejected[-1].rule if found.rejected else ""
+    late = last == "deadline"
+    if run.committed is None and last == "slower" and run.receipt.recipe == "hit":
+        run.outpaced = data
     if run.committed is None and late and not fixed and _with_less(run, data):
         return _too_late(run, plan.key, data)
     return run.committed is not None or fixed

@@ -197,7 +197,7 @@ class Search:
                 continue
             # The clock paired the full plan (baseline) with the reduced one (candidate).
             share = 1.0 / reduced.timing.ratio
-            if reduced.timing.high < 1.0 or share >= _STAYS:
+            if reduced.timing.high < 1.0 or reduced.timing.longer or share >= _STAYS:
                 ledger.found.gain(step.name, share, _doubt(reduced.timing))
                 ledger.paid.add(step)
                 reduced.close()
@@ -343,6 +343,8 @@ def _doubt(timing: Timing) -> str:
     """
     if timing.high < 1.0:
         return ""
+    if timing.longer and timing.total is not None:
+        return f"all kinds of calls together take {1.0 / timing.total:.2f} times as long without it"
     most = f"{1.0 / timing.low:.2f}x" if timing.low > 0.0 else "any number"
     return f"in doubt: its gain lies between {1.0 / timing.high:.2f}x and {most}"
 

@@ -49,6 +49,8 @@ class Captured:
             yield Variant("whole", dims, without_python, setup, reproducible=True)
         packing = estimates.gain_of_packing(observation, hardware)
         if packing <= 1.0 or observation.training:
+            if estimates.in_bfloat16(observation):
+                yield Skip("packed weights: not faster by the measured rates, or training writes them")
             return
         bytes_read = _PACKING * observation.parameter_bytes
         yield Variant(

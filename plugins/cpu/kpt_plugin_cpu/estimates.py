@@ -55,13 +55,19 @@ class Estimate:
 
 
 def estimate(observation: Observation, hardware: HardwareProfile) -> Estimate:
-    """The split of one eager call; without measured rates half of it counts as products."""
+    """The split of one eager call."""
     total = observation.baseline_seconds or 1e-3
-    rate = hardware.matmul_rates.get("float32", 0.0)
-    products = observation.operations / rate if rate and observation.operations else 0.5 * total
+    products = _product_seconds(observation, hardware.matmul_rates.get("float32", 0.0))
     # Rates are measured at one size; small or skinny products run below them.
     products = min(products, 0.95 * total)
     return Estimate(products, total - products)
+
+
+def _product_seconds(observation: Observation, rate: float) -> float:
+    """Seconds of one call in products at ``rate``; half of it where that or the operations are not known."""
+    if rate and observation.operations:
+        return observation.operations / rate
+    return 0.5 * (observation.baseline_seconds or 1e-3)
 
 
 def rate_ratio(hardware: HardwareProfile, name: str) -> float:
@@ -96,12 +102,20 @@ def gain_of_packing(observation: Observation, hardware: HardwareProfile) -> floa
     measured = all(hardware.matmul_rates.get(name) for name in ("bfloat16", "bfloat16" + PACKED))
     if not measured or packed < _PAYS * plain:
         return 1.0
-    if "bfloat16" in observation.parameter_dtypes:
+    if in_bfloat16(observation):
         total = observation.baseline_seconds or 1e-3
-        products = min(observation.operations / hardware.matmul_rates["bfloat16"], 0.95 * total)
+        products = min(_product_seconds(observation, hardware.matmul_rates["bfloat16"]), 0.95 * total)
         return total / (total - products + products * plain / packed)
     allowed = observation.level != "exact" and "bfloat16" in hardware.native_dtypes
     return _PAYS if allowed else 1.0
+
+
+def in_bfloat16(observation: Observation) -> bool:
+    """Whether most of the model's parameters are in bfloat16; norms may be in fp32."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in observation.model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return 2 * sizes.get(torch.bfloat16, 0) > sum(sizes.values())
 
 
 def matmul_seconds(observation: Observation, hardware: HardwareProfile, dtype: str) -> float:

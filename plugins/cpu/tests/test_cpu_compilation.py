@@ -153,6 +153,13 @@ def test_packing_is_offered_where_it_is_measured_to_pay_in_the_dtype_that_the_le
     assert packing(observe(mlp, x, mode="training")) is None
     half = copy.deepcopy(mlp).bfloat16()
     assert packing(observe(half, x.bfloat16(), level="exact")) is not None
+    uncounted = observe(half, x.bfloat16(), operations=0.0, baseline_seconds=1e-2)
+    assert gain_of_packing(uncounted, PACKING) > 1.1, "half of a call counts as products"
+    one = copy.deepcopy(mlp)
+    one[0].bias.data = one[0].bias.data.bfloat16()
+    assert packing(observe(one, x, level="exact")) is None, "most of it is in fp32"
+    unmeasured = skips(Captured(), observe(half, x.bfloat16()), PROFILE)
+    assert any("packed weights: not faster by the measured rates" in reason for reason in unmeasured)
 
 
 @bf16
