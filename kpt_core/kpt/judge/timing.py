@@ -45,8 +45,8 @@ class Timing(_Figures):
     """A candidate against a baseline.
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
-    ``low`` and ``high`` bound it with 95 % confidence, or 99 % after a second look. Seconds are medians per
-    call. Of calls of several kinds the ratio is the geometric mean of the kinds' medians and seconds are the
+    ``low`` and ``high`` bound it with ``confidence``: 0.95, or 0.99 after a second look. Seconds are medians
+    per call. Of calls of several kinds the ratio is the geometric mean of the kinds' medians and seconds are the
     arithmetic one, each weighed with the shares, and ``kinds`` has the kinds one by one. ``drift`` is the
     baseline's median in the last third of the pairs over that in the first, ``noise`` the relative median
     absolute deviation of the ratios, both of the kind where they are largest; ``repeats`` the fewest calls
@@ -58,6 +58,7 @@ class Timing(_Figures):
     noise: float = 0.0
     repeats: int = 1
     kinds: tuple[KindTiming, ...] = ()
+    confidence: float = 0.95
     total: float | None = None
     total_high: float = math.inf
 
@@ -159,6 +160,7 @@ def summarised(samples: Sequence[Sample], seed: int, confidence: float = 0.95) -
         noise=max(spread(s.ratios, statistics.median(s.ratios)) for s in samples if s.baseline),
         repeats=min(sample.repeats for sample in samples),
         kinds=kinds if len(samples) > 1 else (),
+        confidence=confidence,
         total=seconds[0],
         total_high=seconds[2],
     )

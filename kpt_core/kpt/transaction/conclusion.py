@@ -135,6 +135,7 @@ def _describe(run: Run, trials: Trials, found: Found, committed: Committed, timi
     receipt.patches = ["forward of the model"]
     if timing is not None:
         receipt.speedup, receipt.speedup_low, receipt.speedup_high = timing.ratio, timing.low, timing.high
+        receipt.confidence = timing.confidence
         receipt.seconds_before, receipt.seconds_after = timing.baseline_seconds, timing.candidate_seconds
         receipt.kinds = [asdict(kind) for kind in timing.kinds]
     if trials.metric.before is not None:

@@ -49,7 +49,8 @@ class Receipt:
     """What was tried, kept, rejected and why, with every number that decided.
 
     Times are in seconds. ``speedup`` is the median of the paired ratios untouched / optimised with
-    its 95 % interval ``speedup_low`` to ``speedup_high``; 1.0 when the original came back. Where the examples
+    its interval ``speedup_low`` to ``speedup_high``, which holds it with ``confidence`` (0.95; 0.99 where the
+    clock had to look twice); 1.0 when the original came back. Where the examples
     are of several kinds (of other sizes or forms), it is the geometric mean of the kinds' medians, seconds
     are arithmetic means, and ``kinds`` has each with its label, share, ratio, interval and seconds.
     ``break_even_calls`` is set-up time over the time saved per call; None when nothing is saved.
@@ -80,6 +81,7 @@ class Receipt:
     speedup: float = 1.0
     speedup_low: float = 1.0
     speedup_high: float = 1.0
+    confidence: float = 0.95
     seconds_before: float = 0.0
     seconds_after: float = 0.0
     kinds: list[dict[str, Any]] = field(default_factory=list)
@@ -147,7 +149,9 @@ class Receipt:
     def headline(self) -> str:
         """The result in one sentence."""
         if self.optimized:
-            interval = f"95 % interval {self.speedup_low:.2f} to {self.speedup_high:.2f}"
+            interval = (
+                f"{100 * self.confidence:.0f} % interval {self.speedup_low:.2f} to {self.speedup_high:.2f}"
+            )
             interval += f" over {len(self.kinds)} kinds of calls" if self.kinds else ""
             if self.objective == "throughput" and self.seconds_before and self.seconds_after:
                 before, after = _rate(self.seconds_before), _rate(self.seconds_after)
