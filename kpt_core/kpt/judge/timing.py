@@ -46,8 +46,8 @@ class Timing(_Figures):
 
     ``ratio`` is the median of baseline / candidate over the pairs (above 1: the candidate is faster),
     ``low`` and ``high`` bound it with ``confidence``: 0.95, or 0.99 after a second look. Seconds are medians
-    per call. Of calls of several kinds the ratio is the geometric mean of the kinds' medians and seconds are the
-    arithmetic one, each weighed with the shares, and ``kinds`` has the kinds one by one. ``drift`` is the
+    per call. Of calls of several kinds the ratio is the geometric mean of the kinds' medians and seconds are
+    the arithmetic one, each weighed with the shares, and ``kinds`` has the kinds one by one. ``drift`` is the
     baseline's median in the last third of the pairs over that in the first, ``noise`` the relative median
     absolute deviation of the ratios, both of the kind where they are largest; ``repeats`` the fewest calls
     in one timed span. ``total`` is how many times faster all kinds together are in seconds, which is below
