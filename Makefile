@@ -45,26 +45,8 @@ demo: setup  ## a trained sentence encoder, before and after, with its receipt
 demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and after
 	$(OFFLINE) $(BIN)/python examples/demo_smollm2.py
 
-# The kernels' values, interpreted, and what is compiled ahead of time take about as long as all other tests: they
-# run beside them, at the lowest priority, and after them what hangs on no close timing.
-AOT := plugins/triton/tests/test_aot.py
-BESIDE := plugins/triton/tests plugins/rocm/tests tests/plugins/test_testing.py tests/plugins/test_kernels_judged.py tests/cli/test_plugins_commands.py \
-  tests/artifact tests/test_repository.py tests/test_tutorial.py tests/test_families.py tests/test_compiling.py \
-  tests/test_compiled_modules.py tests/test_uncut_graphs.py \
-  tests/test_writes_in_parts.py tests/transaction/test_cycles.py tests/test_lengths.py tests/cli/test_end_to_end.py
-test: setup  ## every test that needs no accelerator
-	@log=$$(mktemp); export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
-	( kernels=0; \
-	  $(OFFLINE) TRITON_INTERPRET=1 nice -n 19 $(BIN)/python -m pytest -q plugins/triton/tests/values || kernels=1; \
-	  $(OFFLINE) nice -n 19 $(BIN)/python -m pytest -q -m "not gpu" $(BESIDE) --ignore=plugins/triton/tests/values \
-	    --ignore=$(AOT) || kernels=1; \
-	  KPT_AOT_SAMPLE=$${KPT_AOT_SAMPLE:-1} $(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu" $(AOT) || kernels=1; \
-	  exit $$kernels ) >$$log 2>&1 & kernels=$$!; \
-	trap 'pkill -P $$kernels 2>/dev/null; kill $$kernels 2>/dev/null; rm -f $$log' EXIT; \
-	$(OFFLINE) $(BIN)/python -m pytest -m "not gpu" $(foreach path,$(BESIDE),$(if $(findstring $(path),$(PYTEST_ARGS)),,--ignore=$(path))) $(PYTEST_ARGS); others=$$?; \
-	wait $$kernels; alone=$$?; \
-	trap - EXIT; echo "Kernels by the interpreter and ahead of time, and what runs beside:"; cat $$log; rm -f $$log; \
-	exit $$((others | alone))
+test: setup  ## every test that needs no accelerator; PYTEST_ARGS='tests/judge -x' for a part
+	$(OFFLINE) $(BIN)/python tools/run_tests.py $(PYTEST_ARGS)
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
 sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (minutes)
