@@ -111,9 +111,8 @@ def observe(
     mode = mode_of(model)
     plain = workspace.clone(model)
     runner = Runner(plain, training=mode == "training")
-    writes = _warm_up(model, runner, plain, calls)
     typical = kinds.representatives(spec)
-    each = [_seconds(runner, plain, call) for call, _ in typical]
+    each, writes = _warm_up(model, runner, plain, calls, [call for call, _ in typical])
     seconds = sum(share * own for (_, share), own in zip(typical, each, strict=True))
     refuse_bypassed(runner, plain, calls[0])
     moving = moving_state(runner, plain, calls[0])
@@ -170,10 +169,12 @@ def observe(
     )
 
 
-def _warm_up(model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call]) -> bool:
-    """Run every example once (an example that eager cannot run is the user's error).
+def _warm_up(
+    model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, calls: list[Call], typical: list[Call]
+) -> tuple[list[float], bool]:
+    """Run every example once (an example that eager cannot run is the user's error), then ``typical`` ones.
 
-    Returns whether the forward writes to a tensor that it is given.
+    Returns the seconds of each of these, and whether the forward writes to a tensor that it is given.
     """
     writes = False
     finite: dict[str, bool] = {}
@@ -214,16 +215,13 @@ def _warm_up(model: torch.nn.Module, runner: Runner, plain: torch.nn.Module, cal
                 "the outputs hold no element on any example, so that nothing could be judged by them; pass "
                 "examples with one row at least"
             )
-    return writes
-
-
-def _seconds(runner: Runner, plain: torch.nn.Module, call: Call) -> float:
-    """Seconds of one call, which was made before."""
-    given = call.clone()
-    with runner.buffers_kept():
-        start = time.perf_counter()
-        runner.step(plain.forward, given)
-        return time.perf_counter() - start
+        seconds = []
+        for call in typical:
+            given = call.clone()
+            start = time.perf_counter()
+            runner.step(plain.forward, given)
+            seconds.append(time.perf_counter() - start)
+        return seconds, writes
 
 
 def _holds_floats(leaf: Any) -> bool:

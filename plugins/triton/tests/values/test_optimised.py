@@ -96,7 +96,7 @@ def test_a_kernel_is_found_judged_and_committed(
     fresh = torch.randn(shape, device=DEVICE)
     with torch.no_grad():
         expected = model(fresh)
-    kpt.optimize(model, example, level="exact", plugins=[Offered(op)], budget=400.0, cache=False)
+    kpt.optimize(model, example, level="exact", plugins=[Offered(op)], budget=1200.0, cache=False)
     receipt = kpt.report(model)
     assert [entry.name for entry in receipt.accepted] == [f"{op}/triton"], (receipt.rejected, receipt.skipped)
     assert any((found["op"], found["path"]) == (op, site) for found in receipt.sites)
