@@ -80,7 +80,8 @@ def versions() -> dict[str, str]:
 def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Store ``content`` with date, machine and versions as ``name-YYYY-MM-DD.json``.
 
-    What another machine wrote on that day stays: a letter follows the date then.
+    What another machine wrote on that day, or this one with other versions of packages, stays: a letter
+    follows the date then.
     """
     import torch
 
@@ -107,8 +108,8 @@ def with_todays(
 ) -> dict[str, Any]:
     """``records`` and those that today's result file already holds, so that a long run can be done in parts.
 
-    Records of another machine or of a run with other ``settings`` are left out; None where each record names
-    its own. Each names the commit it was measured on.
+    Records of another machine, of other versions of packages or of a run with other ``settings`` are left
+    out; None where each record names its settings. Each names the commit it was measured on.
     """
     path = _todays(name, folder)
     if not path.exists():
@@ -121,15 +122,21 @@ def with_todays(
 
 def _todays(name: str, folder: Path) -> Path:
     """Where today's results of this machine go: into the file that it wrote before, or into a new one."""
-    here = rounded(machine())
+    here, installed = rounded(machine()), _packages(versions())
     for letter in ("", *string.ascii_lowercase[1:]):  # letters sort behind the name without one
         path = folder / f"{name}-{today()}{letter}.json"
         if not path.exists():
             break
-        before = json.loads(path.read_text(encoding="utf-8"))["machine"]
-        if all(before.get(key) == value for key, value in here.items()):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        alike = all(before["machine"].get(key) == value for key, value in here.items())
+        if alike and _packages(before["versions"]) == installed:
             break
     return path
+
+
+def _packages(found: Mapping[str, str]) -> dict[str, str]:
+    """The versions of everything but this project, whose commit each record names."""
+    return {name: value for name, value in found.items() if name != "commit" and not name.startswith("kpt-")}
 
 
 def today() -> str:

@@ -18,7 +18,19 @@ from common import with_todays, write_result
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     facts: dict[str, object] = {"processor": "one", "memory_gib": 1.23456789}
     monkeypatch.setattr(common, "machine", lambda: dict(facts))
+    monkeypatch.setattr(common, "versions", lambda: {"torch": "1.0", "commit": "abc"})
     return facts
+
+
+def test_other_versions_of_packages_have_a_file_of_their_own(
+    tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_result("speed", {"settings": None, "models": {"a": 1}}, tmp_path)
+    monkeypatch.setattr(common, "versions", lambda: {"torch": "1.0", "commit": "def"})
+    assert with_todays("speed", "models", {"b": 2}, None, tmp_path) == {"a": 1, "b": 2}
+    monkeypatch.setattr(common, "versions", lambda: {"torch": "2.0", "commit": "def"})
+    assert with_todays("speed", "models", {"b": 2}, None, tmp_path) == {"b": 2}
+    assert write_result("speed", {"settings": None, "models": {"b": 2}}, tmp_path) != first
 
 
 def test_a_second_machine_takes_nothing_from_the_first(tmp_path: Path, machine: dict[str, object]) -> None:
