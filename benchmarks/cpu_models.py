@@ -53,15 +53,21 @@ def prepare_eager(model: Any, subject: Any, options: argparse.Namespace) -> tupl
 def prepare_kpt(level: str) -> Callable[..., tuple[Run, dict[str, Any]]]:
     def prepare(model: Any, subject: Any, options: argparse.Namespace) -> tuple[Run, dict[str, Any]]:
         import kpt
+        from kpt.transaction import events
 
-        optimised = kpt.optimize(
-            model,
-            [subject.fresh(1_000_000 + n) for n in range(8)],
-            level=level,
-            dynamic_shapes=subject.dynamic_shapes,
-            budget=options.budget,
-            cache=False,
-        )
+        def told(event: dict[str, Any]) -> None:
+            seconds = f"{event['seconds']:.0f} s: " if "seconds" in event else ""
+            print(f"    {seconds}{event['text']}", file=sys.stderr, flush=True)
+
+        with events.listen(told):
+            optimised = kpt.optimize(
+                model,
+                [subject.fresh(1_000_000 + n) for n in range(8)],
+                level=level,
+                dynamic_shapes=subject.dynamic_shapes,
+                budget=options.budget,
+                cache=False,
+            )
         receipt = kpt.report(optimised)
         facts = {"accepted": [entry.name for entry in receipt.accepted], "claimed": receipt.speedup}
         if not receipt.optimized:
