@@ -223,6 +223,37 @@ def test_a_step_stays_without_which_all_calls_together_take_longer() -> None:
     assert found.doubts == {"half": "all kinds of calls together take 1.30 times as long without it"}
 
 
+def test_what_another_step_needs_is_left_out_once_only() -> None:
+    """Packing has an effect on what a policy casts: each plan without the policy had been tried in vain."""
+
+    class Packing(Company):
+        def run(self, plan: Plan, **options: Any) -> Outcome:
+            outcome = super().run(plan, **options)
+            packing = [step for step in plan.steps if step.name == "packing"]
+            if packing and "cast" not in plan.names:
+                self.now += 1.0
+                return Outcome(
+                    plan, rule="no-effect", reason="nothing to pack", culprit=packing[0], seconds=1.0
+                )
+            return outcome
+
+    trials = Packing("ok")
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
+    trials.log = []  # type: ignore[attr-defined]
+    cast, packing = candidate("cast", "precision", 0.0), candidate("packing", "kernels", 0.0)
+    later = candidate("later", "shapes", 0.0)
+    budget = Budget(400.0, clock=lambda: trials.now)
+    search = Search(trials, Proposals([cast, packing, later]), budget)  # type: ignore[arg-type]
+
+    def vain() -> list[str]:
+        return [key for key in trials.seen if "packing" in key and "cast" not in key]
+
+    best = search._ablate(search.ledger.run(Plan.of([cast, packing])))
+    assert set(best.plan.steps) == {cast, packing} and vain() == ["packing"]
+    best = search._ablate(search.ledger.run(Plan.of([cast, packing, later]), against=best))
+    assert set(best.plan.steps) == {cast, packing, later} and vain() == ["packing"]
+
+
 def test_a_step_that_was_timed_too_little_stays_and_is_not_timed_again() -> None:
     class Hurried(Company):
         def run(self, plan: Plan, **options: Any) -> Outcome:

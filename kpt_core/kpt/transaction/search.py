@@ -58,6 +58,8 @@ class Search:
         self._level: set[tuple[str, str]] = set()
         #: The same, where there was too little time for the clock to claim anything.
         self._untold: set[tuple[str, str]] = set()
+        #: Steps, and those without which they were seen to have no effect.
+        self._needs: set[tuple[Candidate, Candidate]] = set()
 
     def run(self) -> Found:
         """Search; whatever ends the search early, no workspace stays behind."""
@@ -172,6 +174,8 @@ class Search:
             known = ledger.failed(without)
             if step in ledger.paid or (known is not None and not known.right):
                 continue
+            if any((other, step) in self._needs for other in best.plan.steps):
+                continue
             if 1.0 / step.gain < least and ledger.slow(without):
                 continue
             pair = best.plan.key, without.key
@@ -186,6 +190,8 @@ class Search:
                 continue
             reduced = ledger.run(without, against=best)
             if not reduced.right or reduced.timing is None:
+                if reduced.rule == "no-effect" and reduced.culprit is not None:
+                    self._needs.add((reduced.culprit, step))
                 reduced.close()
                 continue
             if not reduced.timing.told:
