@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kpt.specs import HardwareSpec
 
 OVERRIDE_VARIABLE = "KPT_OVERRIDE_HARDWARE"
-_SCHEMA = 5
+_SCHEMA = 6
 
 _log = logging.getLogger("kpt")
 _lock = threading.RLock()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FUSED = 0.5
 #: The rate of fp32 products by oneDNN; "float32" is that of the library which eager calls.
 ONEDNN = "float32:onednn"
+#: The same by MKL with packed weights, as inductor packs them for a known number of rows.
+MKL = "float32:mkl"
 #: Share of the rest that is left in bfloat16, which moves half the bytes.
 _HALVED = 0.8
 #: How much faster packed weights are at least, for a plan that packs them.

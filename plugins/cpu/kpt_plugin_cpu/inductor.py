@@ -28,6 +28,8 @@ _LEAST_REPEATED = 0.4
 _UNFUSED, _PER_PART = 1.02, 30e-6
 #: How many times as long a model takes to compile for training: the backward graph is about twice the other.
 _WITH_BACKWARD = 3
+#: Share of the faster library's rate from which the other one is tried, too: rates are measured at one size.
+_CLOSE = 0.9
 
 
 def compiler() -> str | None:
@@ -178,11 +180,15 @@ class Inductor:
             setup *= _WITH_BACKWARD
         yield Variant("live", {**shared, "freeze": False}, live, setup, reproducible=True)
         if not observation.training:
+            # With a dynamic number of rows inductor packs for oneDNN in any case.
             onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
-            faster = max(onednn, 1.0)
-            frozen = estimate.gain(rate_ratio=faster, rest_ratio=0.9 * estimates.FUSED)
-            choice = {**shared, "freeze": True, "onednn": True}
-            yield Variant("frozen", choice, frozen, setup, derives=True, reproducible=True)
+            mkl = 1.0 if observation.dynamic else estimates.rate_ratio(hardware, estimates.MKL)
+            by_onednn = onednn >= mkl or not hardware.matmul_rates.get(estimates.MKL)
+            other = mkl if by_onednn else onednn
+            frozen = estimate.gain(rate_ratio=max(onednn, mkl, 1.0), rest_ratio=0.9 * estimates.FUSED)
+            choice = {**shared, "freeze": True, "onednn": by_onednn}
+            note = f"weights packed for {'oneDNN' if by_onednn else 'MKL'}"
+            yield Variant("frozen", choice, frozen, setup, derives=True, reproducible=True, note=note)
             # What Python spends between kernels; about two calls for a module with parameters.
             between = min(2e-6 * 2 * modules, 0.3 * estimate.total / frozen)
             wrapped = estimate.total / (estimate.total / frozen - between)
@@ -193,12 +199,13 @@ class Inductor:
                 1.2 * setup,
                 derives=True,
                 reproducible=True,
+                note=note,
             )
-            if onednn < 1.1:
+            if other > _CLOSE * max(onednn, mkl) and not observation.dynamic:
                 yield Variant(
-                    "frozen, MKL",
-                    {**choice, "onednn": False},
-                    estimate.gain(rest_ratio=0.9 * estimates.FUSED),
+                    "frozen, MKL" if by_onednn else "frozen, oneDNN",
+                    {**choice, "onednn": not by_onednn},
+                    estimate.gain(rate_ratio=max(other, 1.0), rest_ratio=0.9 * estimates.FUSED),
                     setup,
                     derives=True,
                     reproducible=True,

@@ -204,8 +204,8 @@ def _rates() -> dict[str, float]:
     Its weight lies row by row, as in models, and is large beside the rows, as it is for a sentence or two.
 
     "float32:onednn" and "bfloat16:onednn" have weights packed for oneDNN, which with AMX makes more of a
-    difference than the dtype. "int8" has unsigned rows, packed weights and a result in fp32, as `Int8Linear`
-    multiplies.
+    difference than the dtype, "float32:mkl" for MKL. "int8" has unsigned rows, packed weights and a result
+    in fp32, as `Int8Linear` multiplies.
     """
     import torch
 
@@ -224,6 +224,9 @@ def _rates() -> dict[str, float]:
         runs["float32:onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(
             wide, packed, None, "none", [], ""
         )
+    if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_reorder_linear_weight"):
+        packed_by_mkl = torch.ops.mkl._mkl_reorder_linear_weight(weights, rows)
+        runs["float32:mkl"] = lambda: torch.ops.mkl._mkl_linear(wide, packed_by_mkl, weights, None, rows)
     half, half_weights = wide.bfloat16(), weights.bfloat16()
     runs["bfloat16"] = lambda: torch.nn.functional.linear(half, half_weights)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():

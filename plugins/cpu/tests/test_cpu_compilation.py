@@ -162,6 +162,25 @@ def test_packing_is_offered_where_it_is_measured_to_pay_in_the_dtype_that_the_le
     assert any("packed weights: not faster by the measured rates" in reason for reason in unmeasured)
 
 
+def test_weights_are_packed_for_the_library_that_is_measured_to_be_faster(mlp):
+    """MKL's packed weights outrun oneDNN's on some CPUs; inductor has them for a known number of rows."""
+
+    def offered(mkl: float, **shapes: object) -> dict[str, tuple[bool, float]]:
+        profile = replace(PROFILE, matmul_rates={**PROFILE.matmul_rates, "float32:mkl": mkl})
+        observation = observe(mlp, torch.randn(4, 128), operations=8e8, baseline_seconds=1e-2, **shapes)
+        offers = variants(Inductor(), observation, profile)
+        return {v.name: (v.params["onednn"], v.predicted_gain) for v in offers if v.name.startswith("frozen")}
+
+    slower, faster, close = offered(1e11), offered(4e11), offered(2.1e11)
+    assert set(slower) == {"frozen", "frozen, C++ wrapper"} == set(faster)
+    assert slower["frozen"][0] and not faster["frozen"][0] and not faster["frozen, C++ wrapper"][0]
+    assert faster["frozen"][1] > slower["frozen"][1]
+    assert not close["frozen"][0] and close["frozen, oneDNN"][0]
+    assert close["frozen"][1] > close["frozen, oneDNN"][1]
+    assert offered(1.9e11)["frozen, MKL"][0] is False
+    assert offered(4e11, dynamic_shapes={"input": {0: "rows"}})["frozen"][0]
+
+
 @bf16
 @torch.no_grad()
 @pytest.mark.parametrize("shapes", [None, {"input": {0: "rows"}}])
