@@ -19,14 +19,14 @@ def latest(folder: Path, benchmark: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def by_machine(folder: Path, benchmark: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The newest result file of ``benchmark`` on each machine: newest first, of one day the most complete."""
+    """The newest result file of ``benchmark`` on each machine: the most complete first, then the newest."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"{benchmark}-[0-9]*.json"), reverse=True):
         content = json.loads(path.read_text(encoding="utf-8"))
         machine = content["machine"]
         key = json.dumps([machine[part] for part in ("processor", "cores", "threads", "instructions")])
         found.setdefault(key, (path, content))
-    return sorted(found.values(), key=lambda each: (each[1]["date"], len(each[1]["models"])), reverse=True)
+    return sorted(found.values(), key=lambda each: (len(each[1]["models"]), each[1]["date"]), reverse=True)
 
 
 def origin(path: Path, content: dict[str, Any]) -> str:
