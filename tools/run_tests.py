@@ -4,7 +4,7 @@ The first job holds the tests with close timings, at ordinary priority; its outp
 others run beside it at the lowest priority, and at ordinary priority once it has ended: whichever of the two
 streams is free takes the next. Their output is shown after it.
 
-    python tools/run_tests.py                # all
+    python tools/run_tests.py                # all; options of pytest go to each job
     python tools/run_tests.py tests/judge -x # pytest with these arguments, and nothing beside it
 """
 
@@ -48,6 +48,8 @@ UNTIMED = (
 )
 #: What is compiled ahead of time, by architecture; the last is all that belongs to none of these.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
+#: Seconds that jobs have to end once they are told to.
+_PATIENCE = 20.0
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Job:
     output: bytes = b""
 
     def __str__(self) -> str:
-        result = "passed" if self.code == 0 else f"exit status {self.code}"
+        result = {0: "passed", None: "did not run"}.get(self.code, f"exit status {self.code}")
         return f"{self.seconds:7.0f} s  {result}  {self.name}"
 
     def command(self) -> list[str]:
@@ -88,27 +90,43 @@ class Streams:
 
     def __init__(self, first: Job, others: deque[Job]) -> None:
         self.first, self.waiting = first, others
+        self.all = [first, *others]
         self.done: list[Job] = []
         self.running: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
         self.stopped = False
 
-    def run(self) -> int:
-        """The exit status: 0 where all passed."""
+    def run(self, fine: tuple[int, ...] = (0,)) -> int:
+        """The exit status: 0 where every job ran and ended with one that is ``fine``."""
         beside = threading.Thread(target=self._take)
         beside.start()
         try:
             self._run(self.first, shown=True)
             self._take()
             beside.join()
-        finally:
-            with self.lock:
-                self.stopped = True
-                for process in self.running:
-                    process.terminate()
-            beside.join()
-        print("", *self.done, sep="\n")
-        return int(any(job.code != 0 for job in self.done))
+        except KeyboardInterrupt:
+            self._stop(None)  # the terminal has told them, too
+            raise
+        except BaseException:
+            self._stop(signal.SIGINT)
+            raise
+        print("", *self.all, sep="\n")
+        return int(any(job.code not in fine for job in self.all))
+
+    def _stop(self, told: signal.Signals | None) -> None:
+        """End what runs, in some seconds: interrupted tests put away what they started."""
+        with self.lock:
+            self.stopped = True
+            running = list(self.running)
+        if told is not None:
+            for process in running:
+                process.send_signal(told)
+        end = time.monotonic() + _PATIENCE
+        for process in running:
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _take(self) -> None:
         while True:
@@ -146,14 +164,40 @@ class Streams:
                     each.output = b""
 
 
+def part(arguments: list[str]) -> int:
+    """Pytest alone with ``arguments``, some of which are paths; it takes the place of this process."""
+    values = [path for path in _paths(arguments) if path.is_relative_to(ROOT / VALUES)]
+    others = [path for path in _paths(arguments) if path not in values]
+    if values and others:
+        raise SystemExit(f"Tests in {VALUES} are interpreted, and others are not: give either, not both.")
+    if values:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif any((ROOT / VALUES).is_relative_to(path) for path in others):
+        print(f"Without those in {VALUES}, which are interpreted: run them by that path.", file=sys.stderr)
+    os.environ.setdefault("KPT_AOT_SAMPLE", "1")
+    os.chdir(ROOT)
+    command = Job("", arguments).command()
+    os.execv(command[0], command)
+
+
+def _paths(arguments: list[str]) -> list[Path]:
+    """The arguments that are files or folders, tests in them included."""
+    named = [ROOT / each.partition("::")[0] for each in arguments if not each.startswith("-")]
+    return [path.resolve() for path in named if path.exists()]
+
+
 def main(arguments: list[str]) -> int:
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that no job is left behind
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if arguments:
-        return subprocess.run(Job("", arguments).command(), cwd=ROOT, check=False).returncode
-    return Streams(*jobs()).run()
+    if _paths(arguments):
+        return part(arguments)
+    first, others = jobs()
+    for job in (first, *others):
+        job.arguments += arguments
+    # An option may leave a job without tests, which is exit status 5.
+    return Streams(first, others).run((0, 5) if arguments else (0,))
 
 
 if __name__ == "__main__":

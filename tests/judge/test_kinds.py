@@ -99,6 +99,18 @@ def test_masks_of_any_rank_are_as_those_of_the_kind() -> None:
             assert {bool(mask.all()) for mask in some.next_call().kwargs.values()} == {whole}
 
 
+def test_a_mask_that_masks_follows_none_that_keeps_all() -> None:
+    def example(decoder_padded: bool) -> dict[str, torch.Tensor]:
+        own = tokens(4, 16, padded=decoder_padded)["attention_mask"]
+        other = tokens(4, 16, padded=True)["attention_mask"]
+        return {"decoder_attention_mask": own, "cross_attention_mask": other[:, None, None, :].clone()}
+
+    first, second = example(False), example(True)
+    for some in drawing(first, first, second, second):
+        for _ in range(6):
+            assert not bool(some.next_call().kwargs["cross_attention_mask"].all())
+
+
 def mixture(*examples: Any) -> Any:
     return described(InputSpec.from_calls(as_calls(list(examples))))
 

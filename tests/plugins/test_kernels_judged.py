@@ -110,6 +110,21 @@ def test_kernels_are_judged(home, kernel):
         assert set(found) <= KERNELS[kernel] | {"test_gradients", "test_random_sizes"}, found
 
 
+def test_a_registered_op_without_an_argument_refuses_it(home):
+    """For an argument that a schema lacks torch raises a RuntimeError; a function raises a TypeError."""
+
+    @torch.library.custom_op("kpt_test_judged::add_rms_norm", mutates_args=())
+    def add_rms_norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        summed = x + residual
+        return torch.rms_norm(summed, x.shape[-1:], weight, eps), summed.clone()
+
+    home.kernel = add_rms_norm
+    suite = type("TestIt", (KernelSuite,), {"kernel": KernelSpec("add_rms_norm", "k", f"{HOME}:kernel")})()
+    assert "test_other_arguments" not in failures(suite)
+
+
 def test_a_kernel_that_prepares_sites_is_judged_on_one(home):
     def packed(factor):
         def setup(site):

@@ -18,7 +18,7 @@ import kpt
 from fingerprints import fast_calls, optimized
 from kpt import interruption
 from kpt.judge.timing import Timing
-from kpt.transaction import commit, events, trial
+from kpt.transaction import commit, events, recipe, trial
 from slow_models import DerivedScale, DirectScale, Net, SinglesOnly, net, plugin
 
 PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
@@ -295,6 +295,37 @@ def test_a_plan_of_one_mixture_and_nothing_for_another_stay_beside_each_other():
         nothing = mixed(*batches)
         assert not nothing.optimized and not nothing.searched and nothing.recipe == "hit"
         assert "on calls like these" in nothing.reason
+
+
+def test_what_a_larger_budget_finds_nothing_for_leaves_the_plan_for_other_calls():
+    """A plan whose search ran out of time is searched for again with more, and not erased by that."""
+
+    def mixed(budget: float, *rows: int) -> kpt.Receipt:
+        model, examples = net(), [torch.randn(n, 16) for n in rows]
+        shapes = {"x": {0: "batch"}}
+        kpt.optimize(model, examples, plugins=[plugin(SinglesOnly)], budget=budget, dynamic_shapes=shapes)
+        return kpt.report(model)
+
+    singles, batches = (1, 1, 1, 1, 1, 1, 1, 18), (30, 30, 30, 30)
+    assert mixed(20.0, *singles).optimized
+    (path,) = recipes()
+    wrapped = json.loads(path.read_text())
+    late = {
+        "name": "late",
+        "phase": "compile",
+        "plugin": "toy",
+        "rule": "budget",
+        "reason": "no time",
+        "gain": None,
+    }
+    wrapped["recipe"]["figures"]["rejected"] = [{**late, "figures": {}}]
+    wrapped["sha256"] = recipe._digest(wrapped["recipe"])
+    path.write_text(json.dumps(wrapped))
+    other = mixed(60.0, *batches)
+    assert other.searched and not other.optimized and "smaller budget" in other.recipe
+    assert not mixed(60.0, *batches).searched
+    again = mixed(20.0, *singles)
+    assert again.optimized and not again.searched
 
 
 def test_a_gain_in_doubt_is_told_by_a_recipe_too(cached):

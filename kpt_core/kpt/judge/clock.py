@@ -103,8 +103,8 @@ def paired(
             most of the calls), and then the one whose next pair tells most for the time it takes: pairs go by
             share over the square root of the time (Neyman's allocation, for equal noise).
         patience: seconds more where one side looks faster after ``seconds`` and the interval still holds
-            1.0; the interval is then one of 99 %, since it was looked at twice. The same where it is open
-            whether all kinds together take longer: pairs then go by what a kind is of the seconds.
+            1.0; the interval is then one of 99 %, since it was looked at twice. Where it does not, and it is
+            open whether all kinds together take longer, pairs go by what a kind is of the seconds.
         min_pairs: of all kinds together; three of each kind are wanted in any case.
         warmup: pairs that do not count, with calls of one kind. Of several kinds, each of which both sides
             have to have been called with before, it is one of each, and none where that takes long.
@@ -154,7 +154,8 @@ def paired(
             if taken >= min_pairs and timer() >= end:
                 if looked_longer or patience <= 0.0 or not _undecided(samples, seed):
                     break
-                end, looked_longer, by_total = end + patience, True, _total_open(samples, 0.95, seed)
+                by_total = together(samples, 0.95, seed)[1] > 1.0  # what is open is the total alone
+                end, looked_longer = end + patience, True
             if taken >= check:
                 if _settled(samples, taken >= 2 * min_pairs, seed):
                     break
@@ -163,7 +164,7 @@ def paired(
             sample = _next(samples, by_total)
             sample.append(pair(sample, sample.repeats))
             taken += 1
-    return summarised(samples, seed, 0.99 if looked_longer else 0.95)
+    return summarised(samples, seed, 0.99 if looked_longer and not by_total else 0.95)
 
 
 def measure(

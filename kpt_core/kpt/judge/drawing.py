@@ -119,7 +119,13 @@ class Drawing:
         if len(shape) >= 2 and (padded or (self.padding and sequences)):
             known = self.lengths.setdefault((shape[0], shape[-1]), [])
             # A mask of higher rank follows the first one of its sizes, another one of rank 2 its equal.
-            lengths = next((each for each, of in known if len(own) > 2 or _equal(of, tensor)), None)
+            # What masks something follows none that keeps all.
+            usable = [
+                (each, of)
+                for each, of in known
+                if leaf.form.kind != "padded" or not self.own_masks or int(each.min()) < shape[-1]
+            ]
+            lengths = next((each for each, of in usable if len(own) > 2 or _equal(of, tensor)), None)
             if lengths is None and (len(shape) == 2 or padded or self.padding):
                 share = leaf.form.share if padded and leaf.form.share < 1.0 else 0.4
                 lengths = fresh.ragged_lengths(shape[0], shape[-1], share, self.generator)

@@ -52,7 +52,7 @@ class KernelSuite(Suite, standard=True):
         """What the op may be called with in place of some of its `arguments`, by what is another.
 
         A kernel is right there, too, or refuses: by its ``supports``, or by a TypeError, ValueError or
-        NotImplementedError.
+        NotImplementedError (in C++ ``TORCH_CHECK_TYPE``, ``_VALUE`` or ``_NOT_IMPLEMENTED``).
         """
         return other_arguments(self.kernel.op, self.arguments())
 
@@ -137,6 +137,9 @@ class KernelSuite(Suite, standard=True):
                 if refused:
                     continue
             given = {**typical, **changed}
+            if unknown := _unknown(self.run(), given):
+                refused = f"the op is registered without {', '.join(unknown)}"
+                continue
             try:
                 self.run()(**{name: _cast(value, dtype) for name, value in given.items()})
             except (TypeError, ValueError, NotImplementedError) as error:
@@ -378,6 +381,13 @@ class KernelSuite(Suite, standard=True):
         dtype = self.dtypes()[0]
         make = inputs_like({name: _cast(value, dtype) for name, value in self.arguments().items()})
         return self.run(), make
+
+
+def _unknown(kernel: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
+    """The names among ``given`` that an op of `torch.library` has no argument for: a RuntimeError, there."""
+    overload = getattr(kernel, "_opoverload", None) or getattr(kernel, "default", kernel)
+    schema = getattr(overload, "_schema", None)
+    return sorted(set(given) - {each.name for each in schema.arguments}) if schema is not None else []
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -39,11 +39,13 @@ def recipe_for(run: Run, observation: Observation) -> dict[str, Any] | None:
         receipt.recipe = "cache off"
         return None
     data, receipt.recipe = recipe.read(run.key)
-    if data is not None and _unfinished(data, request.budget):
-        data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
     if data is not None and not observation.deterministic:
         data = _for_these_calls(data, run)
         receipt.recipe = "hit" if data is not None else "it found nothing for another mixture of calls"
+    if data is not None and _unfinished(data, request.budget):
+        if data["steps"] and not observation.deterministic:
+            run.outpaced = data  # where nothing better is found on these calls, it stays for others
+        data, receipt.recipe = None, "found within a smaller budget, which did not suffice for every variant"
     if receipt.recipe not in ("hit", "miss"):
         receipt.notes.append(f"the cached recipe was not used: {receipt.recipe}")
     return data

@@ -67,7 +67,8 @@ class Run:
         self.kinds: list[list[Any]] = []
         #: Others on which nothing paid, as the cache has it.
         self.known_mixtures: list[Any] = []
-        #: The recipe of the cache, where it was right, and not faster on this run's calls.
+        #: The recipe of the cache that stays for other calls than this run's, if nothing pays on those: its
+        #: plan was right and not faster on them, or it was found within a smaller budget.
         self.outpaced: dict[str, Any] | None = None
         self.committed: Committed | None = None
         #: Whether the cache holds a plan that a larger budget found: what this run finds does not replace it.

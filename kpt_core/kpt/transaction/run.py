@@ -188,7 +188,7 @@ def _together(run: Run, trials: Trials, ranks: distributed.Ranks) -> None:
     receipt.status = "original"
     receipt.accepted, receipt.patches, receipt.watched_tensors, receipt.derived_bytes = [], [], 0, 0
     receipt.speedup = receipt.speedup_low = receipt.speedup_high = 1.0
-    receipt.kinds = []
+    receipt.kinds, receipt.confidence = [], 0.95
 
 
 def _seed(observation: Observation) -> int:

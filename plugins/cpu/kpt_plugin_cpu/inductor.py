@@ -183,7 +183,7 @@ class Inductor:
             # With a dynamic number of rows inductor packs for oneDNN in any case.
             onednn = estimates.rate_ratio(hardware, estimates.ONEDNN)
             mkl = 1.0 if observation.dynamic else estimates.rate_ratio(hardware, estimates.MKL)
-            by_onednn = onednn >= mkl or not hardware.matmul_rates.get(estimates.MKL)
+            by_onednn = observation.dynamic or onednn >= mkl or not hardware.matmul_rates.get(estimates.MKL)
             other = mkl if by_onednn else onednn
             frozen = estimate.gain(rate_ratio=max(onednn, mkl, 1.0), rest_ratio=0.9 * estimates.FUSED)
             choice = {**shared, "freeze": True, "onednn": by_onednn}

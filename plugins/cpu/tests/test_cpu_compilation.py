@@ -179,6 +179,12 @@ def test_weights_are_packed_for_the_library_that_is_measured_to_be_faster(mlp):
     assert close["frozen"][1] > close["frozen, oneDNN"][1]
     assert offered(1.9e11)["frozen, MKL"][0] is False
     assert offered(4e11, dynamic_shapes={"input": {0: "rows"}})["frozen"][0]
+    slow = replace(
+        PROFILE, matmul_rates={**PROFILE.matmul_rates, "float32:onednn": 0.9e11, "float32:mkl": 2e11}
+    )
+    dynamic = observe(mlp, torch.randn(4, 128), dynamic_shapes={"input": {0: "rows"}})
+    (frozen,) = [v for v in variants(Inductor(), dynamic, slow) if v.name == "frozen"]
+    assert frozen.params["onednn"] and "oneDNN" in frozen.note
 
 
 @bf16
