@@ -48,12 +48,36 @@ SLOWER = Timing(0.9, 0.8, 0.95, 1.0, 1.1, 16)
 
 def searched(fate: str, offered: list[Candidate], latency: float = 1e-3) -> tuple[Any, Company]:
     trials = Company(fate)
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=latency)  # type: ignore[attr-defined]
+    return search_in(trials, offered, latency=latency).run(), trials
+
+
+def search_in(
+    trials: Company, offered: list[Candidate], seconds: float = 200.0, latency: float = 1e-3
+) -> Search:
+    """A search among ``offered`` that tries in ``trials``, by their clock, and judges no kernel alone."""
+    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=latency)
     trials.log = []  # type: ignore[attr-defined]
-    budget = Budget(200.0, clock=lambda: trials.now)
-    search = Search(trials, Proposals(offered), budget)  # type: ignore[arg-type]
+    search = Search(trials, Proposals(offered), Budget(seconds, clock=lambda: trials.now))  # type: ignore[arg-type]
     search._gate = lambda: None  # type: ignore[method-assign]
-    return search.run(), trials
+    return search
+
+
+class WithoutHalf(Company):
+    """Without the half the compiler is as ``timing`` says, against both together."""
+
+    def __init__(self, timing: Timing) -> None:
+        super().__init__("ok")
+        self.timing = timing
+
+    def run(self, plan: Plan, **options: Any) -> Outcome:
+        outcome = super().run(plan, **options)
+        if plan.key == "compiler" and options["against"] is not None:
+            outcome.timing, outcome.rule = self.timing, "slower"
+        return outcome
+
+
+def half_and_compiler() -> list[Candidate]:
+    return [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
 
 
 @pytest.mark.parametrize("fate", ["deadline", "value"])
@@ -180,22 +204,8 @@ def test_what_made_no_difference_is_not_timed_again_before_the_end() -> None:
 @pytest.mark.parametrize(("median", "stays"), [(0.86, True), (0.97, False)])
 def test_a_step_stays_where_noise_hides_a_gain_that_is_likely(median: float, stays: bool) -> None:
     """The clock tells neither case apart from no difference; of a busy machine that is said of 16 % too."""
-
-    class Noisy(Company):
-        def run(self, plan: Plan, **options: Any) -> Outcome:
-            outcome = super().run(plan, **options)
-            if plan.key == "compiler" and options["against"] is not None:
-                outcome.timing = Timing(median, median - 0.2, 1.05, 1.0, 1.0 / median, 16)
-                outcome.rule = "slower"
-            return outcome
-
-    trials = Noisy("ok")
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
-    trials.log = []  # type: ignore[attr-defined]
-    offered = [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
-    search = Search(trials, Proposals(offered), Budget(200.0, clock=lambda: trials.now))  # type: ignore[arg-type]
-    search._gate = lambda: None  # type: ignore[method-assign]
-    found = search.run()
+    trials = WithoutHalf(Timing(median, median - 0.2, 1.05, 1.0, 1.0 / median, 16))
+    found = search_in(trials, half_and_compiler()).run()
     assert "compiler" in trials.seen, "the step was not left out for a trial"
     assert set(found.best.plan.names) == ({"half", "compiler"} if stays else {"compiler"})
     assert found.doubts == ({"half": "in doubt: its gain lies between 0.95x and 1.52x"} if stays else {})
@@ -203,22 +213,8 @@ def test_a_step_stays_where_noise_hides_a_gain_that_is_likely(median: float, sta
 
 def test_a_step_stays_without_which_all_calls_together_take_longer() -> None:
     """What it gains for slow calls the others hide; the commit would refuse the plan without it."""
-
-    class Mixed(Company):
-        def run(self, plan: Plan, **options: Any) -> Outcome:
-            outcome = super().run(plan, **options)
-            if plan.key == "compiler" and options["against"] is not None:
-                outcome.timing = Timing(0.99, 0.97, 1.02, 1.0, 1.3, 16, total=0.77, total_high=0.8)
-                outcome.rule = "slower"
-            return outcome
-
-    trials = Mixed("ok")
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
-    trials.log = []  # type: ignore[attr-defined]
-    offered = [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
-    search = Search(trials, Proposals(offered), Budget(200.0, clock=lambda: trials.now))  # type: ignore[arg-type]
-    search._gate = lambda: None  # type: ignore[method-assign]
-    found = search.run()
+    trials = WithoutHalf(Timing(0.99, 0.97, 1.02, 1.0, 1.3, 16, total=0.77, total_high=0.8))
+    found = search_in(trials, half_and_compiler()).run()
     assert "compiler" in trials.seen and set(found.best.plan.names) == {"half", "compiler"}
     assert found.doubts == {"half": "all kinds of calls together take 1.30 times as long without it"}
 
@@ -238,12 +234,9 @@ def test_what_another_step_needs_is_left_out_once_only() -> None:
             return outcome
 
     trials = Packing("ok")
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
-    trials.log = []  # type: ignore[attr-defined]
     cast, packing = candidate("cast", "precision", 0.0), candidate("packing", "kernels", 0.0)
     later = candidate("later", "shapes", 0.0)
-    budget = Budget(400.0, clock=lambda: trials.now)
-    search = Search(trials, Proposals([cast, packing, later]), budget)  # type: ignore[arg-type]
+    search = search_in(trials, [cast, packing, later])
 
     def vain() -> list[str]:
         return [key for key in trials.seen if "packing" in key and "cast" not in key]
@@ -255,20 +248,7 @@ def test_what_another_step_needs_is_left_out_once_only() -> None:
 
 
 def test_a_step_that_was_timed_too_little_stays_and_is_not_timed_again() -> None:
-    class Hurried(Company):
-        def run(self, plan: Plan, **options: Any) -> Outcome:
-            outcome = super().run(plan, **options)
-            if plan.key == "compiler" and options["against"] is not None:
-                outcome.timing = Timing(1.2, 0.0, math.inf, 1.0, 1.0, 2)
-                outcome.rule = "slower"
-            return outcome
-
-    trials = Hurried("ok")
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)  # type: ignore[attr-defined]
-    trials.log = []  # type: ignore[attr-defined]
-    offered = [candidate("half", "precision", 0.0), candidate("compiler", "compile", 10.0)]
-    search = Search(trials, Proposals(offered), Budget(400.0, clock=lambda: trials.now))  # type: ignore[arg-type]
-    search._gate = lambda: None  # type: ignore[method-assign]
-    found = search.run()
+    trials = WithoutHalf(Timing(1.2, 0.0, math.inf, 1.0, 1.0, 2))
+    found = search_in(trials, half_and_compiler(), 400.0).run()
     assert trials.seen.count("compiler") == 1 and set(found.best.plan.names) == {"half", "compiler"}
     assert "half was timed too little to tell what it gains" in found.notes
