@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import kpt
-from kpt.specs import PassSpec
+import slow_models
+from fingerprints import optimized
+from kpt.compiling import CompiledForward
+from kpt.specs import PassSpec, Variant
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("kpt_plugin_cpu")
@@ -78,6 +81,28 @@ def test_two_hundred_lengths_run_what_was_compiled_once(
     assert sum(item.graphs for item in compiled) == graphs, "something was compiled after warm-up"
     assert counts["optimized"] + counts["fallback"] == 200
     assert counts["optimized"] >= 190, counts
+
+
+class CompiledOnce(slow_models.WholeByInductor):
+    """The whole forward in one dynamic graph, of which a batch of one is no part."""
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Callable[[], None]:
+        dims = {"x": {0: "batch"}}
+        self.compiled = model.forward = CompiledForward(model.forward, backend="inductor", dynamic_dims=dims)
+        return lambda: model.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drawn", [1, 5])
+def test_a_batch_of_one_is_prepared_for_whatever_sizes_are_drawn(drawn, monkeypatch):
+    """All sizes that are drawn may be one, and all may be others."""
+    monkeypatch.setattr("kpt.judge.draws.drawn_sizes", lambda *_: [{"batch": drawn}])
+    model = slow_models.net()
+    options = {"dynamic_shapes": {"x": {0: "batch"}}, "plugins": [slow_models.plugin(CompiledOnce)], "budget": 60.0}
+    optimized(model, torch.randn(32, 16), **options)
+    for size in (1, 3, 7, 32):
+        model(torch.randn(size, 16))
+    assert kpt.report(model).calls["optimized"] == 4, kpt.report(model).calls
 
 
 class PackingAlone:

@@ -199,16 +199,26 @@ class Trials:
         observation, baseline = self.observation, self.baseline
         calls = [call.clone() for call in observation.calls]
         if observation.dynamic:
-            for sizes in observation.spec.sizes(baseline.generator, 4):
-                if min(sizes.values()) < 2:
-                    continue
-                call = baseline.draw(sizes=sizes)
-                if baseline.runs(call):
-                    calls += [call, *self._single(sizes)]
-                    break
+            calls += self._of_other_sizes()
         if plan.touches_mask:
             calls.append(baseline.draw(padding=True))
         return calls
+
+    def _of_other_sizes(self) -> list[Call]:
+        """A call of sizes that eager takes, none of them one where its dimension reaches further, and one of
+        batch size one."""
+        spec, baseline = self.observation.spec, self.baseline
+        reach = {name: min(2, dimension.high) for name, dimension in spec.dimensions.items()}
+        drawn = [
+            {name: max(size, reach[name]) for name, size in sizes.items()}
+            for sizes in spec.sizes(baseline.generator, 4)
+        ]
+        fitting = [s for s in spec.sizes_in_proportion() if all(s[name] >= reach[name] for name in s)]
+        for sizes in drawn + fitting:
+            call = baseline.draw(sizes=sizes)
+            if baseline.runs(call):
+                return [call, *self._single(sizes)]
+        return self._single(spec.sizes_of(self.observation.calls[0]))
 
     def _single(self, sizes: dict[str, int]) -> list[Call]:
         """A call of batch size one, where the batch is dynamic and no example has that size."""
