@@ -98,7 +98,11 @@ def test_a_batch_of_one_is_prepared_for_whatever_sizes_are_drawn(drawn, monkeypa
     """All sizes that are drawn may be one, and all may be others."""
     monkeypatch.setattr("kpt.judge.draws.drawn_sizes", lambda *_: [{"batch": drawn}])
     model = slow_models.net()
-    options = {"dynamic_shapes": {"x": {0: "batch"}}, "plugins": [slow_models.plugin(CompiledOnce)], "budget": 60.0}
+    options = {
+        "dynamic_shapes": {"x": {0: "batch"}},
+        "plugins": [slow_models.plugin(CompiledOnce)],
+        "budget": 60.0,
+    }
     optimized(model, torch.randn(32, 16), **options)
     for size in (1, 3, 7, 32):
         model(torch.randn(size, 16))
