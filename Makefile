@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-PLUGINS ?= plugins/cpu plugins/huggingface plugins/triton plugins/rocm
+PLUGINS ?= plugins/cpu plugins/openvino plugins/huggingface plugins/triton plugins/rocm
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

@@ -1,0 +1,326 @@
+"""Whole forwards by OpenVINO: values, structure, sizes, threads, undo, reasons to skip, refusals."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import kpt
+from kpt.judge.calls import as_calls
+from kpt.judge.draws import InputSpec
+from kpt.specs import HardwareProfile, HardwareSpec, PassSpec, Skip, Variant
+from kpt.testing import PluginSuite
+from kpt.transaction import workspace
+from kpt.transaction.observe import Observation
+from kpt_plugin_cpu import plugin as cpu
+from kpt_plugin_openvino import plugin
+from kpt_plugin_openvino.lowering import lower
+from kpt_plugin_openvino.whole import OpenVino
+
+PROFILE = HardwareProfile(
+    name="cpu",
+    device_type="cpu",
+    compute_units=2,
+    bandwidth=2e10,
+    matmul_rates={"float32": 1e11, "float32:onednn": 2e11, "bfloat16": 4e11},
+    native_dtypes=("float32", "float64", "bfloat16"),
+)
+CONFIG = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+@pytest.fixture(autouse=True)
+def fixed() -> None:
+    torch.manual_seed(0)
+
+
+def observe(model: nn.Module, *example: torch.Tensor, dims=None, **facts) -> Observation:
+    """What is observed of ``model``, without running it."""
+    calls = as_calls(example)
+    return Observation(
+        model=model,
+        calls=tuple(calls),
+        spec=InputSpec.from_calls(calls, dims, model.forward),
+        mode="inference",
+        level=facts.pop("level", "production"),
+        objective="latency",
+        hardware=PROFILE,
+        device_type="cpu",
+        parameter_bytes=sum(p.nbytes for p in model.parameters()),
+        parameter_dtypes=frozenset(str(p.dtype).removeprefix("torch.") for p in model.parameters()),
+        baseline_seconds=1e-2,
+        operations=5e8,
+        **facts,
+    )
+
+
+def offers(observation: Observation, profile: HardwareProfile = PROFILE) -> dict[str, Variant]:
+    found = OpenVino().propose(observation, profile)
+    return {offer.name: offer for offer in found if isinstance(offer, Variant)}
+
+
+def skipped(observation: Observation, profile: HardwareProfile = PROFILE) -> str:
+    (reason,) = [o.reason for o in OpenVino().propose(observation, profile) if isinstance(o, Skip)]
+    return reason
+
+
+def applied(model: nn.Module, *example: torch.Tensor, name: str = "float32", dims=None):
+    """(the pass, a workspace of ``model`` with the variant applied, its undo)."""
+    behaviour, space = OpenVino(), workspace.clone(model)
+    return behaviour, space, behaviour.apply(space, offers(observe(model, *example, dims=dims))[name])
+
+
+def error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((output.double() - reference.double()).norm() / reference.double().norm())
+
+
+class Net(nn.Module):
+    """Convolutions, a norm, a residual, a head; a dictionary of floats, integers and booleans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 5)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = torch.relu(self.norm(self.first(x)))
+        x = torch.relu(x + self.second(x))
+        logits = self.head(x.mean((2, 3)))
+        return {"map": x, "logits": logits, "best": logits.argmax(-1), "positive": logits > 0}
+
+
+def mlp(width: int = 64) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, 4)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [8, 64])  # copied into the request's memory, and shared with it
+def test_the_same_values_and_structure_and_its_undo_restores(size):
+    model, x = Net().eval(), torch.randn(2, 3, size, size)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    behaviour, space, undo = applied(model, x)
+    assert not behaviour.verify_applied(space)
+    for _ in range(3):
+        x = torch.randn(2, 3, size, size)
+        found, expected = space.forward(x), model(x)
+        assert list(found) == list(expected)
+        assert all(found[n].dtype is expected[n].dtype and found[n].shape == expected[n].shape for n in found)
+        assert all(error(found[n], expected[n]) < 1e-6 for n in ("map", "logits", "best", "positive"))
+    assert behaviour.verify_applied(space)
+    undo()
+    assert "forward" not in space.__dict__
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
+
+
+@torch.no_grad()
+def test_arithmetic_is_in_the_precision_that_the_variant_names():
+    model, x = mlp(256), torch.randn(32, 16)
+    errors = {}
+    for name in ("float32", "bfloat16"):
+        _, space, undo = applied(model, x, name=name)
+        found = space.forward(x)
+        assert found.dtype is torch.float32
+        errors[name] = error(found, model(x))
+        undo()
+    assert errors["float32"] < 1e-6
+    if "bfloat16" in kpt.hardware().native_dtypes:
+        assert 1e-5 < errors["bfloat16"] < 2e-2
+
+
+@torch.no_grad()
+def test_results_belong_to_the_caller_and_inputs_stay_as_they_are():
+    for rows in (2, 4096):
+        model = mlp()
+        _, space, undo = applied(model, torch.randn(rows, 16))
+        first, second = torch.randn(rows, 16), torch.randn(2 * rows, 16)[::2]
+        kept = first.clone(), second.clone()
+        found = [space.forward(first), space.forward(second)]
+        assert error(found[0], model(first)) < 1e-6 and error(found[1], model(second)) < 1e-6
+        assert torch.equal(first, kept[0]) and torch.equal(second, kept[1])
+        found[0].zero_()
+        assert error(space.forward(first), model(first)) < 1e-6
+        undo()
+        assert error(found[1], model(second)) < 1e-6
+
+
+@torch.no_grad()
+def test_declared_sizes_share_one_graph():
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    names = {"src": {0: "batch", 1: "length"}}
+    behaviour, space, undo = applied(model, torch.randn(3, 8, 32), dims=names)
+    for batch, length in ((3, 8), (2, 5), (7, 31), (3, 2)):
+        x = torch.randn(batch, length, 32)
+        assert error(space.forward(x), model(x)) < 1e-6
+    assert behaviour.compiled.graphs == 1
+    undo()
+
+
+@torch.no_grad()
+def test_sizes_that_are_not_declared_get_graphs_of_their_own_until_it_is_sealed():
+    model = mlp()
+    behaviour, space, undo = applied(model, torch.randn(8, 16))
+    for rows in (8, 3):
+        x = torch.randn(rows, 16)
+        assert error(space.forward(x), model(x)) < 1e-6
+    assert behaviour.compiled.graphs == 2
+    behaviour.compiled.seal()
+    x = torch.randn(5, 16)
+    assert torch.equal(space.forward(x), model(x)) and behaviour.compiled.misses == 1
+    undo()
+
+
+def test_several_threads_call_it_at_once():
+    model = mlp()
+    inputs = [torch.randn(32, 16) for _ in range(8)]
+    with torch.no_grad():
+        _, space, undo = applied(model, inputs[0])
+        space.forward(inputs[0])
+        expected = [model(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if error(space.forward(inputs[number]), expected[number]) > 1e-6:
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    undo()
+
+
+def test_it_is_called_in_any_mode_of_autograd():
+    model, x = mlp(), torch.randn(8, 16)
+    _, space, undo = applied(model, x)
+    with torch.inference_mode():
+        assert error(space.forward(x), model(x)) < 1e-6
+        assert space.forward(torch.randn(8, 16)).is_inference()
+    with torch.no_grad():
+        assert not space.forward(x).is_inference()
+        assert error(space.forward(x.clone().requires_grad_()), model(x)) < 1e-6
+    undo()
+
+
+@torch.no_grad()
+def test_nothing_of_it_stays_after_its_undo():
+    model, x = mlp(), torch.randn(8, 16)
+    behaviour, space, undo = applied(model, x)
+    made = []
+    original = lower(torch.fx.symbolic_trace(lambda x: (x * 2,)), [x], config=CONFIG)
+    made.append(weakref.ref(original.__closure__[1].cell_contents))  # its requests
+    space.forward(x)
+    undo()
+    del original
+    gc.collect()
+    assert made[0]() is None
+    assert not behaviour.compiled._compiled
+
+
+def test_what_it_can_not_take_is_named():
+    with pytest.raises(TypeError, match="bfloat16"):
+        lower(
+            torch.fx.symbolic_trace(lambda x: (x * 2,)), [torch.ones(3, dtype=torch.bfloat16)], config=CONFIG
+        )
+    with pytest.raises(TypeError, match="input 1 of the graph is a int"):
+        lower(torch.fx.symbolic_trace(lambda x, n: (x * n,)), [torch.ones(3), 2], config=CONFIG)
+    with pytest.raises(TypeError, match="output 0 of the graph is a int"):
+        lower(torch.fx.symbolic_trace(lambda x: (x.shape[0],)), [torch.ones(3)], config=CONFIG)
+
+
+def test_reasons_to_skip(monkeypatch):
+    model, x = mlp(), torch.randn(8, 16)
+    old = replace(PROFILE, native_dtypes=("float32", "float64"))
+    assert "no arithmetic" in skipped(observe(model, x), old)
+    assert set(offers(observe(model, x), old)) == {"float32"}
+    assert offers(observe(model, x))["bfloat16"].level == "production"
+    assert "float32 are expected, the model's are: bfloat16" in skipped(
+        observe(model.bfloat16(), x.bfloat16())
+    )
+    assert "are: none" in skipped(observe(nn.ReLU(), x))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert "can't be imported" in skipped(observe(mlp(), x)) and not offers(observe(mlp(), x))
+
+
+class Alone:
+    """This plugin, and the CPU that it asks for."""
+
+    @kpt.hookimpl
+    def kpt_hardware(self) -> Iterator[HardwareSpec]:
+        yield from cpu.kpt_hardware()
+
+    @kpt.hookimpl
+    def kpt_passes(self) -> Iterator[PassSpec]:
+        yield from plugin.kpt_passes()
+
+
+@torch.library.custom_op("kpt_openvino_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(x) * self.weight
+
+
+def test_an_operation_that_it_does_not_know_is_a_rejection_that_names_it():
+    model, x = Twice().eval(), torch.randn(64, 16)
+    kpt.optimize(model, x, plugins=[Alone()], level="exact", budget=60.0, cache=False)
+    (entry,) = [e for e in kpt.report(model).rejected if e.name == "openvino:float32"]
+    assert "kpt_openvino_tests::twice" in entry.reason, entry
+    assert "forward" not in model.__dict__
+
+
+def test_it_is_judged_like_any_other_pass():
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(8))
+    ).eval()
+    examples = [torch.randn(32, 64) for _ in range(3)]
+    kpt.optimize(model, examples, plugins=[Alone()], level="exact", budget=60.0, cache=False)
+    receipt = kpt.report(model)
+    (entry,) = [e for e in (*receipt.accepted, *receipt.rejected) if e.name == "openvino:float32"]
+    assert entry in receipt.accepted or entry.rule == "slower", entry
+    if receipt.optimized:  # in place: the copies would be stale
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)
+            served = kpt.report(model).calls["optimized"]
+            model(examples[0])
+            assert kpt.report(model).calls["optimized"] == served
+    kpt.restore(model)
+
+
+def test_its_use_is_reported_to_nobody(monkeypatch):
+    telemetry = pytest.importorskip("openvino_telemetry")
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a report of use was begun")
+
+    monkeypatch.setattr(telemetry.Telemetry, "__init__", refused)
+    lower(torch.fx.symbolic_trace(lambda x: (x * 2,)), [torch.ones(3)], config=CONFIG)
+
+
+class TestPlugin(PluginSuite):
+    plugin = plugin
