@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kpt.judge.kernels import inputs_like, judge_kernel
-from kpt.kernels import callable_for, refusal_of
-from kpt.ops import reference
-from kpt.plugins import load
+from kpt.kernels import callable_for
 from kpt.plugins.validation import spec_faults
 from kpt.specs import KernelSpec
-from kpt.testing.models import op_arguments, op_site, other_arguments
-from kpt.testing.suite import Suite, skip
+from kpt.testing.accelerator_tests import AcceleratorTests
+from kpt.testing.kernel_tensors import cast, detached, gradients, lacking, tensors
+from kpt.testing.models import op_site
+from kpt.testing.suite import skip
 
 if TYPE_CHECKING:
     from kpt.judge.calls import Call
     from kpt.ops import Site
 
 
-class KernelSuite(Suite, standard=True):
+class KernelSuite(AcceleratorTests, standard=True):
     """Tests ``kernel``, a `KernelSpec`, against the reference of its op in fp64.
 
     Override `arguments` for an op that is not in the core's catalogue or for other shapes, `site` for
@@ -31,50 +31,6 @@ class KernelSuite(Suite, standard=True):
     ``compute_dtype`` is what the kernel's arithmetic drops to, for one that quantises and is judged by the
     rule of its level; None where dtypes stay.
     """
-
-    kernel: ClassVar[KernelSpec]
-    device: ClassVar[str] = "cpu"
-    rows: ClassVar[Sequence[int]] = (1, 7, 33)
-    most_rows: ClassVar[int] = 70
-    compute_dtype: ClassVar[torch.dtype | None] = None
-
-    def arguments(self) -> Mapping[str, Any]:
-        """Typical arguments of the op by name; tensors are drawn like these, in every dtype."""
-        found = op_arguments(self.kernel.op, torch.Generator().manual_seed(0))
-        if found is None:
-            raise skip(f"the op {self.kernel.op!r} is not in the core's catalogue; override arguments()")
-        return {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in found.items()
-        }
-
-    def other_arguments(self) -> Mapping[str, Mapping[str, Any]]:
-        """What the op may be called with in place of some of its `arguments`, by what is another.
-
-        A kernel is right there, too, or refuses: by its ``supports``, or by a TypeError, ValueError or
-        NotImplementedError (in C++ ``TORCH_CHECK_TYPE``, ``_VALUE`` or ``_NOT_IMPLEMENTED``).
-        """
-        return other_arguments(self.kernel.op, self.arguments())
-
-    def reference(self) -> Callable[..., Any]:
-        """The function in plain PyTorch that defines what is right."""
-        return reference(self.kernel.op)
-
-    def site(self, dtype: torch.dtype) -> tuple[Site, Call] | None:
-        """A site that computes the op in ``dtype`` and a call of it; None where there is no typical one."""
-        return op_site(self.kernel.op, dtype, self.device)
-
-    def refusal(self, site: Site) -> str | None:
-        """Why the kernel does not take ``site``; None where it does."""
-        return refusal_of(self.kernel, site)
-
-    def run(self) -> Callable[..., Any]:
-        """The function under test, with the reference's signature."""
-        return load(self.kernel.entry)
-
-    def dtypes(self) -> list[torch.dtype]:
-        """The dtypes that the kernel declares; fp32 where it declares none."""
-        return [getattr(torch, name) for name in self.kernel.dtypes] or [torch.float32]
 
     def verdict(self, **probes: Any) -> None:
         """Judge the kernel with the given probes alone; without any, on ordinary inputs.
@@ -104,10 +60,10 @@ class KernelSuite(Suite, standard=True):
             site, call = place
             run = callable_for(self.kernel, site)
             # What was packed stays as it is; only the activations are drawn.
-            tensors = {name for name, value in site.weights().items() if isinstance(value, torch.Tensor)}
+            packed = {name for name, value in site.weights().items() if isinstance(value, torch.Tensor)}
             arguments = site.arguments(*call.args, **call.kwargs)
-            fixed = frozenset(tensors)
-            make = inputs_like({name: _detached(value) for name, value in arguments.items()}, fixed=fixed)
+            fixed = frozenset(packed)
+            make = inputs_like({name: detached(value) for name, value in arguments.items()}, fixed=fixed)
         rest = {"compute_dtype": self.compute_dtype, **probes}
         found = judge_kernel(run, self.reference(), make, level=self.kernel.level, fixed=fixed, **rest)
         assert found.passed, f"{self.kernel.op}/{self.kernel.name} in {dtype}: {found.rule}: {found.detail}"
@@ -137,11 +93,11 @@ class KernelSuite(Suite, standard=True):
                 if refused:
                     continue
             given = {**typical, **changed}
-            if unknown := _unknown(self.run(), given):
+            if unknown := lacking(self.run(), given):
                 refused = f"the op is registered without {', '.join(unknown)}"
                 continue
             try:
-                self.run()(**{name: _cast(value, dtype) for name, value in given.items()})
+                self.run()(**{name: cast(value, dtype) for name, value in given.items()})
             except (TypeError, ValueError, NotImplementedError) as error:
                 refused = f"{type(error).__name__}: {error}"
                 continue
@@ -219,9 +175,9 @@ class KernelSuite(Suite, standard=True):
     def test_error_like_eager(self) -> None:
         """In half precision, errors against fp64 stay within 1.3 times those of the reference run eagerly."""
         for dtype, given in self._in_half_precision():
-            true = self.reference()(**{name: _cast(value, torch.float64) for name, value in given.items()})
+            true = self.reference()(**{name: cast(value, torch.float64) for name, value in given.items()})
             eager, mine = self.reference()(**given), self.run()(**given)
-            for one, other, right in zip(_tensors(mine), _tensors(eager), _tensors(true)):
+            for one, other, right in zip(tensors(mine), tensors(eager), tensors(true)):
                 self._assert_close_to_eager("", dtype, one, other, right)
 
     def test_gradient_error_like_eager(self) -> None:
@@ -231,12 +187,12 @@ class KernelSuite(Suite, standard=True):
         for dtype, given in self._in_half_precision():
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
-                template = list(_tensors(self.reference()(**given)))
+                template = list(tensors(self.reference()(**given)))
             # Of this dtype's own numbers: what fp64 is given must not be more exact.
             upstream = [torch.randn(t.shape, generator=generator).to(t.device, dtype) for t in template]
-            wide = {name: _cast(value, torch.float64) for name, value in given.items()}
+            wide = {name: cast(value, torch.float64) for name, value in given.items()}
             true, eager, mine = (
-                _gradients(run, arguments, upstream)
+                gradients(run, arguments, upstream)
                 for run, arguments in (
                     (self.reference(), wide),
                     (self.reference(), given),
@@ -253,7 +209,7 @@ class KernelSuite(Suite, standard=True):
         if not low or self.kernel.setup is not None:
             raise skip("the kernel has no half precision of its own")
         for dtype in low:
-            yield dtype, {name: _cast(value, dtype) for name, value in self.arguments().items()}
+            yield dtype, {name: cast(value, dtype) for name, value in self.arguments().items()}
 
     def _assert_close_to_eager(
         self, what: str, dtype: torch.dtype, mine: torch.Tensor, eager: torch.Tensor, true: torch.Tensor
@@ -286,7 +242,7 @@ class KernelSuite(Suite, standard=True):
             expected = self.reference()(**empty)
         except (RuntimeError, IndexError, ValueError):
             raise skip("the reference itself has no answer for no rows") from None
-        for mine, true in zip(_tensors(self.run()(**empty)), _tensors(expected)):
+        for mine, true in zip(tensors(self.run()(**empty)), tensors(expected)):
             assert mine.shape == true.shape, f"shape {tuple(mine.shape)}, expected {tuple(true.shape)}"
 
     def test_random_sizes(self) -> None:
@@ -307,132 +263,3 @@ class KernelSuite(Suite, standard=True):
             self.verdict(rows=() if rows is None else (rows,), scales=(scale,), layouts=(layout,))
 
         holds()
-
-    def test_two_streams(self) -> None:
-        """Two streams at once give what one after the other gives, forward and backward."""
-        streams = self._accelerator("Stream")
-        run, make = self._ready()
-        sets = [make(torch.Generator().manual_seed(seed), None) for seed in (1, 2)]
-        if self.kernel.backward:
-            sets = [_requiring_grad(given) for given in sets]
-        upstream = [
-            [
-                torch.randn(t.shape, generator=torch.Generator().manual_seed(3)).to(t)
-                for t in _tensors(run(**given))
-            ]
-            for given in sets
-        ]
-
-        def gradients(number: int, results: list[torch.Tensor]) -> list[torch.Tensor]:
-            return list(_backward(sets[number], results, upstream[number]).values())
-
-        expected: list[list[torch.Tensor]] = []
-        expected_gradients: list[list[torch.Tensor]] = []
-        for number, given in enumerate(sets):  # one after the other, its backward pass included
-            expected.append(list(_tensors(run(**given))))
-            expected_gradients.append(gradients(number, expected[-1]))
-        module = torch.get_device_module(self.device)
-        module.synchronize()
-        lanes = [streams() for _ in sets]
-        results: list[list[torch.Tensor]] = [[] for _ in sets]
-        found: list[list[torch.Tensor]] = [[] for _ in sets]
-        for _ in range(20):
-            # Both forward passes come before the backward ones: scratch memory that they share would show.
-            for number, (lane, given) in enumerate(zip(lanes, sets)):
-                with module.stream(lane):
-                    results[number] = list(_tensors(run(**given)))
-            for number, lane in enumerate(lanes):
-                with module.stream(lane):
-                    found[number] = gradients(number, results[number])
-        module.synchronize()
-        for mine, true in zip(results, expected):
-            torch.testing.assert_close(mine, true, rtol=0, atol=0)
-        exact = {"rtol": 0, "atol": 0} if self.kernel.reproducible else {}
-        for mine, true in zip(found, expected_gradients):
-            torch.testing.assert_close(mine, true, **exact)
-
-    def test_graph_capture(self) -> None:
-        """Captured once and replayed on new values, the kernel reads the new ones."""
-        graphed = self._accelerator("make_graphed_callables")
-        run, make = self._ready()
-        first, second = (make(torch.Generator().manual_seed(seed), None) for seed in (1, 2))
-        names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
-        rest = {name: value for name, value in first.items() if name not in names}
-
-        def call(*tensors: torch.Tensor) -> Any:
-            return run(**dict(zip(names, tensors)), **rest)
-
-        samples = tuple(first[name].clone() for name in names)
-        replay = graphed(call, samples)
-        mine = [value.clone() for value in _tensors(replay(*(second[name] for name in names)))]
-        true = list(_tensors(call(*(second[name] for name in names))))
-        torch.testing.assert_close(mine, true, rtol=0, atol=0)
-
-    def _accelerator(self, name: str) -> Any:
-        """What the device's module of torch calls ``name``; skips where the device has no such thing."""
-        found = getattr(torch.get_device_module(self.device), name, None)
-        if self.device == "cpu" or found is None:
-            raise skip(f"the device {self.device!r} has no {name}")
-        return found
-
-    def _ready(self) -> tuple[Callable[..., Any], Callable[..., Mapping[str, Any]]]:
-        if self.kernel.setup is not None:
-            raise skip("a prepared kernel is tested within its model")
-        dtype = self.dtypes()[0]
-        make = inputs_like({name: _cast(value, dtype) for name, value in self.arguments().items()})
-        return self.run(), make
-
-
-def _unknown(kernel: Callable[..., Any], given: Mapping[str, Any]) -> list[str]:
-    """The names among ``given`` that an op of `torch.library` has no argument for: a RuntimeError, there."""
-    overload = getattr(kernel, "_opoverload", None) or getattr(kernel, "default", kernel)
-    schema = getattr(overload, "_schema", None)
-    return sorted(set(given) - {each.name for each in schema.arguments}) if schema is not None else []
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` in ``dtype`` if it is a floating-point tensor; codes of 8 bits are packed, and stay."""
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1
-    return value.to(dtype) if floating else value
-
-
-def _requiring_grad(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, floating-point tensors as leaves that require gradients; codes of 8 bits cannot."""
-    return {
-        name: value.detach().requires_grad_()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize > 1
-        else value
-        for name, value in given.items()
-    }
-
-
-def _gradients(
-    run: Callable[..., Any], arguments: Mapping[str, Any], upstream: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    given = _requiring_grad(arguments)
-    return _backward(given, _tensors(run(**given)), upstream)
-
-
-def _backward(
-    given: Mapping[str, Any], results: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Gradients of the leaves among ``given`` by name, those that there are."""
-    leaves = {name: v for name, v in given.items() if isinstance(v, torch.Tensor) and v.requires_grad}
-    pairs = [
-        (out, grad.to(out.dtype)) for out, grad in zip(results, upstream, strict=True) if out.requires_grad
-    ]
-    if not leaves or not pairs:
-        return {}
-    outs, grads = zip(*pairs)
-    found = torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True)
-    return {name: grad for name, grad in zip(leaves, found) if grad is not None}
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() else []
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) else value

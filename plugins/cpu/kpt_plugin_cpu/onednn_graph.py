@@ -19,6 +19,7 @@ from kpt.compiling import CompiledForward
 from kpt.specs import Skip, Variant, replace_forward
 from kpt_plugin_cpu import estimates
 from kpt_plugin_cpu.multihead import written_out
+from kpt_plugin_cpu.torchscript import Frozen, traced
 
 if TYPE_CHECKING:
     from kpt.specs import HardwareProfile, Observation, Undo
@@ -43,24 +44,6 @@ def _fusion() -> Iterator[None]:
         torch.jit.enable_onednn_fusion(before)
 
 
-class _Frozen(torch.nn.Module):
-    """A captured graph with those of its inputs that are the model's own tensors set as attributes."""
-
-    def __init__(self, graph: torch.fx.GraphModule, fixed: dict[int, torch.Tensor]) -> None:
-        super().__init__()
-        self.graph_module = graph
-        self.fixed = fixed
-        for index, tensor in fixed.items():
-            self.register_buffer(f"fixed_{index}", tensor.detach())
-
-    def forward(self, *inputs: Any) -> Any:
-        given, total = iter(inputs), len(inputs) + len(self.fixed)
-        own = self.fixed
-        return self.graph_module(
-            *(getattr(self, f"fixed_{i}") if i in own else next(given) for i in range(total))
-        )
-
-
 def lower(
     graph: torch.fx.GraphModule, example_inputs: list[Any], own: set[int] | frozenset[int] = frozenset()
 ) -> Callable[..., Any]:
@@ -75,10 +58,9 @@ def lower(
     places = [index for index in range(len(example_inputs)) if index not in fixed]
     inputs = tuple(example_inputs[index] for index in places)
     with torch.no_grad(), _fusion(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and tracing warns of every branch
-        frozen = _Frozen(graph, fixed).eval()
-        traced = torch.jit.freeze(torch.jit.trace(frozen, inputs, check_trace=False, strict=False).eval())
-        run = traced.forward  # without a module's hooks around it
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        frozen = torch.jit.freeze(traced(Frozen(graph, fixed, len(example_inputs)), inputs))
+        run = frozen.forward  # without a module's hooks around it
         for _ in range(_WARM_UP):
             run(*inputs)
         optimised = str(torch.jit.last_executed_optimized_graph())

@@ -6,46 +6,16 @@ conversion API around it reports its use to OpenVINO's makers.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from kpt_plugin_cpu.torchscript import Frozen, traced
 from kpt_plugin_openvino.requests import Requests
 
 #: Axes of each input that have any size: {position: {axis, ...}}.
 Free = Mapping[int, set[int]]
-
-
-class _Frozen(torch.nn.Module):
-    """A captured graph whose inputs are tensors only.
-
-    Its weights are set as attributes; sizes, which dynamo passes as numbers, are read off the tensors.
-    """
-
-    def __init__(
-        self,
-        graph: torch.fx.GraphModule,
-        fixed: Mapping[int, torch.Tensor],
-        sizes: Mapping[int, tuple[int, int]],
-        count: int,
-    ) -> None:
-        super().__init__()
-        self.graph_module = graph
-        self.fixed, self.sizes, self.count = fixed, sizes, count
-        for index, tensor in fixed.items():
-            self.register_buffer(f"fixed_{index}", tensor.detach())
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        given: Iterator[torch.Tensor] = iter(inputs)
-        values: dict[int, Any] = {
-            index: getattr(self, f"fixed_{index}") if index in self.fixed else next(given)
-            for index in range(self.count)
-            if index not in self.sizes
-        }
-        values |= {index: values[source].shape[axis] for index, (source, axis) in self.sizes.items()}
-        return self.graph_module(*(values[index] for index in range(self.count)))
 
 
 def lower(
@@ -58,7 +28,7 @@ def lower(
     """A dynamo backend: ``graph`` converted and compiled by OpenVINO for the CPU with ``config``.
 
     Inputs whose identity is in ``own``, a model's weights, are frozen into it. Axes that dynamo holds
-    symbolic may have any size.
+    symbolic may have any size. Products are in bfloat16 where weights are, else in float32.
 
     Raises:
         TypeError: an input or an output is no tensor, or of a dtype that OpenVINO has no counterpart of.
@@ -68,17 +38,16 @@ def lower(
     sizes, free = _symbolic(graph, fixed)
     places = [i for i in range(len(example_inputs)) if i not in fixed and i not in sizes]
     for index in places:
-        if not isinstance(example_inputs[index], torch.Tensor):
-            kind = type(example_inputs[index]).__name__
-            raise TypeError(f"input {index} of the graph is a {kind}; OpenVINO takes tensors")
+        _check(f"input {index}", example_inputs[index])
     inputs = tuple(example_inputs[i] for i in places)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated, and tracing warns of every branch
-        frozen = _Frozen(graph, fixed, sizes, len(example_inputs)).eval()
-        expected = frozen(*inputs)
-        traced = torch.jit.trace(frozen, inputs, check_trace=False, strict=False).eval()
-        shapes = [_shape(value, free.get(place, set())) for place, value in zip(places, inputs)]
-        requests = Requests(_compiled(traced, inputs, shapes, config), inputs, _tensors(expected), bool(free))
+    frozen = Frozen(graph, fixed, len(example_inputs), sizes)
+    with torch.no_grad():
+        expected = _tensors(frozen(*inputs))
+    shapes = [_shape(value, free.get(place, set())) for place, value in zip(places, inputs)]
+    half = any(value.dtype is torch.bfloat16 for value in fixed.values())
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
+    compiled = _compiled(traced(frozen, inputs), inputs, shapes, {**precision, **config})
+    requests = Requests(compiled, inputs, expected, bool(free))
 
     def call(*args: Any) -> list[torch.Tensor]:
         return requests([args[index] for index in places])
@@ -87,31 +56,31 @@ def lower(
 
 
 def _compiled(
-    traced: torch.jit.ScriptModule,
+    script: torch.jit.ScriptModule,
     inputs: tuple[torch.Tensor, ...],
     shapes: list[list[int]],
     config: Mapping[str, Any],
 ) -> Any:
-    """The traced graph compiled by OpenVINO, which has no inputs but ``inputs``, of ``shapes`` (-1: any)."""
+    """``script`` compiled by OpenVINO, which has no inputs but ``inputs``, of ``shapes`` (-1: any)."""
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, example_input=inputs)  # asked until the conversion ends
+    decoder = TorchScriptPythonDecoder(script, example_input=inputs)  # asked until the conversion ends
     try:
         model = frontend.convert(frontend.load(decoder))
-    except Exception as error:  # what is derived from RuntimeError differs between its versions
-        raise RuntimeError(f"OpenVINO can't convert the graph: {_summary(str(error))}") from error
-    places = model.inputs
-    if len(places) != len(inputs):
-        raise RuntimeError(f"OpenVINO found {len(places)} inputs in a graph of {len(inputs)}")
-    model.reshape({place: openvino.PartialShape(shape) for place, shape in zip(places, shapes)})
-    return openvino.Core().compile_model(model, "CPU", dict(config))
+        places = model.inputs
+        if len(places) != len(inputs):
+            raise RuntimeError(f"it found {len(places)} inputs in a graph of {len(inputs)}")
+        model.reshape({place: openvino.PartialShape(shape) for place, shape in zip(places, shapes)})
+        return openvino.Core().compile_model(model, "CPU", dict(config))
+    except Exception as error:  # its versions differ in what is a RuntimeError
+        raise RuntimeError(f"OpenVINO can't compile the graph: {_summary(str(error))}") from error
 
 
 def _summary(message: str) -> str:
-    """What OpenVINO's report of a conversion says in the end, in one line."""
+    """What OpenVINO's report says in the end, in one line: it begins with where in its sources it was."""
     lines = [line.strip(" -") for line in message.strip().splitlines()]
     start = lines.index("Summary:") + 1 if "Summary:" in lines else len(lines) - 1
     return "; ".join(line for line in lines[start:] if line)
@@ -152,8 +121,12 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     """The outputs of the graph; a TypeError where one is something else."""
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     for number, output in enumerate(outputs):
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(
-                f"output {number} of the graph is a {type(output).__name__}; OpenVINO makes tensors"
-            )
+        _check(f"output {number}", output)
     return outputs
+
+
+def _check(what: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{what} of the graph is of type {type(value).__name__}; OpenVINO takes tensors")
+    if value.is_complex():
+        raise TypeError(f"{what} of the graph is a tensor of {value.dtype}, which OpenVINO has not")

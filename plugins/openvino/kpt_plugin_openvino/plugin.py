@@ -16,6 +16,6 @@ def kpt_passes() -> Iterator[PassSpec]:
         "kpt_plugin_openvino.whole:OpenVino",
         hardware=("cpu",),
         # It has operations of its own for these, and none for what kernels and policies register.
-        conflicts=("kernel:linear", "kernel:attention", "pack-tokens", "bf16", "int8"),
+        conflicts=("kernel:linear", "kernel:attention", "int8"),
         summary="the forward by OpenVINO, weights frozen into it",
     )

@@ -33,7 +33,7 @@ class Requests:
     others may come.
 
     Raises:
-        TypeError: numpy, through which tensors are handed over, has no such dtype.
+        TypeError: another number of outputs was compiled.
     """
 
     def __init__(
@@ -41,16 +41,13 @@ class Requests:
     ) -> None:
         import openvino
 
-        self._tensor = openvino.Tensor
+        self._tensor, self._bfloat16 = openvino.Tensor, openvino.Type.bf16
         self._compiled = compiled
         self._free = free
         self._dtypes = [output.dtype for output in outputs]
         self._shapes = [output.shape for output in outputs]
-        for value in (*inputs, *outputs):
-            if value.dtype is torch.bfloat16 or value.is_complex():
-                raise TypeError(f"a tensor of {value.dtype} can't be handed to OpenVINO")
-        self._shared_in = [free or value.nbytes > _COPIED for value in inputs]
-        self._shared_out = [free or value.nbytes > _COPIED for value in outputs]
+        self._shared_in = [free or not _small(value) for value in inputs]
+        self._shared_out = [free or not _small(value) for value in outputs]
         if len(compiled.outputs) != len(outputs):
             raise TypeError(f"OpenVINO made {len(compiled.outputs)} outputs of {len(outputs)}")
         self._idle: list[_Request] = [_Request(compiled, self._shared_in, self._shared_out)]
@@ -65,23 +62,39 @@ class Requests:
         return results
 
     def _run(self, request: _Request, given: list[torch.Tensor]) -> list[torch.Tensor]:
-        raw, tensor = request.raw, self._tensor
+        raw, held = request.raw, []
         for number, value in enumerate(given):
             place = request.inputs[number]
             if place is not None:
                 place.copy_(value.detach())
             else:
-                array = value.detach().contiguous().numpy()
-                raw.set_input_tensor(number, tensor(array, shared_memory=True))
+                held.append(value.detach().contiguous().resolve_neg())  # only its address is, by OpenVINO
+                raw.set_input_tensor(number, self._over(held[-1]))
         results: list[torch.Tensor] = []
         for number, own in enumerate(request.outputs):
             if own is None and not self._free:
                 result = torch.empty(self._shapes[number], dtype=self._dtypes[number])
-                raw.set_output_tensor(number, tensor(result.numpy(), shared_memory=True))
+                raw.set_output_tensor(number, self._over(result))
                 results.append(result)
         raw.infer()
         if self._free:
-            outputs = (torch.from_numpy(raw.get_output_tensor(n).data) for n in range(len(self._dtypes)))
-            return [output.to(dtype, copy=True) for output, dtype in zip(outputs, self._dtypes)]
+            return [
+                self._copied(raw.get_output_tensor(n).data, dtype) for n, dtype in enumerate(self._dtypes)
+            ]
         shared = iter(results)
         return [next(shared) if own is None else own.clone() for own in request.outputs]
+
+    def _over(self, value: torch.Tensor) -> Any:
+        """OpenVINO's tensor over the memory of a contiguous one."""
+        if value.dtype is torch.bfloat16:  # which numpy has not: handed over as its bits
+            return self._tensor(value.view(torch.int16).numpy(), value.shape, self._bfloat16)
+        return self._tensor(value.numpy(), shared_memory=True)
+
+    def _copied(self, array: Any, dtype: torch.dtype) -> torch.Tensor:
+        if dtype is torch.bfloat16:
+            return torch.from_numpy(array.view("int16")).view(dtype).clone()
+        return torch.from_numpy(array).to(dtype, copy=True)
+
+
+def _small(value: torch.Tensor) -> bool:
+    return value.nbytes <= _COPIED and value.dtype is not torch.bfloat16

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 _SHARE = 0.3
 #: What is left of what a call does besides products: it fuses as compilers do, and calls no Python between.
 _REST = 0.9 * estimates.FUSED
-#: The same in bfloat16.
-_REST_BFLOAT16 = 0.8 * _REST
 
 
 class OpenVino:
@@ -36,34 +34,22 @@ class OpenVino:
         if reason is not None:
             yield Skip(reason)
             return
-        others = observation.parameter_dtypes - {"float32"}
+        others = observation.parameter_dtypes - {"float32", "bfloat16"}
         if others or not observation.parameter_dtypes:
             found = ", ".join(sorted(others)) or "none"
-            yield Skip(f"weights in float32 are expected, the model's are: {found}")
+            yield Skip(f"weights in float32 or bfloat16 are expected, the model's are: {found}")
             return
-        estimate = estimates.estimate(observation, hardware)
-        seconds = _SHARE * estimates.compile_seconds(observation)
-        params = {"dims": declared_dims(observation)}
-        faster = max(estimates.rate_ratio(hardware, estimates.ONEDNN), 1.0)
-        yield Variant(
-            "float32",
-            {**params, "precision": "f32"},
-            estimate.gain(rate_ratio=faster, rest_ratio=_REST),
-            seconds,
-            derives=True,
-        )
-        if "bfloat16" not in hardware.native_dtypes:
-            yield Skip("bfloat16: this CPU has no arithmetic for it")
+        if "bfloat16" in observation.parameter_dtypes and "bfloat16" not in hardware.native_dtypes:
+            yield Skip("the model is in bfloat16, and this CPU has no arithmetic for it")
             return
-        packed = hardware.matmul_rates.get("bfloat16" + estimates.PACKED)
-        name = "bfloat16" + estimates.PACKED if packed else "bfloat16"
+        faster = 1.0
+        if not estimates.in_bfloat16(observation):
+            faster = max(estimates.rate_ratio(hardware, estimates.ONEDNN), 1.0)
         yield Variant(
-            "bfloat16",
-            {**params, "precision": "bf16"},
-            estimate.gain(rate_ratio=estimates.rate_ratio(hardware, name), rest_ratio=_REST_BFLOAT16),
-            seconds,
-            compute_dtype="bfloat16",
-            level="production",
+            "whole",
+            {"dims": declared_dims(observation)},
+            estimates.estimate(observation, hardware).gain(rate_ratio=faster, rest_ratio=_REST),
+            _SHARE * estimates.compile_seconds(observation),
             derives=True,
         )
 
@@ -71,7 +57,6 @@ class OpenVino:
         own = frozenset(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
         config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": variant.params["precision"],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         compiled = CompiledModule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import threading
@@ -21,6 +22,7 @@ from kpt.testing import PluginSuite
 from kpt.transaction import workspace
 from kpt.transaction.observe import Observation
 from kpt_plugin_cpu import plugin as cpu
+from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_openvino import plugin
 from kpt_plugin_openvino.lowering import lower
 from kpt_plugin_openvino.whole import OpenVino
@@ -61,20 +63,22 @@ def observe(model: nn.Module, *example: torch.Tensor, dims=None, **facts) -> Obs
     )
 
 
-def offers(observation: Observation, profile: HardwareProfile = PROFILE) -> dict[str, Variant]:
-    found = OpenVino().propose(observation, profile)
-    return {offer.name: offer for offer in found if isinstance(offer, Variant)}
+def offer(observation: Observation, profile: HardwareProfile = PROFILE) -> Variant:
+    (found,) = OpenVino().propose(observation, profile)
+    assert isinstance(found, Variant), found
+    return found
 
 
 def skipped(observation: Observation, profile: HardwareProfile = PROFILE) -> str:
-    (reason,) = [o.reason for o in OpenVino().propose(observation, profile) if isinstance(o, Skip)]
-    return reason
+    (found,) = OpenVino().propose(observation, profile)
+    assert isinstance(found, Skip), found
+    return found.reason
 
 
-def applied(model: nn.Module, *example: torch.Tensor, name: str = "float32", dims=None):
+def applied(model: nn.Module, *example: torch.Tensor, dims=None):
     """(the pass, a workspace of ``model`` with the variant applied, its undo)."""
     behaviour, space = OpenVino(), workspace.clone(model)
-    return behaviour, space, behaviour.apply(space, offers(observe(model, *example, dims=dims))[name])
+    return behaviour, space, behaviour.apply(space, offer(observe(model, *example, dims=dims)))
 
 
 def error(output: torch.Tensor, reference: torch.Tensor) -> float:
@@ -122,19 +126,38 @@ def test_the_same_values_and_structure_and_its_undo_restores(size):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
 
 
+half = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products in bfloat16"
+)
+
+
+@half
 @torch.no_grad()
-def test_arithmetic_is_in_the_precision_that_the_variant_names():
+def test_a_cast_model_is_computed_in_bfloat16():
     model, x = mlp(256), torch.randn(32, 16)
-    errors = {}
-    for name in ("float32", "bfloat16"):
-        _, space, undo = applied(model, x, name=name)
+    space = workspace.clone(model)
+    take_back = Bf16().apply(space, Variant("cast", compute_dtype="bfloat16"))
+    undo = OpenVino().apply(space, offer(observe(model, x)))
+    found = space.forward(x)
+    assert found.dtype is torch.float32
+    assert 1e-5 < error(found, model(x)) < 2e-2
+    undo()
+    take_back()
+
+
+@half
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [None, {"input": {0: "rows"}}])
+def test_inputs_and_outputs_may_be_in_bfloat16(dims):
+    model = mlp(256).bfloat16()
+    wide = copy.deepcopy(model).float()
+    _, space, undo = applied(model, torch.randn(32, 16).bfloat16(), dims=dims)
+    for rows in (32, 7) if dims else (32, 32):
+        x = torch.randn(rows, 16).bfloat16()
         found = space.forward(x)
-        assert found.dtype is torch.float32
-        errors[name] = error(found, model(x))
-        undo()
-    assert errors["float32"] < 1e-6
-    if "bfloat16" in kpt.hardware().native_dtypes:
-        assert 1e-5 < errors["bfloat16"] < 2e-2
+        assert found.dtype is torch.bfloat16 and found.shape == (rows, 4)
+        assert error(found, wide(x.float())) < 2e-2
+    undo()
 
 
 @torch.no_grad()
@@ -231,28 +254,24 @@ def test_nothing_of_it_stays_after_its_undo():
 
 
 def test_what_it_can_not_take_is_named():
-    with pytest.raises(TypeError, match="bfloat16"):
-        lower(
-            torch.fx.symbolic_trace(lambda x: (x * 2,)), [torch.ones(3, dtype=torch.bfloat16)], config=CONFIG
-        )
-    with pytest.raises(TypeError, match="input 1 of the graph is a int"):
+    imaginary = torch.ones(3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match="input 0 of the graph is a tensor of torch.complex64"):
+        lower(torch.fx.symbolic_trace(lambda x: (x * 2,)), [imaginary], config=CONFIG)
+    with pytest.raises(TypeError, match="input 1 of the graph is of type int"):
         lower(torch.fx.symbolic_trace(lambda x, n: (x * n,)), [torch.ones(3), 2], config=CONFIG)
-    with pytest.raises(TypeError, match="output 0 of the graph is a int"):
+    with pytest.raises(TypeError, match="output 0 of the graph is of type int"):
         lower(torch.fx.symbolic_trace(lambda x: (x.shape[0],)), [torch.ones(3)], config=CONFIG)
 
 
 def test_reasons_to_skip(monkeypatch):
     model, x = mlp(), torch.randn(8, 16)
     old = replace(PROFILE, native_dtypes=("float32", "float64"))
-    assert "no arithmetic" in skipped(observe(model, x), old)
-    assert set(offers(observe(model, x), old)) == {"float32"}
-    assert offers(observe(model, x))["bfloat16"].level == "production"
-    assert "float32 are expected, the model's are: bfloat16" in skipped(
-        observe(model.bfloat16(), x.bfloat16())
-    )
+    assert offer(observe(model, x), old).derives
+    assert "the model's are: float64" in skipped(observe(mlp().double(), x.double()))
     assert "are: none" in skipped(observe(nn.ReLU(), x))
+    assert "no arithmetic" in skipped(observe(mlp().bfloat16(), x.bfloat16()), old)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert "can't be imported" in skipped(observe(mlp(), x)) and not offers(observe(mlp(), x))
+    assert "can't be imported" in skipped(observe(model, x))
 
 
 class Alone:
@@ -289,19 +308,18 @@ class Twice(nn.Module):
 def test_an_operation_that_it_does_not_know_is_a_rejection_that_names_it():
     model, x = Twice().eval(), torch.randn(64, 16)
     kpt.optimize(model, x, plugins=[Alone()], level="exact", budget=60.0, cache=False)
-    (entry,) = [e for e in kpt.report(model).rejected if e.name == "openvino:float32"]
+    (entry,) = [e for e in kpt.report(model).rejected if e.name == "openvino:whole"]
     assert "kpt_openvino_tests::twice" in entry.reason, entry
     assert "forward" not in model.__dict__
 
 
 def test_it_is_judged_like_any_other_pass():
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)) for _ in range(8))
-    ).eval()
+    layers = [layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64))]
+    model = nn.Sequential(*layers).eval()
     examples = [torch.randn(32, 64) for _ in range(3)]
     kpt.optimize(model, examples, plugins=[Alone()], level="exact", budget=60.0, cache=False)
     receipt = kpt.report(model)
-    (entry,) = [e for e in (*receipt.accepted, *receipt.rejected) if e.name == "openvino:float32"]
+    (entry,) = [e for e in (*receipt.accepted, *receipt.rejected) if e.name == "openvino:whole"]
     assert entry in receipt.accepted or entry.rule == "slower", entry
     if receipt.optimized:  # in place: the copies would be stale
         with torch.no_grad():
