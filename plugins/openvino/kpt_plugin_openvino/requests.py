@@ -76,7 +76,7 @@ class Requests:
                 result = torch.empty(self._shapes[number], dtype=self._dtypes[number])
                 raw.set_output_tensor(number, self._over(result))
                 results.append(result)
-        raw.infer()
+        raw.infer(share_outputs=True)  # read below
         if self._free:
             return [
                 self._copied(raw.get_output_tensor(n).data, dtype) for n, dtype in enumerate(self._dtypes)

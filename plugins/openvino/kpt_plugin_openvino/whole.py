@@ -58,6 +58,7 @@ class OpenVino:
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # to cores, which other threads of the process share
         }
         compiled = CompiledModule(
             model,
