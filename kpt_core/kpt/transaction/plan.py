@@ -107,6 +107,11 @@ class Plan:
                 return step.variant.compute_dtype
         return None
 
+    @property
+    def provided(self) -> frozenset[str]:
+        """The tags that its steps provide, their sources among them."""
+        return frozenset(tag for step in self.steps for tag in (step.source, *step.provides))
+
     def without(self, candidate: Candidate) -> Plan:
         return Plan(tuple(step for step in self.steps if step is not candidate))
 
@@ -161,7 +166,7 @@ def assemble(
             break
         if worth(candidate, budget) > 1.0 and all(excludes(candidate, other) is None for other in chosen):
             chosen.append(candidate)
-    provided = frozenset(tag for c in chosen for tag in (c.source, *c.provides))
+    provided = Plan.of(chosen).provided
     return Plan.of(c for c in chosen if c.requires <= provided)
 
 

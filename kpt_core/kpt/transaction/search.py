@@ -10,6 +10,7 @@ to take longer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kpt.transaction import fixed_order, gate, stacks
@@ -246,6 +247,8 @@ class Search:
             hope, plan = _hope(candidate, best), best.plan.with_(candidate)
             if ledger.fuel is not None and len(plan) > ledger.fuel:
                 continue
+            freed = self._freed(candidate, plan, best)
+            hope *= math.prod(step.gain for step in freed)
             if candidate.gain <= 1.0 or hope < (_HOPELESS if replaced else _WORTH):
                 ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
                 continue
@@ -257,14 +260,42 @@ class Search:
                 continue
             if not ledger.time_for_plan(plan, best):
                 continue
-            best = self._in_place(candidate, plan, best)
+            best = self._in_place(candidate, plan, best, freed)
         return best
 
-    def _in_place(self, candidate: Candidate, plan: Plan, best: Outcome) -> Outcome:
-        """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps."""
+    def _freed(self, candidate: Candidate, plan: Plan, best: Outcome) -> list[Candidate]:
+        """What can come beside ``candidate`` in ``plan`` and could not beside what that replaces of ``best``.
+
+        Only what costs no set-up: a compiler that does without kernels must not be all that keeps them from
+        those that take them.
+        """
+        ledger, found = self.ledger, []
+        gone = [step for step in best.plan.steps if step not in plan.steps]
+        for other in sorted(ledger.open(), key=lambda c: -c.gain):
+            if other is candidate or other.gain <= 1.0 or ledger.slow(Plan.of([other])):
+                continue
+            if ledger.fuel is not None and len(plan) >= ledger.fuel:
+                break
+            beside = all(excludes(step, other) is None for step in plan.steps)
+            if beside and any(excludes(step, other) is not None for step in gone):
+                if other.requires <= plan.provided:
+                    found.append(other)
+                    plan = plan.with_(other)
+        return found if ledger.failed(plan) is None else []
+
+    def _in_place(
+        self, candidate: Candidate, plan: Plan, best: Outcome, freed: Sequence[Candidate] = ()
+    ) -> Outcome:
+        """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps.
+
+        What that has ``freed`` comes along, unless their company is wrong.
+        """
         ledger = self.ledger
         replaced = [step for step in best.plan.steps if step not in plan.steps]
-        outcome = ledger.run(plan, against=best)
+        outcome = ledger.run(Plan.of([*plan.steps, *freed]), against=best)
+        if freed and not outcome.right and ledger.time_for_plan(plan, best):
+            outcome.close()
+            outcome = ledger.run(plan, against=best)
         if not outcome.accepted:
             outcome.close()
             ledger.reject_by(candidate, outcome)

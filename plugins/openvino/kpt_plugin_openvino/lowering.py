@@ -34,7 +34,8 @@ def lower(
         TypeError: an input or an output is no tensor, or of a dtype that OpenVINO has no counterpart of.
         RuntimeError: OpenVINO can't convert an operation; the message is its own.
     """
-    fixed = {i: value for i, value in enumerate(example_inputs) if id(value) in own}
+    # OpenVINO reads weights where they lie, and counts nobody's references to them.
+    fixed = {i: value.detach().contiguous() for i, value in enumerate(example_inputs) if id(value) in own}
     sizes, free = _symbolic(graph, fixed)
     places = [i for i in range(len(example_inputs)) if i not in fixed and i not in sizes]
     for index in places:
@@ -47,7 +48,7 @@ def lower(
     half = any(value.dtype is torch.bfloat16 for value in fixed.values())
     precision = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
     compiled = _compiled(traced(frozen, inputs), inputs, shapes, {**precision, **config})
-    requests = Requests(compiled, inputs, expected, bool(free))
+    requests = Requests(compiled, inputs, expected, bool(free), kept=tuple(fixed.values()))
 
     def call(*args: Any) -> list[torch.Tensor]:
         return requests([args[index] for index in places])

@@ -30,19 +30,24 @@ class Requests:
     """A function of lists of tensors. Calls may come from several threads: each has a request of its own.
 
     ``inputs`` and ``outputs`` are those of one call, and say what later ones have; where sizes are ``free``
-    others may come.
+    others may come. ``kept`` are tensors whose memory the compiled model reads.
 
     Raises:
         TypeError: another number of outputs was compiled.
     """
 
     def __init__(
-        self, compiled: Any, inputs: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], free: bool
+        self,
+        compiled: Any,
+        inputs: tuple[torch.Tensor, ...],
+        outputs: list[torch.Tensor],
+        free: bool,
+        kept: tuple[torch.Tensor, ...] = (),
     ) -> None:
         import openvino
 
         self._tensor, self._bfloat16 = openvino.Tensor, openvino.Type.bf16
-        self._compiled = compiled
+        self._compiled, self._kept = compiled, kept
         self._free = free
         self._dtypes = [output.dtype for output in outputs]
         self._shapes = [output.shape for output in outputs]

@@ -23,6 +23,7 @@ from kpt.transaction import workspace
 from kpt.transaction.observe import Observation
 from kpt_plugin_cpu import plugin as cpu
 from kpt_plugin_cpu.bf16 import Bf16
+from kpt_plugin_cpu.channels_last import ChannelsLast
 from kpt_plugin_openvino import plugin
 from kpt_plugin_openvino.lowering import lower
 from kpt_plugin_openvino.whole import OpenVino
@@ -143,6 +144,20 @@ def test_a_cast_model_is_computed_in_bfloat16():
     assert 1e-5 < error(found, model(x)) < 2e-2
     undo()
     take_back()
+
+
+@half
+@torch.no_grad()
+def test_weights_in_another_layout_and_dtype_are_those_of_the_model():
+    model, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    space = workspace.clone(model)
+    for behaviour in (Bf16(), ChannelsLast()):
+        (variant,) = [v for v in behaviour.propose(observe(model, x), PROFILE) if isinstance(v, Variant)]
+        behaviour.apply(space, variant)
+    OpenVino().apply(space, offer(observe(model, x)))
+    for _ in range(3):
+        x = torch.randn(2, 3, 16, 16)
+        assert error(space.forward(x)["map"], model(x)["map"]) < 2e-2
 
 
 @half
