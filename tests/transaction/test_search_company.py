@@ -255,33 +255,43 @@ def test_a_step_that_was_timed_too_little_stays_and_is_not_timed_again() -> None
     assert "half was timed too little to tell what it gains" in found.notes
 
 
-def freed(fate: Any) -> tuple[Any, Any]:
+def freed(fate: Any, gain: float = 2.4) -> tuple[Any, Any]:
     """An engine that takes no kernel, a compiler that does, and a kernel that gains beside that."""
     engine = replace(candidate("engine", "compile", 5.0, 2.5), conflicts=frozenset({"kernel"}))
-    offered = [engine, candidate("compiler", "compile", 20.0, 2.4), candidate("kernel", "kernels", 0.0, 1.1)]
-    return outlined(200.0, offered, fate)
+    kernel = replace(candidate("kernel", "kernels", 0.0, 1.1), kernel=True)
+    return outlined(200.0, [engine, candidate("compiler", "compile", 20.0, gain), kernel], fate)
 
 
-def test_a_compiler_in_place_of_one_that_takes_no_kernels_gets_those_that_it_kept_out():
+@pytest.mark.parametrize("gain", [2.4, 2.2])  # it comes before what is dropped one by one, and after that
+def test_a_compiler_in_place_of_one_that_takes_no_kernels_gets_those_that_it_kept_out(gain: float):
     gains = {frozenset({"engine"}): 2.0, frozenset({"compiler", "kernel"}): 1.3, frozenset({"compiler"}): 0.9}
-    found, trials = freed(lambda names, against: (5.0, "ok", gains.get(frozenset(names), 0.8)))
+    found, trials = freed(lambda names, against: (5.0, "ok", gains.get(frozenset(names), 0.8)), gain)
     assert found.best.plan.names == ("kernel", "compiler")
     assert [plan for plan, _ in trials.seen][:2] == ["engine", "kernel + compiler"]
     assert [entry.name for entry in found.rejected] == ["engine"]
 
 
-def test_a_wrong_kernel_does_not_cost_the_compiler_that_it_came_along_with():
+@pytest.mark.parametrize("rule", ["value", "slower"])
+def test_a_kernel_does_not_cost_the_compiler_that_it_came_along_with(rule: str):
     def fate(names: set[str], against: Any) -> tuple[float, str, float]:
-        return 5.0, "value" if "kernel" in names else "ok", 2.0 if "engine" in names else 1.2
+        gain = 2.0 if "engine" in names else 0.9 if "kernel" in names else 1.2
+        return 5.0, "value" if "kernel" in names and rule == "value" else "ok", gain
 
     found, trials = freed(fate)
     assert found.best.plan.names == ("compiler",)
     assert [plan for plan, _ in trials.seen][:3] == ["engine", "kernel + compiler", "compiler"]
-    assert ("kernel", "value") in [(entry.name, entry.rule) for entry in found.rejected]
+    assert ("kernel", rule) in [(entry.name, entry.rule) for entry in found.rejected]
+
+
+def test_what_was_stopped_is_not_tried_again_without_the_kernels():
+    found, trials = freed(lambda names, against: (5.0 if "engine" in names else 500.0, "ok", 2.0))
+    assert found.best.plan.names == ("engine",)
+    assert [plan for plan, _ in trials.seen] == ["engine", "kernel + compiler"]
 
 
 def test_what_a_kernel_itself_sets_up_is_not_brought_along():
     engine = replace(candidate("engine", "compile", 5.0, 2.5), conflicts=frozenset({"kernel"}))
-    offered = [engine, candidate("compiler", "compile", 20.0, 2.4), candidate("kernel", "kernels", 30.0, 1.1)]
+    kernel = replace(candidate("kernel", "kernels", 30.0, 1.1), kernel=True)
+    offered = [engine, candidate("compiler", "compile", 20.0, 2.4), kernel]
     _, trials = outlined(200.0, offered, lambda names, against: (5.0, "ok", 1.2))
     assert [plan for plan, _ in trials.seen][:2] == ["engine", "compiler"]

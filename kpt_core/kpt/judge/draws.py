@@ -153,9 +153,9 @@ class InputSpec:
 
     def sizes_in_proportion(self) -> list[dict[str, int]]:
         """Assignments for `draw` for models that take no others, as where one size is twice another."""
-        return proportional_sizes(self.dimensions.values(), map(self.sizes_of, self._examples))
+        return proportional_sizes(self.dimensions.values(), map(self._sizes_of, self._examples))
 
-    def sizes_of(self, call: Call) -> dict[str, int]:
+    def _sizes_of(self, call: Call) -> dict[str, int]:
         """The sizes of the dynamic dimensions in ``call``."""
         dims = {leaf.name: leaf.dims for leaf in self.leaves}
         return {

@@ -249,6 +249,8 @@ class Search:
                 continue
             freed = self._freed(candidate, plan, best)
             hope *= math.prod(step.gain for step in freed)
+            if replaced and least > _HOPELESS and hope < _HOPELESS:
+                continue  # what it gives way to may yet be replaced itself
             if candidate.gain <= 1.0 or hope < (_HOPELESS if replaced else _WORTH):
                 ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
                 continue
@@ -264,15 +266,15 @@ class Search:
         return best
 
     def _freed(self, candidate: Candidate, plan: Plan, best: Outcome) -> list[Candidate]:
-        """What can come beside ``candidate`` in ``plan`` and could not beside what that replaces of ``best``.
+        """Kernels that can come beside ``candidate`` in ``plan`` and could not beside what that replaces.
 
-        Only what costs no set-up: a compiler that does without kernels must not be all that keeps them from
-        those that take them.
+        A compiler that does without kernels must not keep them from those that take them. Only those without
+        a set-up.
         """
         ledger, found = self.ledger, []
         gone = [step for step in best.plan.steps if step not in plan.steps]
         for other in sorted(ledger.open(), key=lambda c: -c.gain):
-            if other is candidate or other.gain <= 1.0 or ledger.slow(Plan.of([other])):
+            if not other.kernel or other is candidate or other.gain <= 1.0 or ledger.slow(Plan.of([other])):
                 continue
             if ledger.fuel is not None and len(plan) >= ledger.fuel:
                 break
@@ -288,14 +290,14 @@ class Search:
     ) -> Outcome:
         """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps.
 
-        What that has ``freed`` comes along, unless their company is wrong.
+        What that has ``freed`` comes along, unless the plan is better without.
         """
         ledger = self.ledger
         replaced = [step for step in best.plan.steps if step not in plan.steps]
         outcome = ledger.run(Plan.of([*plan.steps, *freed]), against=best)
-        if freed and not outcome.right and ledger.time_for_plan(plan, best):
+        if freed and _their_fault(outcome, freed) and ledger.time_for_plan(plan, best):
             outcome.close()
-            outcome = ledger.run(plan, against=best)
+            outcome, freed = ledger.run(plan, against=best), ()
         if not outcome.accepted:
             outcome.close()
             ledger.reject_by(candidate, outcome)
@@ -303,9 +305,10 @@ class Search:
         for step in replaced:
             ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
             ledger.found.forget_gain(step.name)
-        ledger.found.gain(candidate.name, ratio(outcome))
-        if ledger.paid.issuperset(replaced):
-            ledger.paid.add(candidate)
+        if not freed:  # else it is not known which of them gains what
+            ledger.found.gain(candidate.name, ratio(outcome))
+            if ledger.paid.issuperset(replaced):
+                ledger.paid.add(candidate)
         return ledger.supersede(best, outcome)
 
     def _gamble(self, best: Outcome | None) -> Outcome | None:
@@ -367,6 +370,13 @@ class Search:
             f"not tried{against}: its trial was expected to take {seconds:.0f} s; {left:.0f} s were left, "
             "the commit's own among them"
         )
+
+
+def _their_fault(outcome: Outcome, freed: Sequence[Candidate]) -> bool:
+    """Whether a plan may be accepted without what was ``freed`` for it: it was slower, or wrong."""
+    if outcome.accepted:
+        return False
+    return outcome.rule == "slower" or outcome.judged_wrong or outcome.culprit in freed
 
 
 def _alone(worse: Outcome, better: Outcome) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -206,7 +207,12 @@ class Trials:
 
     def _of_other_sizes(self) -> list[Call]:
         """A call of sizes that eager takes, none of them one where its dimension reaches further, and one of
-        batch size one."""
+        batch size one where the batch is dynamic and no example has that size."""
+        return [self.baseline.draw(sizes=sizes) for sizes in (self._sizes, self._single) if sizes]
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Sizes other than the examples' that eager takes; none where it takes no others."""
         spec, baseline = self.observation.spec, self.baseline
         reach = {name: min(2, dimension.high) for name, dimension in spec.dimensions.items()}
         drawn = [
@@ -214,21 +220,18 @@ class Trials:
             for sizes in spec.sizes(baseline.generator, 4)
         ]
         fitting = [s for s in spec.sizes_in_proportion() if all(s[name] >= reach[name] for name in s)]
-        for sizes in drawn + fitting:
-            call = baseline.draw(sizes=sizes)
-            if baseline.runs(call):
-                return [call, *self._single(sizes)]
-        return self._single(spec.sizes_of(self.observation.calls[0]))
+        tried = (sizes for sizes in drawn + fitting if baseline.runs(baseline.draw(sizes=sizes)))
+        return next(tried, {})
 
-    def _single(self, sizes: dict[str, int]) -> list[Call]:
-        """A call of batch size one, where the batch is dynamic and no example has that size."""
+    @functools.cached_property
+    def _single(self) -> dict[str, int]:
+        """Sizes that eager takes with a batch of one; none where that is no kind of its own."""
         spec, baseline = self.observation.spec, self.baseline
         batch = {leaf.dims[0] for leaf in spec.leaves if 0 in leaf.dims}
         wanted = {n for n in batch if spec.dimensions[n].low <= 1 and 1 not in spec.dimensions[n].observed}
-        if not wanted:
-            return []
-        call = baseline.draw(sizes={name: 1 if name in wanted else size for name, size in sizes.items()})
-        return [call] if baseline.runs(call) else []
+        known = {name: dimension.observed[0] for name, dimension in spec.dimensions.items()}
+        sizes = {name: 1 if name in wanted else size for name, size in {**known, **self._sizes}.items()}
+        return sizes if wanted and baseline.runs(baseline.draw(sizes=sizes)) else {}
 
     def time(self, applied: Applied, against: Applied | None = None) -> Timing:
         """Pair ``applied`` with the untouched model, or with another applied plan.

@@ -6,7 +6,10 @@ conversion API around it reports its use to OpenVINO's makers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +19,10 @@ from kpt_plugin_openvino.requests import Requests
 
 #: Axes of each input that have any size: {position: {axis, ...}}.
 Free = Mapping[int, set[int]]
+_NO_CONFIG: Mapping[str, Any] = {}
+#: OpenVINO's CPUs compute integers in 32 bits.
+_INTEGERS = torch.iinfo(torch.int32)
+_UNKNOWN = (torch.float64, torch.complex64, torch.complex128, torch.complex32)
 
 
 def lower(
@@ -23,35 +30,47 @@ def lower(
     example_inputs: list[Any],
     *,
     own: set[int] | frozenset[int] = frozenset(),
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] = _NO_CONFIG,
 ) -> Callable[..., list[torch.Tensor]]:
-    """A dynamo backend: ``graph`` converted and compiled by OpenVINO for the CPU with ``config``.
+    """A dynamo backend: ``graph`` converted and compiled by OpenVINO for the CPU.
 
     Inputs whose identity is in ``own``, a model's weights, are frozen into it. Axes that dynamo holds
-    symbolic may have any size. Products are in bfloat16 where weights are, else in float32.
+    symbolic may have any size. Products are in bfloat16 where most weights are, else in float32, by as many
+    threads as torch uses; ``config`` overrides OpenVINO's properties. Calls with integers of more than 32
+    bits run the captured graph itself.
 
     Raises:
-        TypeError: an input or an output is no tensor, or of a dtype that OpenVINO has no counterpart of.
-        RuntimeError: OpenVINO can't convert an operation; the message is its own.
+        TypeError: an input or an output is no tensor, or something is in a dtype that OpenVINO has not.
+        RuntimeError: OpenVINO can't compile the graph; the message is its own.
     """
-    # OpenVINO reads weights where they lie, and counts nobody's references to them.
-    fixed = {i: value.detach().contiguous() for i, value in enumerate(example_inputs) if id(value) in own}
+    fixed = {i: value for i, value in enumerate(example_inputs) if id(value) in own}
     sizes, free = _symbolic(graph, fixed)
     places = [i for i in range(len(example_inputs)) if i not in fixed and i not in sizes]
     for index in places:
         _check(f"input {index}", example_inputs[index])
+    for node in graph.graph.nodes:
+        if isinstance(value := node.meta.get("example_value"), torch.Tensor):
+            _check(f"{node.name}", value)
     inputs = tuple(example_inputs[i] for i in places)
-    frozen = Frozen(graph, fixed, len(example_inputs), sizes)
+    frozen = Frozen(graph, fixed, len(example_inputs), sizes).eval()
     with torch.no_grad():
         expected = _tensors(frozen(*inputs))
     shapes = [_shape(value, free.get(place, set())) for place, value in zip(places, inputs)]
-    half = any(value.dtype is torch.bfloat16 for value in fixed.values())
-    precision = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
-    compiled = _compiled(traced(frozen, inputs), inputs, shapes, {**precision, **config})
-    requests = Requests(compiled, inputs, expected, bool(free), kept=tuple(fixed.values()))
+    properties = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if _in_bfloat16(fixed.values()) else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,  # to cores, which other threads of the process share
+        **config,
+    }
+    requests = Requests(_compiled(traced(frozen, inputs), inputs, shapes, properties), inputs, expected)
+    long = [number for number, value in enumerate(inputs) if value.dtype is torch.int64]
 
     def call(*args: Any) -> list[torch.Tensor]:
-        return requests([args[index] for index in places])
+        given = [args[index] for index in places]
+        if any(_needs_64_bits(given[number]) for number in long):
+            return _tensors(frozen(*given))
+        return requests(given)
 
     return call
 
@@ -60,7 +79,7 @@ def _compiled(
     script: torch.jit.ScriptModule,
     inputs: tuple[torch.Tensor, ...],
     shapes: list[list[int]],
-    config: Mapping[str, Any],
+    properties: Mapping[str, Any],
 ) -> Any:
     """``script`` compiled by OpenVINO, which has no inputs but ``inputs``, of ``shapes`` (-1: any)."""
     import openvino
@@ -68,16 +87,37 @@ def _compiled(
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(script, example_input=inputs)  # asked until the conversion ends
+    # OpenVINO would read weights where they lie, and not keep those in bfloat16 alive.
+    decoder = TorchScriptPythonDecoder(script, example_input=inputs, shared_memory=False)
     try:
-        model = frontend.convert(frontend.load(decoder))
+        with _interrupted_later():
+            model = frontend.convert(frontend.load(decoder))
         places = model.inputs
         if len(places) != len(inputs):
             raise RuntimeError(f"it found {len(places)} inputs in a graph of {len(inputs)}")
         model.reshape({place: openvino.PartialShape(shape) for place, shape in zip(places, shapes)})
-        return openvino.Core().compile_model(model, "CPU", dict(config))
+        return openvino.Core().compile_model(model, "CPU", dict(properties))
+    except MemoryError:
+        raise
     except Exception as error:  # its versions differ in what is a RuntimeError
         raise RuntimeError(f"OpenVINO can't compile the graph: {_summary(str(error))}") from error
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C after the block: in what OpenVINO calls back it would be taken for a failed conversion."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _summary(message: str) -> str:
@@ -129,5 +169,23 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
 def _check(what: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} of the graph is of type {type(value).__name__}; OpenVINO takes tensors")
-    if value.is_complex():
-        raise TypeError(f"{what} of the graph is a tensor of {value.dtype}, which OpenVINO has not")
+    if value.dtype in _UNKNOWN:
+        raise TypeError(
+            f"{what} of the graph is a tensor of {value.dtype}, in which OpenVINO does not compute"
+        )
+
+
+def _in_bfloat16(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether most elements of the weights of products are in bfloat16."""
+    sizes: dict[torch.dtype, int] = {}
+    for weight in weights:
+        if weight.dim() > 1 and weight.is_floating_point():
+            sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()
+    return 2 * sizes.get(torch.bfloat16, 0) > sum(sizes.values())
+
+
+def _needs_64_bits(value: torch.Tensor) -> bool:
+    if value.numel() == 0:
+        return False
+    low, high = value.aminmax()
+    return int(low) < _INTEGERS.min or int(high) > _INTEGERS.max

@@ -29,30 +29,23 @@ class _Request:
 class Requests:
     """A function of lists of tensors. Calls may come from several threads: each has a request of its own.
 
-    ``inputs`` and ``outputs`` are those of one call, and say what later ones have; where sizes are ``free``
-    others may come. ``kept`` are tensors whose memory the compiled model reads.
+    ``inputs`` and ``outputs`` are those of one call, and say what later ones have; where OpenVINO knows no
+    sizes others may come.
 
     Raises:
         TypeError: another number of outputs was compiled.
     """
 
-    def __init__(
-        self,
-        compiled: Any,
-        inputs: tuple[torch.Tensor, ...],
-        outputs: list[torch.Tensor],
-        free: bool,
-        kept: tuple[torch.Tensor, ...] = (),
-    ) -> None:
+    def __init__(self, compiled: Any, inputs: tuple[torch.Tensor, ...], outputs: list[torch.Tensor]) -> None:
         import openvino
 
         self._tensor, self._bfloat16 = openvino.Tensor, openvino.Type.bf16
-        self._compiled, self._kept = compiled, kept
-        self._free = free
+        self._compiled = compiled
+        self._free = any(place.partial_shape.is_dynamic for place in (*compiled.inputs, *compiled.outputs))
         self._dtypes = [output.dtype for output in outputs]
         self._shapes = [output.shape for output in outputs]
-        self._shared_in = [free or not _small(value) for value in inputs]
-        self._shared_out = [free or not _small(value) for value in outputs]
+        self._shared_in = [self._free or not _small(value) for value in inputs]
+        self._shared_out = [self._free or not _small(value) for value in outputs]
         if len(compiled.outputs) != len(outputs):
             raise TypeError(f"OpenVINO made {len(compiled.outputs)} outputs of {len(outputs)}")
         self._idle: list[_Request] = [_Request(compiled, self._shared_in, self._shared_out)]
@@ -87,7 +80,10 @@ class Requests:
                 self._copied(raw.get_output_tensor(n).data, dtype) for n, dtype in enumerate(self._dtypes)
             ]
         shared = iter(results)
-        return [next(shared) if own is None else own.clone() for own in request.outputs]
+        return [
+            next(shared) if own is None else own.to(dtype, copy=True)
+            for own, dtype in zip(request.outputs, self._dtypes)
+        ]
 
     def _over(self, value: torch.Tensor) -> Any:
         """OpenVINO's tensor over the memory of a contiguous one."""

@@ -34,6 +34,9 @@ class OpenVino:
         if reason is not None:
             yield Skip(reason)
             return
+        if observation.objective == "memory":
+            yield Skip("it holds a copy of the weights in memory of its own")
+            return
         others = observation.parameter_dtypes - {"float32", "bfloat16"}
         if others or not observation.parameter_dtypes:
             found = ", ".join(sorted(others)) or "none"
@@ -55,14 +58,9 @@ class OpenVino:
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
         own = frozenset(id(tensor) for tensor in (*model.parameters(), *model.buffers()))
-        config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "ENABLE_CPU_PINNING": False,  # to cores, which other threads of the process share
-        }
         compiled = CompiledModule(
             model,
-            backend=functools.partial(lower, own=own, config=config),
+            backend=functools.partial(lower, own=own),
             dynamic_dims={
                 name: {int(axis): dim for axis, dim in axes.items()}
                 for name, axes in variant.params["dims"].items()

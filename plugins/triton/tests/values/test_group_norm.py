@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_suite import TritonSuite, gradcheck
+from triton_suite import InOneDtype, TritonSuite, gradcheck
 
 import kpt_plugin_triton.plugin as plugin
 from kpt_plugin_triton import group_norm as module
@@ -45,7 +45,7 @@ class TestGroupNormSilu(TestGroupNorm):
         return {**super().arguments(), "activation": "silu"}
 
 
-class TestLargeGroups(TestGroupNormSilu):
+class TestLargeGroups(InOneDtype, TestGroupNormSilu):
     """Groups that many programs share, made small enough for the interpreter."""
 
     rows = (1, 3)
