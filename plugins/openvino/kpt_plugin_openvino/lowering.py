@@ -6,6 +6,7 @@ conversion API around it reports its use to OpenVINO's makers.
 
 from __future__ import annotations
 
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +44,8 @@ def lower(
         TypeError: an input or an output is no tensor, or something is in a dtype that OpenVINO has not.
         RuntimeError: OpenVINO can't compile the graph; the message is its own.
     """
-    fixed = {i: value for i, value in enumerate(example_inputs) if id(value) in own}
+    # As they lie OpenVINO reads them; what it would have to copy first, it does not keep alive in bfloat16.
+    fixed = {i: value.detach().contiguous() for i, value in enumerate(example_inputs) if id(value) in own}
     sizes, free = _symbolic(graph, fixed)
     places = [i for i in range(len(example_inputs)) if i not in fixed and i not in sizes]
     for index in places:
@@ -63,7 +65,9 @@ def lower(
         "ENABLE_CPU_PINNING": False,  # to cores, which other threads of the process share
         **config,
     }
-    requests = Requests(_compiled(traced(frozen, inputs), inputs, shapes, properties), inputs, expected)
+    script = traced(frozen, inputs)
+    compiled = _compiled(script, inputs, shapes, properties, shared=_as_they_lie(graph))
+    requests = Requests(compiled, inputs, expected, kept=script)
     long = [number for number, value in enumerate(inputs) if value.dtype is torch.int64]
 
     def call(*args: Any) -> list[torch.Tensor]:
@@ -80,15 +84,19 @@ def _compiled(
     inputs: tuple[torch.Tensor, ...],
     shapes: list[list[int]],
     properties: Mapping[str, Any],
+    *,
+    shared: bool,
 ) -> Any:
-    """``script`` compiled by OpenVINO, which has no inputs but ``inputs``, of ``shapes`` (-1: any)."""
+    """``script`` compiled by OpenVINO, which has no inputs but ``inputs``, of ``shapes`` (-1: any).
+
+    Where memory is ``shared`` its constants have to live as long as what is made.
+    """
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
-    # OpenVINO would read weights where they lie, and not keep those in bfloat16 alive.
-    decoder = TorchScriptPythonDecoder(script, example_input=inputs, shared_memory=False)
+    decoder = TorchScriptPythonDecoder(script, example_input=inputs, shared_memory=shared)
     try:
         with _interrupted_later():
             model = frontend.convert(frontend.load(decoder))
@@ -118,6 +126,16 @@ def _interrupted_later() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+def _as_they_lie(graph: torch.fx.GraphModule) -> bool:
+    """Whether OpenVINO needs no copies of the constants in ``graph``."""
+    names = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
+    return all(
+        value.is_contiguous()
+        for name in names
+        if isinstance(value := operator.attrgetter(name)(graph), torch.Tensor)
+    )
 
 
 def _summary(message: str) -> str:
@@ -170,9 +188,7 @@ def _check(what: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what} of the graph is of type {type(value).__name__}; OpenVINO takes tensors")
     if value.dtype in _UNKNOWN:
-        raise TypeError(
-            f"{what} of the graph is a tensor of {value.dtype}, in which OpenVINO does not compute"
-        )
+        raise TypeError(f"{what} of the graph is a tensor of {value.dtype}, which OpenVINO has not")
 
 
 def _in_bfloat16(weights: Iterable[torch.Tensor]) -> bool:

@@ -30,17 +30,19 @@ class Requests:
     """A function of lists of tensors. Calls may come from several threads: each has a request of its own.
 
     ``inputs`` and ``outputs`` are those of one call, and say what later ones have; where OpenVINO knows no
-    sizes others may come.
+    sizes others may come. ``kept`` holds the constants whose memory it reads.
 
     Raises:
         TypeError: another number of outputs was compiled.
     """
 
-    def __init__(self, compiled: Any, inputs: tuple[torch.Tensor, ...], outputs: list[torch.Tensor]) -> None:
+    def __init__(
+        self, compiled: Any, inputs: tuple[torch.Tensor, ...], outputs: list[torch.Tensor], kept: Any
+    ) -> None:
         import openvino
 
         self._tensor, self._bfloat16 = openvino.Tensor, openvino.Type.bf16
-        self._compiled = compiled
+        self._compiled, self._kept = compiled, kept
         self._free = any(place.partial_shape.is_dynamic for place in (*compiled.inputs, *compiled.outputs))
         self._dtypes = [output.dtype for output in outputs]
         self._shapes = [output.shape for output in outputs]

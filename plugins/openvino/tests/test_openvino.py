@@ -262,8 +262,8 @@ def test_it_is_called_in_any_mode_of_autograd():
 def test_nothing_of_it_stays_after_its_undo(monkeypatch):
     made: list[weakref.ref] = []
 
-    def requests(*given: object) -> Requests:
-        found = Requests(*given)
+    def requests(*given: object, **further: object) -> Requests:
+        found = Requests(*given, **further)
         made.append(weakref.ref(found))
         return found
 
@@ -321,19 +321,42 @@ def test_integers_of_more_than_32_bits_are_computed_by_the_captured_graph():
 
 @torch.no_grad()
 def test_one_buffer_in_bfloat16_lowers_no_products():
-    class Shifted(nn.Module):
+    class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = mlp(256)
-            self.register_buffer("shift", torch.full((4,), 0.25, dtype=torch.bfloat16))
+            self.register_buffer("scale", torch.full((4,), 0.25, dtype=torch.bfloat16))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layers(x) + self.shift
+            return self.layers(x) * self.scale
 
-    model, x = Shifted().eval(), torch.randn(32, 16)
+    model, x = Scaled().eval(), torch.randn(32, 16)
     _, space, undo = applied(model, x)
     assert error(space.forward(x), model(x)) < 1e-6
     undo()
+
+
+@half
+@torch.no_grad()
+def test_constants_in_bfloat16_live_as_long_as_what_reads_them():
+    class Literal(nn.Module):
+        def __init__(self, transposed: bool) -> None:
+            super().__init__()
+            self.layer, self.transposed = nn.Linear(64, 64, bias=False), transposed
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table = torch.arange(64 * 64, dtype=torch.bfloat16).reshape(64, 64) / 4096
+            return self.layer(x) @ (table.t() if self.transposed else table)
+
+    for transposed in (False, True):
+        model, x = Literal(transposed).bfloat16().eval(), torch.randn(64, 64).bfloat16()
+        _, space, undo = applied(model, x)
+        space.forward(x)
+        gc.collect()
+        churn = [torch.full((64, 64), 7.0, dtype=torch.bfloat16) for _ in range(64)]
+        assert error(space.forward(x), model(x)) < 2e-2
+        undo()
+        del churn
 
 
 def test_ctrl_c_in_a_conversion_is_heard_after_it():
@@ -360,7 +383,7 @@ def test_what_it_can_not_take_is_named():
     plain = model.forward
     model.forward = lambda x: plain(x.double().cumsum(0).float())
     undo = OpenVino().apply(model, offer(observe(model, x)))
-    with pytest.raises(Exception, match="float64; OpenVINO computes in no such dtype"), torch.no_grad():
+    with pytest.raises(Exception, match="float64, which OpenVINO has not"), torch.no_grad():
         model.forward(x)
     undo()
 
