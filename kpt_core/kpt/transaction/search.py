@@ -10,10 +10,9 @@ to take longer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kpt.transaction import fixed_order, gate, stacks
+from kpt.transaction import alternatives, fixed_order, gate, stacks
 from kpt.transaction.ledger import Found, Ledger, ratio
 from kpt.transaction.plan import Plan, excludes, worth
 from kpt.transaction.watch import why_no_copies
@@ -24,19 +23,6 @@ if TYPE_CHECKING:
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Candidate, Proposals
     from kpt.transaction.trial import Trials
-
-#: What would come beside the chosen steps is not tried where it is predicted to gain less than this,
-_WORTH = 1.02
-#: nor what would come in place of one of them where it is predicted below this: predictions are rough.
-_HOPELESS = 0.75
-#: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
-_PROMISING = 1.0
-#: A set-up that is expected to take this many times what is left is not begun,
-_GAMBLE = 2.5
-#: nor any where less than this share of the budget is left.
-_GAMBLE_LEAST = 0.15
-#: nor for less than this.
-_GAMBLE_GAIN = 1.2
 
 #: A step without which the plan seems this much slower stays, even if noise leaves that open.
 _STAYS = 1.1
@@ -84,11 +70,11 @@ class Search:
                 best = self._singles()
             if best is not None:
                 best = self._ablate(best, least=math.inf)
-                best = self._alternatives(best, least=_PROMISING)
-                best = self._ablate(best, least=_HOPELESS)
-                best = self._alternatives(best)
+                best = alternatives.tried(ledger, best, least=alternatives.PROMISING)
+                best = self._ablate(best, least=alternatives.HOPELESS)
+                best = alternatives.tried(ledger, best)
                 best = self._ablate(best)
-            best = self._gamble(best)
+            best = alternatives.gamble(ledger, best)
         self._leftovers(best)
         ledger.found.best = best
         return ledger.found
@@ -234,112 +220,6 @@ class Search:
         slow = [plan for plan in plans if step in plan.steps and ledger.slow(plan)]
         return any(ledger.time_for_plan(plan, best) for plan in slow)
 
-    def _alternatives(self, best: Outcome, *, least: float = _HOPELESS) -> Outcome:
-        """Try what was left out in place of (or beside) what was chosen, most promising first.
-
-        Those that promise less than ``least`` stay open, where they need a set-up.
-        """
-        ledger = self.ledger
-        for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
-            if any(candidate is step for step in best.plan.steps):
-                continue
-            replaced = any(excludes(step, candidate) is not None for step in best.plan.steps)
-            hope, plan = _hope(candidate, best), best.plan.with_(candidate)
-            if ledger.fuel is not None and len(plan) > ledger.fuel:
-                continue
-            freed = self._freed(candidate, plan, best)
-            hope *= math.prod(step.gain for step in freed)
-            if replaced and least > _HOPELESS and hope < _HOPELESS:
-                continue  # what it gives way to may yet be replaced itself
-            if candidate.gain <= 1.0 or hope < (_HOPELESS if replaced else _WORTH):
-                ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
-                continue
-            if hope < least and ledger.slow(plan):
-                continue
-            known = ledger.failed(plan)
-            if known is not None:
-                ledger.reject_by(candidate, known)
-                continue
-            if not ledger.time_for_plan(plan, best):
-                continue
-            best = self._in_place(candidate, plan, best, freed)
-        return best
-
-    def _freed(self, candidate: Candidate, plan: Plan, best: Outcome) -> list[Candidate]:
-        """Kernels that can come beside ``candidate`` in ``plan`` and could not beside what that replaces.
-
-        A compiler that does without kernels must not keep them from those that take them. Only those without
-        a set-up.
-        """
-        ledger, found = self.ledger, []
-        gone = [step for step in best.plan.steps if step not in plan.steps]
-        for other in sorted(ledger.open(), key=lambda c: -c.gain):
-            if not other.kernel or other is candidate or other.gain <= 1.0 or ledger.slow(Plan.of([other])):
-                continue
-            if ledger.fuel is not None and len(plan) >= ledger.fuel:
-                break
-            beside = all(excludes(step, other) is None for step in plan.steps)
-            if beside and any(excludes(step, other) is not None for step in gone):
-                if other.requires <= plan.provided:
-                    found.append(other)
-                    plan = plan.with_(other)
-        return found if ledger.failed(plan) is None else []
-
-    def _in_place(
-        self, candidate: Candidate, plan: Plan, best: Outcome, freed: Sequence[Candidate] = ()
-    ) -> Outcome:
-        """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps.
-
-        What that has ``freed`` comes along, unless the plan is better without.
-        """
-        ledger = self.ledger
-        replaced = [step for step in best.plan.steps if step not in plan.steps]
-        outcome = ledger.run(Plan.of([*plan.steps, *freed]), against=best)
-        if freed and _their_fault(outcome, freed) and ledger.time_for_plan(plan, best):
-            outcome.close()
-            outcome, freed = ledger.run(plan, against=best), ()
-        if not outcome.accepted:
-            outcome.close()
-            ledger.reject_by(candidate, outcome)
-            return best
-        for step in replaced:
-            ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
-            ledger.found.forget_gain(step.name)
-        if not freed:  # else it is not known which of them gains what
-            ledger.found.gain(candidate.name, ratio(outcome))
-            if ledger.paid.issuperset(replaced):
-                ledger.paid.add(candidate)
-        return ledger.supersede(best, outcome)
-
-    def _gamble(self, best: Outcome | None) -> Outcome | None:
-        """Give what is left to the step that promises most of those whose set-up was expected to take longer.
-
-        Expectations are rough, and nothing else is left to do.
-        """
-        ledger = self.ledger
-        left = ledger.budget.left()
-        waiting: list[tuple[Candidate, Plan]] = []
-        for candidate in ledger.open():
-            if (candidate.gain if best is None else _hope(candidate, best)) < _GAMBLE_GAIN:
-                continue
-            plan = best.plan.with_(candidate) if best is not None else Plan.of([candidate])
-            known = best is not None and candidate in best.plan.steps or ledger.failed(plan) is not None
-            if known or (ledger.fuel is not None and len(plan) > ledger.fuel):
-                continue
-            if ledger.slow(plan) and ledger.setup(plan) < _GAMBLE * left:
-                waiting.append((candidate, plan))
-        if not waiting or not ledger.time_for(_GAMBLE_LEAST * ledger.budget.seconds):
-            return best
-        candidate, plan = max(waiting, key=lambda item: worth(item[0], left))
-        if best is not None:
-            return self._in_place(candidate, plan, best)
-        outcome = ledger.run(plan)
-        if outcome.accepted:
-            return outcome
-        outcome.close()
-        ledger.reject_by(candidate, outcome)
-        return None
-
     def _leftovers(self, best: Outcome | None) -> None:
         ledger = self.ledger
         chosen = set(best.plan.steps) if best is not None else set()
@@ -372,13 +252,6 @@ class Search:
         )
 
 
-def _their_fault(outcome: Outcome, freed: Sequence[Candidate]) -> bool:
-    """Whether a plan may be accepted without what was ``freed`` for it: it was slower, or wrong."""
-    if outcome.accepted:
-        return False
-    return outcome.rule == "slower" or outcome.judged_wrong or outcome.culprit in freed
-
-
 def _alone(worse: Outcome, better: Outcome) -> str:
     return f"{ratio(worse):.2f}x alone; {better.plan.key} gives {better.over_eager:.2f}x"
 
@@ -394,12 +267,3 @@ def _doubt(timing: Timing) -> str:
         return f"all kinds of calls together take {1.0 / timing.total:.2f} times as long without it"
     most = f"{1.0 / timing.low:.2f}x" if timing.low > 0.0 else "any number"
     return f"in doubt: its gain lies between {1.0 / timing.high:.2f}x and {most}"
-
-
-def _hope(candidate: Candidate, best: Outcome) -> float:
-    """The predicted gain of ``candidate`` over what it would replace in ``best``."""
-    before = 1.0
-    for step in best.plan.steps:
-        if excludes(step, candidate) is not None:
-            before *= max(1.0, step.gain)
-    return candidate.gain / before

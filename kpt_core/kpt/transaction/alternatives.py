@@ -1,0 +1,154 @@
+"""What was left out of a plan, tried in place of what was chosen or beside it.
+
+Most promising first. What is left of the budget in the end is given to what was thought to take longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kpt.transaction.ledger import ratio
+from kpt.transaction.plan import Plan, excludes, worth
+
+if TYPE_CHECKING:
+    from kpt.transaction.ledger import Ledger
+    from kpt.transaction.outcome import Outcome
+    from kpt.transaction.plan import Candidate
+
+#: What would come beside the chosen steps is not tried where it is predicted to gain less than this,
+_WORTH = 1.02
+#: nor what would come in place of one of them where it is predicted below this: predictions are rough.
+HOPELESS = 0.75
+#: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
+PROMISING = 1.0
+#: A set-up that is expected to take this many times what is left is not begun,
+_GAMBLE = 2.5
+#: nor any where less than this share of the budget is left.
+_GAMBLE_LEAST = 0.15
+#: nor for less than this.
+_GAMBLE_GAIN = 1.2
+
+
+def tried(ledger: Ledger, best: Outcome, *, least: float = HOPELESS) -> Outcome:
+    """Try what was left out in place of (or beside) what was chosen, most promising first.
+
+    Those that promise less than ``least`` stay open, where they need a set-up.
+    """
+    for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
+        if any(candidate is step for step in best.plan.steps):
+            continue
+        replaced = any(excludes(step, candidate) is not None for step in best.plan.steps)
+        hope, plan = _hope(candidate, best), best.plan.with_(candidate)
+        if ledger.fuel is not None and len(plan) > ledger.fuel:
+            continue
+        freed = _freed(ledger, candidate, plan, best)
+        hope *= math.prod(step.gain for step in freed)
+        if replaced and least > HOPELESS and hope < HOPELESS:
+            continue  # what it gives way to may yet be replaced itself
+        if candidate.gain <= 1.0 or hope < (HOPELESS if replaced else _WORTH):
+            ledger.reject(candidate, "slower", f"predicted {hope:.2f}x of what was chosen, not tried")
+            continue
+        if hope < least and ledger.slow(plan):
+            continue
+        known = ledger.failed(plan)
+        if known is not None:
+            ledger.reject_by(candidate, known)
+            continue
+        if not ledger.time_for_plan(plan, best):
+            continue
+        best = _in_place(ledger, candidate, plan, best, freed)
+    return best
+
+
+def _freed(ledger: Ledger, candidate: Candidate, plan: Plan, best: Outcome) -> list[Candidate]:
+    """Kernels that can come beside ``candidate`` in ``plan`` and could not beside what that replaces.
+
+    A compiler that does without kernels must not keep them from those that take them. Only those without
+    a set-up.
+    """
+    found: list[Candidate] = []
+    gone = [step for step in best.plan.steps if step not in plan.steps]
+    for other in sorted(ledger.open(), key=lambda c: -c.gain):
+        if not other.kernel or other is candidate or other.gain <= 1.0 or ledger.slow(Plan.of([other])):
+            continue
+        if ledger.fuel is not None and len(plan) >= ledger.fuel:
+            break
+        beside = all(excludes(step, other) is None for step in plan.steps)
+        if beside and any(excludes(step, other) is not None for step in gone):
+            if other.requires <= plan.provided:
+                found.append(other)
+                plan = plan.with_(other)
+    return found if ledger.failed(plan) is None else []
+
+
+def _in_place(
+    ledger: Ledger, candidate: Candidate, plan: Plan, best: Outcome, freed: Sequence[Candidate] = ()
+) -> Outcome:
+    """The better of ``best`` and ``plan``, which has ``candidate`` beside or in place of its steps.
+
+    What that has ``freed`` comes along, unless the plan is better without.
+    """
+    replaced = [step for step in best.plan.steps if step not in plan.steps]
+    outcome = ledger.run(Plan.of([*plan.steps, *freed]), against=best)
+    if freed and _their_fault(outcome, freed) and ledger.time_for_plan(plan, best):
+        outcome.close()
+        outcome, freed = ledger.run(plan, against=best), ()
+    if not outcome.accepted:
+        outcome.close()
+        ledger.reject_by(candidate, outcome)
+        return best
+    for step in replaced:
+        ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
+        ledger.found.forget_gain(step.name)
+    if not freed:  # else it is not known which of them gains what
+        ledger.found.gain(candidate.name, ratio(outcome))
+        if ledger.paid.issuperset(replaced):
+            ledger.paid.add(candidate)
+    return ledger.supersede(best, outcome)
+
+
+def gamble(ledger: Ledger, best: Outcome | None) -> Outcome | None:
+    """Give what is left to the step that promises most of those whose set-up was expected to take longer.
+
+    Expectations are rough, and nothing else is left to do.
+    """
+    left = ledger.budget.left()
+    waiting: list[tuple[Candidate, Plan]] = []
+    for candidate in ledger.open():
+        if (candidate.gain if best is None else _hope(candidate, best)) < _GAMBLE_GAIN:
+            continue
+        plan = best.plan.with_(candidate) if best is not None else Plan.of([candidate])
+        known = best is not None and candidate in best.plan.steps or ledger.failed(plan) is not None
+        if known or (ledger.fuel is not None and len(plan) > ledger.fuel):
+            continue
+        if ledger.slow(plan) and ledger.setup(plan) < _GAMBLE * left:
+            waiting.append((candidate, plan))
+    if not waiting or not ledger.time_for(_GAMBLE_LEAST * ledger.budget.seconds):
+        return best
+    candidate, plan = max(waiting, key=lambda item: worth(item[0], left))
+    if best is not None:
+        return _in_place(ledger, candidate, plan, best)
+    outcome = ledger.run(plan)
+    if outcome.accepted:
+        return outcome
+    outcome.close()
+    ledger.reject_by(candidate, outcome)
+    return None
+
+
+def _their_fault(outcome: Outcome, freed: Sequence[Candidate]) -> bool:
+    """Whether a plan may be accepted without what was ``freed`` for it: it was slower, or wrong."""
+    if outcome.accepted:
+        return False
+    return outcome.rule == "slower" or outcome.judged_wrong or outcome.culprit in freed
+
+
+def _hope(candidate: Candidate, best: Outcome) -> float:
+    """The predicted gain of ``candidate`` over what it would replace in ``best``."""
+    before = 1.0
+    for step in best.plan.steps:
+        if excludes(step, candidate) is not None:
+            before *= max(1.0, step.gain)
+    return candidate.gain / before
