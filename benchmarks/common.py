@@ -23,7 +23,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 for folder in ("examples", "tests"):
     sys.path.insert(0, str(ROOT / folder))
 
-VERSIONS_OF = ("kpt-core", "kpt-plugin-cpu", "torch", "transformers", "onnxruntime", "openvino", "torchao")
+VERSIONS_OF = (
+    "kpt-core",
+    "kpt-plugin-cpu",
+    "kpt-plugin-openvino",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "torchao",
+)
 
 #: What tells two processors of one name apart: a hypervisor often hides the rest of the name.
 GENERATION = (("family", "cpu family"), ("model", "model"))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Share of a compiler's time that it takes: 3 s of 17 for BERT-base on an Emerald Rapids.
 _SHARE = 0.3
+#: Packing reads each weight, writes it and reorders it: times that it is read, about.
+_PACKING = 4.0
 #: What is left of what a call does besides products: it fuses as compilers do, and calls no Python between.
 _REST = 0.9 * estimates.FUSED
 
@@ -48,11 +50,12 @@ class OpenVino:
         faster = 1.0
         if not estimates.in_bfloat16(observation):
             faster = max(estimates.rate_ratio(hardware, estimates.ONEDNN), 1.0)
+        read = _PACKING * observation.parameter_bytes
         yield Variant(
             "whole",
             {"dims": declared_dims(observation)},
             estimates.estimate(observation, hardware).gain(rate_ratio=faster, rest_ratio=_REST),
-            _SHARE * estimates.compile_seconds(observation),
+            _SHARE * estimates.compile_seconds(observation) + read / max(hardware.bandwidth, 1e9),
             derives=True,
         )
 
