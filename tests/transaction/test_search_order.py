@@ -120,3 +120,11 @@ def test_what_is_replaced_together_with_another_step_is_tried_in_place_before_mu
     assert keys[0] == "half + quick" and "bold + compiler" in keys, keys
     assert "half + compiler" in keys[keys.index("bold + compiler") :] and "compiler" not in keys, keys
     assert set(found.best.plan.steps) == {half, compiler}
+
+
+def test_what_costs_little_beside_the_best_comes_before_what_costs_much_in_its_place() -> None:
+    """Of another shape a quick engine is set up again in seconds; another compiler promises no more."""
+    engine = candidate("engine", "compile", 5.0, 2.5)
+    offered = [engine, candidate("compiler", "compile", 20.0, 2.5), candidate("shapes", "shapes", 40.0, 1.03)]
+    _, trials = outlined(120.0, offered, lambda names, against: (8.0, "ok", 1.2))
+    assert [plan for plan, _ in trials.seen][:3] == ["engine", "engine + shapes", "compiler + shapes"]

@@ -36,7 +36,13 @@ def tried(ledger: Ledger, best: Outcome, *, least: float = HOPELESS) -> Outcome:
 
     Those that promise less than ``least`` stay open, where they need a set-up.
     """
-    for candidate in sorted(ledger.open(), key=lambda c: -worth(c, ledger.budget.seconds)):
+
+    def promise(candidate: Candidate) -> float:
+        """Its predicted gain over what is there, less what the set-up of the plan costs of the budget."""
+        setup = ledger.announced(best.plan.with_(candidate))
+        return _hope(candidate, best) / (1.0 + setup / ledger.budget.seconds)
+
+    for candidate in sorted(ledger.open(), key=promise, reverse=True):
         if any(candidate is step for step in best.plan.steps):
             continue
         replaced = any(excludes(step, candidate) is not None for step in best.plan.steps)
