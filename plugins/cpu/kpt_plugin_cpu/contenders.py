@@ -7,6 +7,7 @@ copy, and returns a function of such calls. Their libraries are imported when th
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -192,16 +193,22 @@ def exported_onnx(model: torch.nn.Module, example: Inputs) -> bytes:
     raise errors[-1]
 
 
+@functools.cache
+def _openvino() -> Any:
+    """OpenVINO's entry, one for the life of the process: two that go leave its signals without a stack."""
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVino:
     """OpenVINO's CPU plugin with its defaults (bfloat16 inside where the CPU has it)."""
 
     precision: str | None = None
 
     def prepare(self, model: torch.nn.Module, example: Inputs) -> Run:
-        import openvino
-
         tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
-        core = openvino.Core()
+        core = _openvino()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

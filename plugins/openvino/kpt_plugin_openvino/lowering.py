@@ -6,6 +6,7 @@ conversion API around it reports its use to OpenVINO's makers.
 
 from __future__ import annotations
 
+import functools
 import operator
 import signal
 import threading
@@ -79,6 +80,18 @@ def lower(
     return call
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's entry, one for the life of the process.
+
+    Each gives the thread that makes it another stack for signals, and takes it back when it goes. Two that go
+    in the order in which they came leave one that is gone, and the next signal ends the process.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _compiled(
     script: torch.jit.ScriptModule,
     inputs: tuple[torch.Tensor, ...],
@@ -104,7 +117,7 @@ def _compiled(
         if len(places) != len(inputs):
             raise RuntimeError(f"it found {len(places)} inputs in a graph of {len(inputs)}")
         model.reshape({place: openvino.PartialShape(shape) for place, shape in zip(places, shapes)})
-        return openvino.Core().compile_model(model, "CPU", dict(properties))
+        return _core().compile_model(model, "CPU", dict(properties))
     except MemoryError:
         raise
     except Exception as error:  # its versions differ in what is a RuntimeError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import signal
+import subprocess
 import sys
 import threading
 import weakref
@@ -452,6 +453,25 @@ def test_what_it_made_serves_no_changed_weights():
     twin.last.weight.mul_(2.0)
     assert torch.equal(model(x), twin(x)) and fast_calls(model) == 1
     kpt.restore(model)
+
+
+def test_signals_are_survived_after_models_that_went_in_the_order_in_which_they_came():
+    code = """
+import faulthandler, gc, signal, torch
+from kpt_plugin_openvino.lowering import lower
+
+faulthandler.enable()  # as Python does with -X faulthandler, and pytest
+made = [lower(torch.fx.symbolic_trace(lambda x: (x * 2,)), [torch.ones(3)]) for _ in range(3)]
+while made:
+    made.pop(0)
+    gc.collect()
+heard = []
+signal.signal(signal.SIGUSR1, lambda *given: heard.append(True))
+signal.raise_signal(signal.SIGUSR1)
+print("heard", len(heard))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "heard 1"), done.stderr
 
 
 def test_its_use_is_reported_to_nobody(monkeypatch):
