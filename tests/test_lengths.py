@@ -133,7 +133,7 @@ def test_outputs_of_rows_at_their_own_lengths_have_the_declared_sizes(
     """Each group of rows gives outputs of another length: they come back as long as the inputs were."""
     monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("kpt_plugin_cpu.packing.fixed_seconds", lambda *_: 0.0)  # else short ones stay whole
-    model, untouched = small_encoder(256), small_encoder(256)
+    model, untouched = small_encoder(512), small_encoder(512)
     names = {0: "batch", 1: "sequence"}
     kpt.optimize(
         model,
@@ -155,7 +155,7 @@ def test_outputs_of_rows_at_their_own_lengths_have_the_declared_sizes(
             given = mostly_padding(draw.randint(2, 12), longest + draw.randint(0, 9), longest, seed=number)
             mine, true = model(**given)[0], untouched(**given)[0]
             kept = given["attention_mask"].bool()
-            assert mine.shape == true.shape == (*kept.shape, 256)
+            assert mine.shape == true.shape == (*kept.shape, 512)
             torch.testing.assert_close(mine[kept], true[kept], rtol=1e-3, atol=1e-4)
             row = int(kept.sum(1).argmin())  # the shortest says the same as it does alone
             alone = untouched(input_ids=given["input_ids"][row : row + 1, kept[row]])[0]

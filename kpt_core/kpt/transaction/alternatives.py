@@ -34,13 +34,14 @@ _GAMBLE_GAIN = 1.2
 def tried(ledger: Ledger, best: Outcome, *, least: float = HOPELESS) -> Outcome:
     """Try what was left out in place of (or beside) what was chosen, most promising first.
 
-    Those that promise less than ``least`` stay open, where they need a set-up.
+    Those that promise less than ``least`` stay open, where they need a set-up, or would replace something.
     """
 
     def promise(candidate: Candidate) -> float:
         """Its predicted gain over what is there, less what the set-up of the plan costs of the budget."""
-        setup = ledger.announced(best.plan.with_(candidate))
-        return _hope(candidate, best) / (1.0 + setup / ledger.budget.seconds)
+        plan = best.plan.with_(candidate)
+        gain = _hope(candidate, best) * _together(_freed(ledger, candidate, plan, best))
+        return gain / (1.0 + ledger.announced(plan) / ledger.budget.seconds)
 
     for candidate in sorted(ledger.open(), key=promise, reverse=True):
         if any(candidate is step for step in best.plan.steps):
@@ -50,7 +51,7 @@ def tried(ledger: Ledger, best: Outcome, *, least: float = HOPELESS) -> Outcome:
         if ledger.fuel is not None and len(plan) > ledger.fuel:
             continue
         freed = _freed(ledger, candidate, plan, best)
-        hope *= math.prod(step.gain for step in freed)
+        hope *= _together(freed)
         if replaced and least > HOPELESS and hope < HOPELESS:
             continue  # what it gives way to may yet be replaced itself
         if candidate.gain <= 1.0 or hope < (HOPELESS if replaced else _WORTH):
@@ -98,8 +99,10 @@ def _in_place(
     """
     replaced = [step for step in best.plan.steps if step not in plan.steps]
     outcome = ledger.run(Plan.of([*plan.steps, *freed]), against=best)
-    if freed and _their_fault(outcome, freed) and ledger.time_for_plan(plan, best):
+    if freed and _their_fault(outcome, freed):
         outcome.close()
+        if not ledger.time_for_plan(plan, best):
+            return best  # and what is wrong with the kernels' company is not said of the candidate
         outcome, freed = ledger.run(plan, against=best), ()
     if not outcome.accepted:
         outcome.close()
@@ -145,10 +148,17 @@ def gamble(ledger: Ledger, best: Outcome | None) -> Outcome | None:
 
 
 def _their_fault(outcome: Outcome, freed: Sequence[Candidate]) -> bool:
-    """Whether a plan may be accepted without what was ``freed`` for it: it was slower, or wrong."""
+    """Whether a plan may be accepted without what was ``freed`` for it: it was somewhat slower, or wrong."""
     if outcome.accepted:
         return False
-    return outcome.rule == "slower" or outcome.judged_wrong or outcome.culprit in freed
+    if outcome.rule == "slower":
+        return ratio(outcome) >= HOPELESS
+    return outcome.judged_wrong or outcome.culprit in freed
+
+
+def _together(steps: Sequence[Candidate]) -> float:
+    """What ``steps`` are predicted to gain together."""
+    return math.prod(step.gain for step in steps)
 
 
 def _hope(candidate: Candidate, best: Outcome) -> float:

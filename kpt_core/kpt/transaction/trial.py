@@ -200,38 +200,46 @@ class Trials:
         observation, baseline = self.observation, self.baseline
         calls = [call.clone() for call in observation.calls]
         if observation.dynamic:
-            calls += self._of_other_sizes()
+            calls += [call.clone() for call in self._of_other_sizes]
         if plan.touches_mask:
             calls.append(baseline.draw(padding=True))
         return calls
 
+    @functools.cached_property
     def _of_other_sizes(self) -> list[Call]:
         """A call of sizes that eager takes, none of them one where its dimension reaches further, and one of
         batch size one where the batch is dynamic and no example has that size."""
-        return [self.baseline.draw(sizes=sizes) for sizes in (self._sizes, self._single) if sizes]
-
-    @functools.cached_property
-    def _sizes(self) -> dict[str, int]:
-        """Sizes other than the examples' that eager takes; none where it takes no others."""
-        spec, baseline = self.observation.spec, self.baseline
+        spec = self.observation.spec
+        found: list[Call] = []
         reach = {name: min(2, dimension.high) for name, dimension in spec.dimensions.items()}
         drawn = [
             {name: max(size, reach[name]) for name, size in sizes.items()}
-            for sizes in spec.sizes(baseline.generator, 4)
+            for sizes in spec.sizes(self.baseline.generator, 4)
         ]
         fitting = [s for s in spec.sizes_in_proportion() if all(s[name] >= reach[name] for name in s)]
-        tried = (sizes for sizes in drawn + fitting if baseline.runs(baseline.draw(sizes=sizes)))
-        return next(tried, {})
 
-    @functools.cached_property
-    def _single(self) -> dict[str, int]:
-        """Sizes that eager takes with a batch of one; none where that is no kind of its own."""
-        spec, baseline = self.observation.spec, self.baseline
+        def known(sizes: dict[str, int]) -> int:
+            return sum(size in spec.dimensions[name].observed for name, size in sizes.items())
+
+        taken: dict[str, int] = {}
+        for sizes in sorted(drawn + fitting, key=known):
+            if (call := self._taken(sizes)) is not None:
+                taken = sizes
+                found.append(call)
+                break
         batch = {leaf.dims[0] for leaf in spec.leaves if 0 in leaf.dims}
         wanted = {n for n in batch if spec.dimensions[n].low <= 1 and 1 not in spec.dimensions[n].observed}
-        known = {name: dimension.observed[0] for name, dimension in spec.dimensions.items()}
-        sizes = {name: 1 if name in wanted else size for name, size in {**known, **self._sizes}.items()}
-        return sizes if wanted and baseline.runs(baseline.draw(sizes=sizes)) else {}
+        single = dict.fromkeys(wanted, 1)
+        for sizes in ({**taken, **single}, single) if single else ():
+            if (call := self._taken(sizes)) is not None:
+                found.append(call)
+                break
+        return found
+
+    def _taken(self, sizes: dict[str, int]) -> Call | None:
+        """A call of ``sizes``, and of an example's where they name none; None where eager refuses it."""
+        call = self.baseline.draw(sizes=sizes)
+        return call if self.baseline.runs(call) else None
 
     def time(self, applied: Applied, against: Applied | None = None) -> Timing:
         """Pair ``applied`` with the untouched model, or with another applied plan.

@@ -74,7 +74,8 @@ def lower(
     def call(*args: Any) -> list[torch.Tensor]:
         given = [args[index] for index in places]
         if any(_needs_64_bits(given[number]) for number in long):
-            return _tensors(frozen(*given))
+            with torch.no_grad():
+                return _tensors(frozen(*given))
         return requests(given)
 
     return call
@@ -132,8 +133,8 @@ def _interrupted_later() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
         yield
     finally:
         signal.signal(signal.SIGINT, before)
@@ -143,11 +144,12 @@ def _interrupted_later() -> Iterator[None]:
 
 def _as_they_lie(graph: torch.fx.GraphModule) -> bool:
     """Whether OpenVINO needs no copies of the constants in ``graph``."""
-    names = [node.target for node in graph.graph.nodes if node.op == "get_attr"]
     return all(
         value.is_contiguous()
-        for name in names
-        if isinstance(value := operator.attrgetter(name)(graph), torch.Tensor)
+        for part in graph.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+        if node.op == "get_attr" and isinstance(value := operator.attrgetter(node.target)(part), torch.Tensor)
     )
 
 

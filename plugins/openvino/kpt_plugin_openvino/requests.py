@@ -8,6 +8,8 @@ import torch
 
 #: Bytes up to which a tensor is copied into or out of the request's own memory: to set another costs more.
 _COPIED = 1 << 16
+#: What OpenVINO calls dtypes in which results are large.
+_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 
 class _Request:
@@ -47,9 +49,13 @@ class Requests:
         self._dtypes = [output.dtype for output in outputs]
         self._shapes = [output.shape for output in outputs]
         self._shared_in = [self._free or not _small(value) for value in inputs]
-        self._shared_out = [self._free or not _small(value) for value in outputs]
         if len(compiled.outputs) != len(outputs):
             raise TypeError(f"OpenVINO made {len(compiled.outputs)} outputs of {len(outputs)}")
+        same = [str(place.element_type.to_string()) for place in compiled.outputs]
+        self._shared_out = [
+            self._free or (not _small(value) and _NAMES.get(value.dtype) == name)
+            for value, name in zip(outputs, same)
+        ]
         self._idle: list[_Request] = [_Request(compiled, self._shared_in, self._shared_out)]
 
     def __call__(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
