@@ -14,7 +14,7 @@ import torch
 from kpt.compiling import CompiledModule
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
-from kpt_plugin_cpu.inductor import Passes, declared_dims, settings
+from kpt_plugin_cpu.inductor import Passes, declared_dims, dims_of
 from kpt_plugin_cpu.packed_weights import PackedWeights
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Captured:
         )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        dims = settings(variant.params)["dynamic_dims"]
+        dims = dims_of(variant.params)
         packed: PackedWeights | None = None
         if variant.params.get("packs"):
             packed = PackedWeights(model, float32=False, compiled=False)

@@ -97,6 +97,12 @@ def declared_dims(observation: Observation) -> dict[str, dict[str, str]]:
     }
 
 
+def dims_of(params: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """The ``dims`` of a variant's parameters, as `declared_dims` made them, by number of axis."""
+    given = params.get("dims") or {}
+    return {name: {int(axis): dim for axis, dim in axes.items()} for name, axes in given.items()}
+
+
 def declared_bounds(observation: Observation) -> dict[str, int]:
     """The largest size of each axis that is dynamic in some input, where the user declared one for all.
 
@@ -335,10 +341,7 @@ def settings(params: Mapping[str, Any], model: torch.nn.Module | None = None) ->
         around = packing_for_onednn
     return {
         "inductor_config": inductor,
-        "dynamic_dims": {
-            name: {int(axis): dim for axis, dim in axes.items()}
-            for name, axes in (params.get("dims") or {}).items()
-        },
+        "dynamic_dims": dims_of(params),
         "graph_pass": Passes(attention, packed),
         "around_compilation": around,
         **backend,

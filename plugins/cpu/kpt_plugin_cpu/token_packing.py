@@ -18,7 +18,7 @@ import torch
 from kpt.compiling import CapturedForward, FurtherInputs
 from kpt.specs import Skip, Variant, replace_forward
 from kpt_plugin_cpu import estimates
-from kpt_plugin_cpu.inductor import declared_dims, settings
+from kpt_plugin_cpu.inductor import declared_dims, dims_of
 from kpt_plugin_cpu.masks import is_flags, sequence_masks
 from kpt_plugin_cpu.token_graph import MARK, TokenGraph
 
@@ -90,7 +90,7 @@ class PackTokens:
         captured = CapturedForward(
             model.forward,
             self.graphs,
-            dynamic_dims=settings(variant.params)["dynamic_dims"],
+            dynamic_dims=dims_of(variant.params),
             further=further,
             label=type(model).__name__,
         )

@@ -15,6 +15,23 @@ from kpt.transaction import workspace
 from kpt.transaction.observe import Observation
 from kpt_plugin_cpu import plugin
 
+
+class Convolutions(torch.nn.Module):
+    """Convolutions, a norm and a residual; subclasses say what becomes of the features and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(16)
+        self.second = torch.nn.Conv2d(16, 16, 1)
+        self.head = torch.nn.Linear(16, 5)
+        self.norm.running_mean.normal_()
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        return torch.relu(x + self.second(x))
+
+
 PROFILE = HardwareProfile(
     name="cpu",
     device_type="cpu",

@@ -12,7 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from observing import PROFILE, Only, applied, observe, relative, skips, variants
+from observing import PROFILE, Convolutions, Only, applied, observe, relative, skips, variants
 
 import kpt
 from kpt.specs import Variant
@@ -31,21 +31,12 @@ def fixed() -> None:
     torch.manual_seed(0)
 
 
-class Net(nn.Module):
-    """Convolutions, a norm, a residual and a head; returns a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.second = nn.Conv2d(16, 16, 1)
-        self.head = nn.Linear(16, 5)
-        self.norm.running_mean.normal_()
+class Net(Convolutions):
+    """Returns a dictionary."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = torch.relu(self.norm(self.first(x)))
-        x = torch.relu(x + self.second(x))
-        return {"pooled": x.mean((2, 3)), "logits": self.head(x.mean((2, 3)))}
+        pooled = self.features(x).mean((2, 3))
+        return {"pooled": pooled, "logits": self.head(pooled)}
 
 
 @torch.no_grad()

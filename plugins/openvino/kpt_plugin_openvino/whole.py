@@ -11,7 +11,7 @@ import torch
 from kpt.compiling import CompiledModule
 from kpt.specs import Skip, Variant
 from kpt_plugin_cpu import estimates
-from kpt_plugin_cpu.inductor import declared_dims
+from kpt_plugin_cpu.inductor import declared_dims, dims_of
 from kpt_plugin_openvino.lowering import lower
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ class OpenVino:
         compiled = CompiledModule(
             model,
             backend=functools.partial(lower, own=own),
-            dynamic_dims={
-                name: {int(axis): dim for axis, dim in axes.items()}
-                for name, axes in variant.params["dims"].items()
-            },
+            dynamic_dims=dims_of(variant.params),
         )
         self.compiled = compiled
         return compiled.dispose

@@ -14,13 +14,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from observing import PROFILE, Convolutions, observe, relative
 from torch import nn
 
 import kpt
 import slow_models
 from fingerprints import fast_calls, optimized
-from kpt.judge.calls import as_calls
-from kpt.judge.draws import InputSpec
 from kpt.specs import HardwareProfile, HardwareSpec, PassSpec, Skip, Variant
 from kpt.testing import PluginSuite
 from kpt.transaction import workspace
@@ -33,39 +32,10 @@ from kpt_plugin_openvino.lowering import _interrupted_later, lower
 from kpt_plugin_openvino.requests import Requests
 from kpt_plugin_openvino.whole import OpenVino
 
-PROFILE = HardwareProfile(
-    name="cpu",
-    device_type="cpu",
-    compute_units=2,
-    bandwidth=2e10,
-    matmul_rates={"float32": 1e11, "float32:onednn": 2e11, "bfloat16": 4e11},
-    native_dtypes=("float32", "float64", "bfloat16"),
-)
-
 
 @pytest.fixture(autouse=True)
 def fixed() -> None:
     torch.manual_seed(0)
-
-
-def observe(model: nn.Module, *example: torch.Tensor, dims=None, **facts) -> Observation:
-    """What is observed of ``model``, without running it."""
-    calls = as_calls(example)
-    return Observation(
-        model=model,
-        calls=tuple(calls),
-        spec=InputSpec.from_calls(calls, dims, model.forward),
-        mode="inference",
-        level=facts.pop("level", "production"),
-        objective="latency",
-        hardware=PROFILE,
-        device_type="cpu",
-        parameter_bytes=sum(p.nbytes for p in model.parameters()),
-        parameter_dtypes=frozenset(str(p.dtype).removeprefix("torch.") for p in model.parameters()),
-        baseline_seconds=1e-2,
-        operations=5e8,
-        **facts,
-    )
 
 
 def offer(observation: Observation, profile: HardwareProfile = PROFILE) -> Variant:
@@ -83,27 +53,14 @@ def skipped(observation: Observation, profile: HardwareProfile = PROFILE) -> str
 def applied(model: nn.Module, *example: torch.Tensor, dims=None):
     """(the pass, a workspace of ``model`` with the variant applied, its undo)."""
     behaviour, space = OpenVino(), workspace.clone(model)
-    return behaviour, space, behaviour.apply(space, offer(observe(model, *example, dims=dims)))
+    return behaviour, space, behaviour.apply(space, offer(observe(model, example, dynamic_shapes=dims)))
 
 
-def error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((output.double() - reference.double()).norm() / reference.double().norm())
-
-
-class Net(nn.Module):
-    """Convolutions, a norm, a residual, a head; a dictionary of floats, integers and booleans."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.second = nn.Conv2d(16, 16, 1)
-        self.head = nn.Linear(16, 5)
-        self.norm.running_mean.normal_()
+class Net(Convolutions):
+    """Returns a dictionary of floats, integers and booleans."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = torch.relu(self.norm(self.first(x)))
-        x = torch.relu(x + self.second(x))
+        x = self.features(x)
         logits = self.head(x.mean((2, 3)))
         return {"map": x, "logits": logits, "best": logits.argmax(-1), "positive": logits > 0}
 
@@ -124,7 +81,7 @@ def test_the_same_values_and_structure_and_its_undo_restores(size):
         found, expected = space.forward(x), model(x)
         assert list(found) == list(expected)
         assert all(found[n].dtype is expected[n].dtype and found[n].shape == expected[n].shape for n in found)
-        assert all(error(found[n], expected[n]) < 1e-6 for n in ("map", "logits", "best", "positive"))
+        assert all(relative(found[n], expected[n]) < 1e-6 for n in ("map", "logits", "best", "positive"))
     assert behaviour.verify_applied(space)
     undo()
     assert "forward" not in space.__dict__
@@ -145,7 +102,7 @@ def test_a_cast_model_is_computed_in_bfloat16():
     undo = OpenVino().apply(space, offer(observe(model, x)))
     found = space.forward(x)
     assert found.dtype is torch.float32
-    assert 1e-5 < error(found, model(x)) < 2e-2
+    assert 1e-5 < relative(found, model(x)) < 2e-2
     undo()
     take_back()
 
@@ -161,7 +118,7 @@ def test_weights_in_another_layout_and_dtype_are_those_of_the_model():
     OpenVino().apply(space, offer(observe(model, x)))
     for _ in range(3):
         x = torch.randn(2, 3, 16, 16)
-        assert error(space.forward(x)["map"], model(x)["map"]) < 2e-2
+        assert relative(space.forward(x)["map"], model(x)["map"]) < 2e-2
 
 
 @half
@@ -175,7 +132,7 @@ def test_inputs_and_outputs_may_be_in_bfloat16(dims):
         x = torch.randn(rows, 16).bfloat16()
         found = space.forward(x)
         assert found.dtype is torch.bfloat16 and found.shape == (rows, 4)
-        assert error(found, wide(x.float())) < 2e-2
+        assert relative(found, wide(x.float())) < 2e-2
     undo()
 
 
@@ -187,12 +144,12 @@ def test_results_belong_to_the_caller_and_inputs_stay_as_they_are():
         first, second = torch.randn(rows, 16), torch.randn(2 * rows, 16)[::2]
         kept = first.clone(), second.clone()
         found = [space.forward(first), space.forward(second)]
-        assert error(found[0], model(first)) < 1e-6 and error(found[1], model(second)) < 1e-6
+        assert relative(found[0], model(first)) < 1e-6 and relative(found[1], model(second)) < 1e-6
         assert torch.equal(first, kept[0]) and torch.equal(second, kept[1])
         found[0].zero_()
-        assert error(space.forward(first), model(first)) < 1e-6
+        assert relative(space.forward(first), model(first)) < 1e-6
         undo()
-        assert error(found[1], model(second)) < 1e-6
+        assert relative(found[1], model(second)) < 1e-6
 
 
 @torch.no_grad()
@@ -202,7 +159,7 @@ def test_declared_sizes_share_one_graph():
     behaviour, space, undo = applied(model, torch.randn(3, 8, 32), dims=names)
     for batch, length in ((3, 8), (2, 5), (7, 31), (3, 2)):
         x = torch.randn(batch, length, 32)
-        assert error(space.forward(x), model(x)) < 1e-6
+        assert relative(space.forward(x), model(x)) < 1e-6
     assert behaviour.compiled.graphs == 1
     undo()
 
@@ -213,7 +170,7 @@ def test_sizes_that_are_not_declared_get_graphs_of_their_own_until_it_is_sealed(
     behaviour, space, undo = applied(model, torch.randn(8, 16))
     for rows in (8, 3):
         x = torch.randn(rows, 16)
-        assert error(space.forward(x), model(x)) < 1e-6
+        assert relative(space.forward(x), model(x)) < 1e-6
     assert behaviour.compiled.graphs == 2
     behaviour.compiled.seal()
     x = torch.randn(5, 16)
@@ -234,7 +191,7 @@ def test_several_threads_call_it_at_once():
     def work(number: int) -> None:
         with torch.no_grad():
             for _ in range(50):
-                if error(space.forward(inputs[number]), expected[number]) > 1e-6:
+                if relative(space.forward(inputs[number]), expected[number]) > 1e-6:
                     wrong.append(number)
         finished.append(number)
 
@@ -251,11 +208,11 @@ def test_it_is_called_in_any_mode_of_autograd():
     model, x = mlp(), torch.randn(8, 16)
     _, space, undo = applied(model, x)
     with torch.inference_mode():
-        assert error(space.forward(x), model(x)) < 1e-6
+        assert relative(space.forward(x), model(x)) < 1e-6
         assert space.forward(torch.randn(8, 16)).is_inference()
     with torch.no_grad():
         assert not space.forward(x).is_inference()
-        assert error(space.forward(x.clone().requires_grad_()), model(x)) < 1e-6
+        assert relative(space.forward(x.clone().requires_grad_()), model(x)) < 1e-6
     undo()
 
 
@@ -333,7 +290,7 @@ def test_one_buffer_in_bfloat16_lowers_no_products():
 
     model, x = Scaled().eval(), torch.randn(32, 16)
     _, space, undo = applied(model, x)
-    assert error(space.forward(x), model(x)) < 1e-6
+    assert relative(space.forward(x), model(x)) < 1e-6
     undo()
 
 
@@ -355,7 +312,7 @@ def test_constants_in_bfloat16_live_as_long_as_what_reads_them():
         space.forward(x)
         gc.collect()
         churn = [torch.full((64, 64), 7.0, dtype=torch.bfloat16) for _ in range(64)]
-        assert error(space.forward(x), model(x)) < 2e-2
+        assert relative(space.forward(x), model(x)) < 2e-2
         undo()
         del churn
 
