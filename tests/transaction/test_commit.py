@@ -73,4 +73,26 @@ def test_the_last_timing_ends_with_what_it_has_before_the_budget_does(monkeypatc
     monkeypatch.setattr(clock, "paired", slower)
     with events.listen(lambda event: committing.append(event["kind"]) if event["kind"] == "commit" else None):
         optimized(net(), torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=20.0)
-    assert left and all(0.0 < seconds < 0.8 * 20.0 for seconds in left)
+    assert left and all(0.0 < seconds < 0.8 * 1.05 * 20.0 for seconds in left)
+
+
+@pytest.mark.parametrize(("late", "committed"), [(0.02, True), (0.2, False)])
+def test_a_commit_that_begins_late_may_end_a_little_after_the_budget(monkeypatch, late, committed):
+    """On a machine that others had made slower a plan of 3x was lost for a second too much of judgement."""
+    from kpt.transaction import commit
+
+    judge_values = commit._judge_values
+
+    def slow(outcome, trials):
+        time.sleep(max(0.0, trials.budget.seconds * (1.0 + late) - trials.budget.spent() - 0.05))
+        return judge_values(outcome, trials)
+
+    monkeypatch.setattr(commit, "_judge_values", slow)
+    model, budget = net(), 6.0
+    started = time.perf_counter()
+    kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=budget, cache=False)
+    receipt, seconds = kpt.report(model), time.perf_counter() - started
+    assert receipt.optimized is committed, receipt
+    assert seconds < 1.1 * budget + 1.0
+    if not committed:
+        assert "before the final judgement ended" in receipt.reason

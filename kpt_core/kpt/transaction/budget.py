@@ -20,6 +20,7 @@ class Budget:
         self.seconds = seconds
         self._clock = clock
         self._start = clock()
+        self._beyond = 0.0
 
     def restart(self) -> None:
         """All of it again: what went by was spent waiting for another process."""
@@ -29,7 +30,16 @@ class Budget:
         return self._clock() - self._start
 
     def left(self) -> float:
-        return max(0.0, self.seconds - self.spent())
+        return max(0.0, self.seconds + self._beyond - self.spent())
+
+    @contextmanager
+    def overtime(self, seconds: float) -> Iterator[None]:
+        """So many seconds more within the block."""
+        self._beyond = seconds
+        try:
+            yield
+        finally:
+            self._beyond = 0.0
 
     @contextmanager
     def limit(self, seconds: float | None = None) -> Iterator[None]:

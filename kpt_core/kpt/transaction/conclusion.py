@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kpt.transaction.request import Run
     from kpt.transaction.trial import Trials
 
+#: Share of the budget that the last commit may go beyond it: what was found is lost where a machine that has
+#: become slower does not let it end.
+_OVERTIME = 0.05
 #: Seconds that a tracker may take without a word in the receipt.
 _MOMENT = 1.0
 
@@ -59,14 +62,19 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
 def _try(
     run: Run, best: Outcome, beneath: Outcome | None, trials: Trials, *, timed: bool
 ) -> tuple[Committed | None, tuple[str, str], Timing | None]:
-    """Commit ``best``, in a time that leaves enough for the commit of what is ``beneath`` it."""
+    """Commit ``best``, in a time that leaves enough for the commit of what is ``beneath`` it.
+
+    Where nothing is, it may go a little beyond the budget.
+    """
     emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
     kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
-    left = run.budget.left()
+    beyond = _OVERTIME * run.budget.seconds if beneath is None else 0.0
     committed: Committed | None = None
     try:
-        with run.budget.limit(max(left - kept, 0.5 * left)):
-            committed, refusal, timing = commit(run.model, best, trials, timed=timed)
+        with run.budget.overtime(beyond):
+            left = run.budget.left()
+            with run.budget.limit(max(left - kept, 0.5 * left)):
+                committed, refusal, timing = commit(run.model, best, trials, timed=timed)
         return committed, refusal, timing
     except (BudgetSpent, compiling.DeadlinePassed):
         _undo(best, committed)
