@@ -18,6 +18,7 @@ import torch
 
 from kpt_plugin_cpu.torchscript import Frozen, traced
 from kpt_plugin_openvino.requests import Requests
+from kpt_plugin_openvino.widening import widened
 
 #: Axes of each input that have any size: {position: {axis, ...}}.
 Free = Mapping[int, set[int]]
@@ -38,8 +39,9 @@ def lower(
 
     Inputs whose identity is in ``own``, a model's weights, are frozen into it. Axes that dynamo holds
     symbolic may have any size. Products are in bfloat16 where most weights are, else in float32, by as many
-    threads as torch uses; ``config`` overrides OpenVINO's properties. Calls with integers of more than 32
-    bits run the captured graph itself.
+    threads as torch uses; ``config`` overrides OpenVINO's properties. A graph of convolutions in bfloat16 is
+    handed over in float32: only there OpenVINO folds norms and sums into them. Calls with integers of more
+    than 32 bits run the captured graph itself.
 
     Raises:
         TypeError: an input or an output is no tensor, or something is in a dtype that OpenVINO has not.
@@ -59,14 +61,20 @@ def lower(
     with torch.no_grad():
         expected = _tensors(frozen(*inputs))
     shapes = [_shape(value, free.get(place, set())) for place, value in zip(places, inputs)]
+    narrow = _in_bfloat16(fixed.values())
+    wide = widened(graph, fixed) if narrow and _convolves(fixed.values()) else None
+    handed = frozen
+    if wide is not None:
+        graph, weights = wide
+        handed = Frozen(graph, weights, len(example_inputs), sizes).eval()
     properties = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16" if _in_bfloat16(fixed.values()) else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if narrow else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # to cores, which other threads of the process share
         **config,
     }
-    script = traced(frozen, inputs)
+    script = traced(handed, inputs)
     compiled = _compiled(script, inputs, shapes, properties, shared=_as_they_lie(graph))
     requests = Requests(compiled, inputs, expected, kept=script)
     long = [number for number, value in enumerate(inputs) if value.dtype is torch.int64]
@@ -213,6 +221,12 @@ def _in_bfloat16(weights: Iterable[torch.Tensor]) -> bool:
         if weight.dim() > 1 and weight.is_floating_point():
             sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()
     return 2 * sizes.get(torch.bfloat16, 0) > sum(sizes.values())
+
+
+def _convolves(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether most of the weights of products are those of convolutions."""
+    dims = [weight.dim() for weight in weights if weight.dim() > 1]
+    return 2 * sum(dim > 2 for dim in dims) > len(dims)
 
 
 def _needs_64_bits(value: torch.Tensor) -> bool:

@@ -100,7 +100,7 @@ class Requests:
         return self._tensor(value.numpy(), shared_memory=True)
 
     def _copied(self, array: Any, dtype: torch.dtype) -> torch.Tensor:
-        if dtype is torch.bfloat16:
+        if dtype is torch.bfloat16 and array.dtype.itemsize == 2:
             return torch.from_numpy(array.view("int16")).view(dtype).clone()
         return torch.from_numpy(array).to(dtype, copy=True)
 

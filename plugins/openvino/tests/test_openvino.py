@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kpt.specs import Variant
 from kpt.transaction import workspace
 from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.channels_last import ChannelsLast
+from kpt_plugin_openvino import lowering
 from kpt_plugin_openvino.whole import OpenVino
 
 
@@ -60,6 +62,64 @@ def test_a_cast_model_is_computed_in_bfloat16():
     assert 1e-5 < relative(found, model(x)) < 2e-2
     undo()
     take_back()
+
+
+class Branches(nn.Module):
+    """Two ways with a norm each, added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Sequential(_plain(3, 32), _plain(32, 32)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.ways[0](x) + self.ways[1](x))
+
+
+def _plain(into: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(into, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+
+
+class Casting(Branches):
+    """Names bfloat16 in its forward, and holds it in a constant of the graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half = torch.tensor([0.5], dtype=torch.bfloat16)
+        return super().forward(x.to(torch.bfloat16).bfloat16() * half).to(dtype=torch.bfloat16)
+
+
+@half
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "dims"), [(Branches, None), (Casting, None), (Casting, {"x": {0: "batch"}})]
+)
+def test_norms_and_sums_are_folded_into_convolutions_in_bfloat16(kind, dims, monkeypatch):
+    """OpenVINO does so for graphs in float32 alone; what goes in and comes out stays in bfloat16."""
+    compiled, compile_model = [], lowering._compiled
+
+    def kept(*given: object, **options: object) -> object:
+        compiled.append(compile_model(*given, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr(lowering, "_compiled", kept)
+    model = kind().eval().bfloat16()
+    behaviour, space, undo = applied(model, torch.randn(2, 3, 16, 16, dtype=torch.bfloat16), dims=dims)
+    for rows in (2, 5) if dims else (2, 2):
+        x = torch.randn(rows, 3, 16, 16, dtype=torch.bfloat16)
+        found, expected, true = space.forward(x), model(x), kind().double()
+        true.load_state_dict(model.state_dict())
+        exact = Branches.forward(true.eval(), x.double() * (0.5 if kind is Casting else 1.0))
+        assert found.dtype is torch.bfloat16
+        assert relative(found, exact) < 1.5 * relative(expected, exact)
+    undo()
+    monkeypatch.setattr(lowering, "_convolves", lambda weights: False)
+    applied(model, x, dims=dims)[1].forward(x)
+    wide, narrow = (
+        Counter(op.get_rt_info()["layerType"].astype(str) for op in one.get_runtime_model().get_ops())
+        for one in compiled
+    )
+    assert wide["Convolution"] == narrow["Convolution"] == 4
+    apart = ("Subgraph", "Eltwise", "Reshape")  # passes over memory of their own
+    assert sum(wide[name] for name in apart) < sum(narrow[name] for name in apart)
 
 
 @half
