@@ -17,6 +17,7 @@ from kpt_plugin_triton.rope import (
     WIDTHS,
     check_rotation,
     heads_each,
+    is_flat,
     is_token_major,
     like_heads,
     rest_block,
@@ -103,13 +104,14 @@ def _run_forward(
     _forward(
         (tiles.programs, 1, 1),
         (
-            *(q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, sequence, q_heads, k_heads),
+            *(q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, sequence),
             *q.stride()[:3],
             *k.stride()[:3],
             *(table_batch, table_token, eps, offset),
         ),
         (
-            *(width, half, power_of_two(half), rest_block(width, turning), *tiles.q, *tiles.k),
+            *(q_heads, k_heads, width, half, power_of_two(half), rest_block(width, turning)),
+            *(*tiles.q, *tiles.k, is_flat(q), is_flat(k), *tiles.even),
             *(*majors, interleaved, tiles.many),
             tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
         ),

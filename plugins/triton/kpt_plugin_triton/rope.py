@@ -102,6 +102,8 @@ class Tiles(NamedTuple):
     q: tuple[int, int]
     k: tuple[int, int]
     programs: int
+    #: Whether tiles of q, and of k, end where their tokens and heads do.
+    even: tuple[bool, bool]
     many: bool
 
 
@@ -125,7 +127,15 @@ def tiles_of(
         ceil_div(tokens, many) * ceil_div(heads, across)
         for (many, across), heads in ((q, q_heads), (k, k_heads))
     )
-    return Tiles(q, k, programs, tokens + rows >= 2**31)
+    even = [
+        tokens % many == 0 and heads % across == 0 for (many, across), heads in ((q, q_heads), (k, k_heads))
+    ]
+    return Tiles(q, k, programs, (even[0], even[1]), tokens + rows >= 2**31)
+
+
+def is_flat(x: torch.Tensor) -> bool:
+    """Whether the tokens of all batch entries of ``x`` [B, H, S, D] are evenly spaced."""
+    return bool(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2))
 
 
 def _run(
@@ -154,13 +164,14 @@ def _run(
     _rope(
         (tiles.programs, 1, 1),
         (
-            *(q, k, cos, sin, q_out, k_out, tokens, sequence, q_heads, k_heads),
+            *(q, k, cos, sin, q_out, k_out, tokens, sequence),
             *q.stride()[:3],
             *k.stride()[:3],
             *(table_batch, table_token),
         ),
         (
-            *(width, half, power_of_two(half), rest_block(width, turning), *tiles.q, *tiles.k),
+            *(q_heads, k_heads, width, half, power_of_two(half), rest_block(width, turning)),
+            *(*tiles.q, *tiles.k, is_flat(q), is_flat(k), *tiles.even),
             *(*majors, interleaved, inverse, whole, tiles.many),
             tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
         ),

@@ -173,7 +173,7 @@ def group_norm_forward_apply(
 
 
 @triton.jit
-def _gradient(value, grad, middle, inverse, scale, shift, SILU: tl.constexpr):
+def gradient_of(value, grad, middle, inverse, scale, shift, SILU: tl.constexpr):
     """(x normalised, the gradient in front of the activation)."""
     unit = (value - middle) * inverse
     if SILU:
@@ -216,7 +216,7 @@ def group_norm_backward(
     grad = tl.load(dy + place, mask=inside, other=0.0).to(WIDE)
     inverse = tl.load(rstd + program)
     scale, shift = _affine(weight, bias, channel, in_group, CHANNELS, WIDE)
-    unit, grad = _gradient(value, grad, tl.load(mean + program), inverse, scale, shift, SILU)
+    unit, grad = gradient_of(value, grad, tl.load(mean + program), inverse, scale, shift, SILU)
     along = tl.sum(grad * unit, axis=1)
     plain = tl.sum(grad, axis=1)
     if weight_sums is not None:
@@ -267,7 +267,7 @@ def group_norm_backward_sums(
         inside = in_group[:, None] & (spot < spots)[None, :]
         value = tl.load(x + row + spot[None, :] * x_spot, mask=inside, other=0.0).to(WIDE)
         grad = tl.load(dy + row + spot[None, :] * x_spot, mask=inside, other=0.0).to(WIDE)
-        unit, grad = _gradient(value, grad, middle, inverse, scale, shift, SILU)
+        unit, grad = gradient_of(value, grad, middle, inverse, scale, shift, SILU)
         along += grad * unit  # where a tile reaches out of the tensor, its gradient is 0
         plain += grad
     place = (batch * parts + part) * (groups * GROUP) + channel
@@ -329,6 +329,6 @@ def group_norm_backward_apply(
         inside = in_group[:, None] & (spot < spots)[None, :]
         value = tl.load(x + row + spot[None, :] * x_spot, mask=inside, other=0.0).to(WIDE)
         grad = tl.load(dy + row + spot[None, :] * x_spot, mask=inside, other=0.0).to(WIDE)
-        unit, grad = _gradient(value, grad, middle, inverse, scale, shift, SILU)
+        unit, grad = gradient_of(value, grad, middle, inverse, scale, shift, SILU)
         out = (grad * scale - common - unit * shared) * inverse
         tl.store(dx + row + spot[None, :] * x_spot, out.to(dx.dtype.element_ty), mask=inside)

@@ -61,8 +61,6 @@ def qk_norm_rope_forward(
     k_out,
     tokens,
     sequence,
-    q_heads,
-    k_heads,
     q_batch,
     q_head,
     q_token,
@@ -73,6 +71,8 @@ def qk_norm_rope_forward(
     table_token,
     eps,
     offset,
+    Q_COUNT: tl.constexpr,
+    K_COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,6 +81,10 @@ def qk_norm_rope_forward(
     Q_HEADS: tl.constexpr,
     K_TOKENS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    Q_FLAT: tl.constexpr,
+    K_FLAT: tl.constexpr,
+    Q_EVEN: tl.constexpr,
+    K_EVEN: tl.constexpr,
     Q_TOKEN_MAJOR: tl.constexpr,
     K_TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -88,17 +92,19 @@ def qk_norm_rope_forward(
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
-    of_q = tl.cdiv(tokens, Q_TOKENS) * tl.cdiv(q_heads, Q_HEADS)
+    of_q = tl.cdiv(tokens, Q_TOKENS) * ((Q_COUNT + Q_HEADS - 1) // Q_HEADS)
     if program < of_q:
         turn_tile(
-            q, q_weight, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
-            table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
+            q, q_weight, q_out, cos, sin, program, tokens, sequence, q_batch, q_head, q_token,
+            table_batch, table_token, eps, offset, Q_COUNT, WIDTH, HALF, BLOCK, REST, Q_TOKENS,
+            Q_HEADS, Q_FLAT, Q_EVEN, Q_TOKEN_MAJOR,
             INTERLEAVED, False, True, False, MANY, WIDE,
         )  # fmt: skip
     else:
         turn_tile(
-            k, k_weight, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
-            table_batch, table_token, eps, offset, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
+            k, k_weight, k_out, cos, sin, program - of_q, tokens, sequence, k_batch, k_head, k_token,
+            table_batch, table_token, eps, offset, K_COUNT, WIDTH, HALF, BLOCK, REST, K_TOKENS,
+            K_HEADS, K_FLAT, K_EVEN, K_TOKEN_MAJOR,
             INTERLEAVED, False, True, False, MANY, WIDE,
         )  # fmt: skip
 

@@ -72,6 +72,24 @@ def turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE: t
 
 
 @triton.jit
+def _read(place, mask, FULL: tl.constexpr, POLICY: tl.constexpr):
+    """What stands at ``place``, zero outside; FULL: nothing is outside."""
+    if FULL:
+        value = tl.load(place, eviction_policy=POLICY)
+    else:
+        value = tl.load(place, mask=mask, other=0.0, eviction_policy=POLICY)
+    return value
+
+
+@triton.jit
+def _write(place, value, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(place, value)
+    else:
+        tl.store(place, value, mask=mask)
+
+
+@triton.jit
 def _load_members(
     start,
     inside,
@@ -80,6 +98,7 @@ def _load_members(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FULL: tl.constexpr,
     POLICY: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -87,14 +106,14 @@ def _load_members(
     if INTERLEAVED:
         column = tl.arange(0, 2 * BLOCK)[None, None, :]
         mask = inside[:, :, None] & (column < 2 * HALF)
-        both = tl.load(start[:, :, None] + column, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
+        both = _read(start[:, :, None] + column, mask, FULL, POLICY).to(WIDE)
         first, second = tl.split(tl.reshape(both, [TOKENS, HEADS, BLOCK, 2]))
     else:
         column = tl.arange(0, BLOCK)[None, None, :]
         mask = inside[:, :, None] & (column < HALF)
         place = start[:, :, None] + column
-        first = tl.load(place, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
-        second = tl.load(place + HALF, mask=mask, other=0.0, eviction_policy=POLICY).to(WIDE)
+        first = _read(place, mask, FULL, POLICY).to(WIDE)
+        second = _read(place + HALF, mask, FULL, POLICY).to(WIDE)
     return first, second
 
 
@@ -109,19 +128,20 @@ def _store_members(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     kind: tl.constexpr = start.dtype.element_ty
     if INTERLEAVED:
         column = tl.arange(0, 2 * BLOCK)[None, None, :]
         mask = inside[:, :, None] & (column < 2 * HALF)
         both = tl.reshape(tl.join(first.to(kind), second.to(kind)), [TOKENS, HEADS, 2 * BLOCK])
-        tl.store(start[:, :, None] + column, both, mask=mask)
+        _write(start[:, :, None] + column, both, mask, FULL)
     else:
         column = tl.arange(0, BLOCK)[None, None, :]
         mask = inside[:, :, None] & (column < HALF)
         place = start[:, :, None] + column
-        tl.store(place, first.to(kind), mask=mask)
-        tl.store(place + HALF, second.to(kind), mask=mask)
+        _write(place, first.to(kind), mask, FULL)
+        _write(place + HALF, second.to(kind), mask, FULL)
 
 
 @triton.jit
@@ -131,7 +151,9 @@ def _weight_members(
     """The weight of first and of second members, [1, 1, BLOCK] each."""
     start = weight + tl.zeros([1, 1], tl.int32)
     always = tl.full([1, 1], 1, tl.int1)
-    first, second = _load_members(start, always, HALF, BLOCK, 1, 1, INTERLEAVED, "evict_last", WIDE)
+    first, second = _load_members(
+        start, always, HALF, BLOCK, 1, 1, INTERLEAVED, HALF == BLOCK, "evict_last", WIDE
+    )
     return first + offset, second + offset
 
 
@@ -147,22 +169,23 @@ def _turn_whole(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     INVERSE: tl.constexpr,
+    FULL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Rows of 2 HALF features, read and written in one piece; partners come from other threads."""
     column = tl.arange(0, 2 * HALF)[None, None, :]
     partner = column ^ HALF
     mask = inside[:, :, None]
-    value = tl.load(source[:, :, None] + column, mask=mask, other=0.0).to(WIDE)
+    value = _read(source[:, :, None] + column, mask, FULL, "").to(WIDE)
     other = tl.gather(value, tl.broadcast_to(partner, [TOKENS, HEADS, 2 * HALF]), 2)
     present = known[:, :, None]
-    along = tl.load(cos[:, :, None] + column, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
-    across = tl.load(sin[:, :, None] + column, mask=present, other=0.0, eviction_policy="evict_last").to(WIDE)
+    along = _read(cos[:, :, None] + column, present, FULL, "evict_last").to(WIDE)
+    across = _read(sin[:, :, None] + column, present, FULL, "evict_last").to(WIDE)
     across = tl.where(column < HALF, -across, across)
     if INVERSE:
         across = tl.gather(across, tl.broadcast_to(partner, [TOKENS, 1, 2 * HALF]), 2)
     out = value * along + other * across
-    tl.store(target[:, :, None] + column, out.to(target.dtype.element_ty), mask=mask)
+    _write(target[:, :, None] + column, out.to(target.dtype.element_ty), mask, FULL)
 
 
 @triton.jit
@@ -175,7 +198,6 @@ def turn_tile(
     number,
     tokens,
     sequence,
-    heads,
     x_batch,
     x_head,
     x_token,
@@ -183,12 +205,15 @@ def turn_tile(
     table_token,
     eps,
     offset,
+    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
     TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -199,41 +224,45 @@ def turn_tile(
 ):
     """Tile ``number`` of x: TOKENS x HEADS rows, if NORMED over their root mean square and times the weight.
 
+    x has COUNT heads. FLAT: the tokens of its batch entries follow one another. EVEN: tiles end where x does.
     ``out`` is [B, S, H, D] in memory if TOKEN_MAJOR, else [B, H, S, D]. WHOLE: see `_turn_whole`.
     MANY: numbers of tokens take 64 bits, in which a division takes long.
     """
     if MANY:
         number = tl.cast(number, tl.int64)
-    groups = tl.cdiv(heads, HEADS)
+    groups: tl.constexpr = 1 if COUNT == 0 else (COUNT + HEADS - 1) // HEADS
     token = number // groups * TOKENS + tl.arange(0, TOKENS)
     head = tl.cast(number % groups * HEADS + tl.arange(0, HEADS), tl.int64)
     present = token < tokens
-    inside = present[:, None] & (head < heads)[None, :]
+    inside = present[:, None] & (head < COUNT)[None, :]
+    full: tl.constexpr = EVEN and HALF == BLOCK
     batch = tl.cast(token // sequence, tl.int64)
     place = tl.cast(token % sequence, tl.int64)
     table = (batch * table_batch + place * table_token)[:, None]
     known = present[:, None]
-    source = x + ((batch * x_batch + place * x_token)[:, None] + (head * x_head)[None, :])
+    if FLAT:  # which waits for no division
+        row = tl.cast(token, tl.int64) * x_token
+    else:
+        row = batch * x_batch + place * x_token
+    source = x + (row[:, None] + (head * x_head)[None, :])
     if TOKEN_MAJOR:
-        target = out + ((tl.cast(token, tl.int64) * heads)[:, None] + head[None, :]) * WIDTH
+        target = out + ((tl.cast(token, tl.int64) * COUNT)[:, None] + head[None, :]) * WIDTH
     else:
         target = (
-            out + ((batch * heads)[:, None] + head[None, :]) * sequence * WIDTH + (place * WIDTH)[:, None]
+            out + ((batch * COUNT)[:, None] + head[None, :]) * sequence * WIDTH + (place * WIDTH)[:, None]
         )
     if WHOLE:
         tl.static_assert(not (NORMED or INTERLEAVED) and HALF == BLOCK and REST == 0)
         _turn_whole(
-            source, target, cos + table, sin + table, inside, known, HALF, TOKENS, HEADS, INVERSE, WIDE
+            source, target, cos + table, sin + table, inside, known, HALF, TOKENS, HEADS, INVERSE, full, WIDE
         )
     else:
-        first, second = _load_members(
-            source, inside, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, "evict_first", WIDE
-        )
+        first, second = _load_members(source, inside, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, full, "", WIDE)
         cos_first, cos_second = _load_members(
-            cos + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+            cos + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, full, "evict_last", WIDE
         )
         sin_first, sin_second = _load_members(
-            sin + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, "evict_last", WIDE
+            sin + table, known, HALF, BLOCK, TOKENS, 1, INTERLEAVED, full, "evict_last", WIDE
         )
         if REST > 0:  # features that do not turn
             column = 2 * HALF + tl.arange(0, REST)
@@ -258,7 +287,7 @@ def turn_tile(
                     wide = wide * factor[None, None, :]
                 rest = wide.to(rest.dtype)
         one, other = turn(first, second, cos_first, cos_second, sin_first, sin_second, INVERSE)
-        _store_members(target, inside, one, other, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED)
+        _store_members(target, inside, one, other, HALF, BLOCK, TOKENS, HEADS, INTERLEAVED, full)
         if REST > 0:
             tl.store(target[:, :, None] + column[None, None, :], rest, mask=in_rest)
 
@@ -273,8 +302,6 @@ def rope(
     k_out,
     tokens,
     sequence,
-    q_heads,
-    k_heads,
     q_batch,
     q_head,
     q_token,
@@ -283,6 +310,8 @@ def rope(
     k_token,
     table_batch,
     table_token,
+    Q_COUNT: tl.constexpr,
+    K_COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -291,6 +320,10 @@ def rope(
     Q_HEADS: tl.constexpr,
     K_TOKENS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    Q_FLAT: tl.constexpr,
+    K_FLAT: tl.constexpr,
+    Q_EVEN: tl.constexpr,
+    K_EVEN: tl.constexpr,
     Q_TOKEN_MAJOR: tl.constexpr,
     K_TOKEN_MAJOR: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -300,16 +333,18 @@ def rope(
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
-    of_q = tl.cdiv(tokens, Q_TOKENS) * tl.cdiv(q_heads, Q_HEADS)
+    of_q = tl.cdiv(tokens, Q_TOKENS) * ((Q_COUNT + Q_HEADS - 1) // Q_HEADS)
     if program < of_q:
         turn_tile(
-            q, None, q_out, cos, sin, program, tokens, sequence, q_heads, q_batch, q_head, q_token,
-            table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, Q_TOKENS, Q_HEADS, Q_TOKEN_MAJOR,
+            q, None, q_out, cos, sin, program, tokens, sequence, q_batch, q_head, q_token,
+            table_batch, table_token, 0.0, 0.0, Q_COUNT, WIDTH, HALF, BLOCK, REST, Q_TOKENS,
+            Q_HEADS, Q_FLAT, Q_EVEN, Q_TOKEN_MAJOR,
             INTERLEAVED, INVERSE, False, WHOLE, MANY, WIDE,
         )  # fmt: skip
     else:
         turn_tile(
-            k, None, k_out, cos, sin, program - of_q, tokens, sequence, k_heads, k_batch, k_head, k_token,
-            table_batch, table_token, 0.0, 0.0, WIDTH, HALF, BLOCK, REST, K_TOKENS, K_HEADS, K_TOKEN_MAJOR,
+            k, None, k_out, cos, sin, program - of_q, tokens, sequence, k_batch, k_head, k_token,
+            table_batch, table_token, 0.0, 0.0, K_COUNT, WIDTH, HALF, BLOCK, REST, K_TOKENS,
+            K_HEADS, K_FLAT, K_EVEN, K_TOKEN_MAJOR,
             INTERLEAVED, INVERSE, False, WHOLE, MANY, WIDE,
         )  # fmt: skip

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from triton_suite import InOneDtype, TritonSuite, gradcheck
 
 import kpt_plugin_triton.plugin as plugin
-from kpt_plugin_triton import group_norm as module
+from kpt_plugin_triton import group_norm_launches as launches
+from kpt_plugin_triton import group_norm_stripes as stripes
 from kpt_plugin_triton.checks import KernelInputError
 from kpt_plugin_triton.group_norm import group_norm
 from kpt_plugin_triton.launch import INTERPRETED
@@ -57,11 +58,36 @@ class TestLargeGroups(InOneDtype, TestGroupNormSilu):
 
     @pytest.fixture(autouse=True)
     def small_registers(self, monkeypatch):
-        monkeypatch.setattr(module, "_LARGEST", 8)
-        monkeypatch.setattr(module, "_LARGEST_BACKWARD", 8)
+        monkeypatch.setattr(launches, "_LARGEST", 8)
+        monkeypatch.setattr(launches, "_LARGEST_BACKWARD", 8)
         options = {"ELEMENTS": 32, "PROGRAMS": 2, "num_warps": 1}
-        monkeypatch.setattr(module, "forward_options", lambda *sizes: options)
-        monkeypatch.setattr(module, "backward_options", lambda *sizes: options)
+        for module in (launches, stripes):
+            monkeypatch.setattr(module, "forward_options", lambda *sizes: options)
+            monkeypatch.setattr(module, "backward_options", lambda *sizes: options)
+
+
+class TestStripes(TestLargeGroups):
+    """The same with the channels of a spot side by side, of three groups, for two stripes of 4 channels."""
+
+    def arguments(self):
+        weight, bias = _randn(6, seed=1), _randn(6, seed=2)
+        x = _randn(2, 6, 7, 5).contiguous(memory_format=torch.channels_last)
+        return {"x": x, "groups": 3, "weight": weight, "bias": bias, "activation": "silu"}
+
+    @pytest.fixture(autouse=True)
+    def narrow_stripes(self, monkeypatch):
+        monkeypatch.setattr(stripes, "_ACROSS", (4,))
+        called = []
+        for name in ("forward", "backward"):
+            launch = getattr(stripes, name)
+            monkeypatch.setattr(stripes, name, lambda *a, n=name, run=launch: (called.append(n), run(*a))[1])
+        return called
+
+    def test_stripes_are_what_runs(self, narrow_stripes) -> None:
+        arguments = self.arguments()
+        x = arguments["x"].requires_grad_()
+        group_norm(**arguments).sum().backward()
+        assert narrow_stripes == ["forward", "backward"] and x.grad.stride() == x.stride()
 
 
 def _compare(x, groups, weight, bias, activation, rtol=1e-4, atol=1e-4) -> None:
@@ -89,7 +115,9 @@ def _compare(x, groups, weight, bias, activation, rtol=1e-4, atol=1e-4) -> None:
 def test_any_size(batch, groups, group, spots, affine, activation, last) -> None:
     channels = groups * group
     x = _randn(batch, channels, *spots)
-    if last and len(spots) > 1:
+    if last and len(spots) == 1:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif last and len(spots) > 1:
         x = x.to(memory_format=torch.channels_last if len(spots) == 2 else torch.channels_last_3d)
     weight = _randn(channels, seed=1) if affine in ("both", "weight") else None
     bias = _randn(channels, seed=2) if affine in ("both", "bias") else None
@@ -110,8 +138,8 @@ def test_groups_beyond_the_registers(last: bool, mean: float) -> None:
 def test_channels_last_stays_so_and_is_not_copied(monkeypatch) -> None:
     x = _randn(2, 8, 4, 5).contiguous(memory_format=torch.channels_last)
     seen = []
-    launch = module._forward
-    monkeypatch.setattr(module, "_forward", lambda *call: (seen.append(call[1][0]), launch(*call)))
+    launch = launches._forward
+    monkeypatch.setattr(launches, "_forward", lambda *call: (seen.append(call[1][0]), launch(*call)))
     y = group_norm(x, 4)
     assert seen[0].data_ptr() == x.data_ptr()
     assert y.stride() == x.stride()
