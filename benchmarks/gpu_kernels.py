@@ -129,7 +129,10 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
             rows[name] = {"failed": _reason(failure)}
     del reference
     times: dict[str, list[float]] = {name: [] for name in calls}
+    floor, floors = floor_of(case), []
     for _ in range(ROUNDS):
+        if floor is not None:
+            floors.append(timed(floor[1], seconds / ROUNDS, case.graph))
         for name, call in calls.items():
             try:
                 times[name].append(timed(call, seconds / ROUNDS, case.graph))
@@ -142,9 +145,12 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
         rows[name]["ms"] = milliseconds
         rows[name]["spread"] = (max(samples) - min(samples)) / milliseconds
         if case.unit != "ms":
-            scale = 1e9 if case.unit == "GB/s" else 1e12
-            rows[name]["rate"] = case.amount / (milliseconds * 1e-3) / scale
+            rows[name]["rate"] = _rate(case, milliseconds)
     record["contenders"] = rows
+    if floor is not None:
+        record["floor"] = {"what": floor[0], "ms": statistics.median(floors)}
+        if case.unit != "ms":
+            record["floor"]["rate"] = _rate(case, record["floor"]["ms"])
     own = rows.get("kpt", {})
     others = [row["ms"] for name, row in rows.items() if not name.startswith("kpt") and "ms" in row]
     if "ms" in own:
@@ -159,6 +165,27 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
                 record["times_as_fast"] = rows[peer]["ms"] / own["ms"]
                 record["ahead_goal_reached"] = record["times_as_fast"] >= factor
     return record
+
+
+def floor_of(case: Any) -> tuple[str, Callable[[], Any]] | None:
+    """What no contender of a case can do without, and how to call it; None where nothing is known.
+
+    Bytes that mostly are read, or are kept cold by the case itself, are not compared with a copy.
+    """
+    import torch
+
+    if case.floor is not None:
+        name, prepare = case.floor
+        return name, prepare()
+    if case.unit != "GB/s" or case.graph:
+        return None
+    source = torch.empty(int(case.amount) // 4, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return "a copy of as many bytes", lambda: target.copy_(source)
+
+
+def _rate(case: Any, milliseconds: float) -> float:
+    return float(case.amount / (milliseconds * 1e-3) / (1e9 if case.unit == "GB/s" else 1e12))
 
 
 def _reason(failure: Exception) -> str:

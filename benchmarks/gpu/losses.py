@@ -132,6 +132,7 @@ def _cross_entropy(rows: int, classes: int, backward: bool) -> Case:
         },
         reference=reference,
         goal=GOALS.get(("cross_entropy", rows, classes)) if backward else None,
+        floor=None if backward else ("a sum over as many bytes", lambda: inputs()[0].sum),
         memory=backward,
         rank=(1 if backward else 3) if (rows, classes) in ((8192, 128256),) else 7,
         note="liger writes the gradient over its logits: only its first result is right" if backward else "",
@@ -173,6 +174,19 @@ def _linear(rows: int, hidden: int, classes: int) -> Case:
         states, weight, target = (value.detach() for value in inputs())
         return _in_fp32(states, weight, target)
 
+    def products() -> Callable[[], Any]:
+        states, weight, _ = (value.detach() for value in inputs())
+        logits = states @ weight.t()
+        gradient = torch.softmax(logits, -1).div_(rows)
+        results = torch.empty_like(states), torch.empty_like(weight)
+
+        def call() -> None:
+            torch.mm(states, weight.t(), out=logits)
+            torch.mm(gradient, weight, out=results[0])
+            torch.mm(gradient.t(), states, out=results[1])
+
+        return call
+
     contenders: Mapping[str, Callable[[], Callable[[], Any]]] = {
         "eager": lambda: prepare(plain),
         "torch.compile": lambda: prepare(torch.compile(plain)),
@@ -189,6 +203,7 @@ def _linear(rows: int, hidden: int, classes: int) -> Case:
         contenders=contenders,
         reference=reference,
         goal=LINEAR_GOALS.get((rows, hidden, classes)),
+        floor=("its three products alone, by cuBLAS", products),
         memory=True,
         rank=0 if (rows, hidden, classes) in LINEAR_GOALS else 6,
         note=f"the gradients alone are {2 * hidden * (rows + classes) / 2**30:.2f} GiB of the memory",

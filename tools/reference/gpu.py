@@ -93,15 +93,47 @@ def _commits(content: dict[str, Any]) -> str:
 
 def _goals(records: list[dict[str, Any]]) -> list[str]:
     """Every goal, reached or missed."""
-    rows = [[record["op"], record["size"], *judged] for record in records for judged in _judged_goals(record)]
+    rows = [
+        [record["op"], record["size"], *judged, _floor(record)]
+        for record in records
+        for judged in _judged_goals(record)
+    ]
     if not rows:
         return []
-    reached = sum(row[-1].startswith("reached") for row in rows)
+    reached = sum(row[-2].startswith("reached") for row in rows)
     return [
         "## Goals",
-        f"{reached} of {len(rows)} are reached, by the medians; a spread is named from {_DOUBTFUL:.0%} on.",
-        table(["case", "size", "goal", "kpt", ""], rows),
+        f"{reached} of {len(rows)} are reached, by the medians; a spread is named from {_DOUBTFUL:.0%} on. "
+        "A floor is what every contender does at least, timed as they are: a copy of as many bytes, in two "
+        "large pieces, where nothing else is said." + _beyond(records, rows),
+        table(["case", "size", "goal", "kpt", "", "a floor"], rows),
     ]
+
+
+def _floor(record: dict[str, Any]) -> str:
+    floor = record.get("floor")
+    if floor is None:
+        return ""
+    named = "" if floor["what"].startswith("a copy") else f", {floor['what']}"
+    value = f"{floor['rate']:.0f}" if "rate" in floor else f"{floor['ms']:.4g}"
+    return f"{value} {record['unit']}{named}"
+
+
+def _beyond(records: list[dict[str, Any]], rows: list[list[str]]) -> str:
+    """How many of the missed goals ask for more than the floor allows."""
+    missed = sum(not row[-2].startswith("reached") for row in rows)
+    beyond = 0
+    for record in records:
+        floor, own = record.get("floor", {}).get("ms"), record["contenders"].get("kpt", {})
+        if floor is None or "ms" not in own:
+            continue
+        if record.get("goal") is not None and record.get("goal_reached") is False:
+            goal = float(record["goal"])
+            beyond += floor > (goal if record["unit"] == "ms" else own["ms"] * own["rate"] / goal)
+        if record.get("ahead_goal_reached") is False:
+            factor = float(record["ahead_goal"].partition(" times ")[0])
+            beyond += floor > own["ms"] * record["times_as_fast"] / factor
+    return f" Of the {missed} that are missed {beyond} are beyond that." if beyond else ""
 
 
 def _judged_goals(record: dict[str, Any]) -> list[list[str]]:
