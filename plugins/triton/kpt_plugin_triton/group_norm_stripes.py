@@ -179,12 +179,13 @@ def _forward_work(dtype: torch.dtype, channels: int, spots: int) -> Callable[[Op
 
 def _backward_work(dtype: torch.dtype, channels: int, spots: int) -> Callable[[Options], Callable[[], Any]]:
     x, weight, mean = _work(dtype, channels, spots)
+    rstd = torch.ones_like(mean)
 
     def with_options(options: Options) -> Callable[[], Any]:
         def call() -> torch.Tensor:
             dx = torch.empty_like(x)
             steps = x.stride(0), x.stride(2)
-            backward(x, x, dx, 32, weight, weight, mean, mean, True, steps, options)
+            backward(x, x, dx, 32, weight, weight, mean, rstd, True, steps, options)
             return dx
 
         return call
