@@ -10,28 +10,25 @@ import triton.language as tl
 
 from kpt_plugin_triton.checks import check_same_device, check_shape, check_tensor
 from kpt_plugin_triton.kernels import qk_norm_rope as device
-from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
+from kpt_plugin_triton.launch import Bound, Kernel, ceil_div, power_of_two, processors
 from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
-from kpt_plugin_triton.rope import (
-    DTYPES,
-    WIDTHS,
-    check_rotation,
+from kpt_plugin_triton.rope import DTYPES, WIDTHS, check_rotation, table_gradients, work_tensors
+from kpt_plugin_triton.rotations import (
+    Rotation,
+    Shape,
     heads_each,
-    is_flat,
     is_token_major,
     like_heads,
     rest_block,
+    rotation,
     side_by_side,
-    table_gradients,
     tables,
     tile_candidates,
     tile_rule,
-    tiles_of,
-    work_tensors,
 )
 from kpt_plugin_triton.rows import wide_dtype
 from kpt_plugin_triton.tuner import Workload
-from kpt_plugin_triton.tuning import Options, Tuned
+from kpt_plugin_triton.tuning import Options, Tuned, remembered
 
 _forward = Kernel(device.qk_norm_rope_forward)
 _backward = Kernel(device.qk_norm_rope_backward)
@@ -77,6 +74,25 @@ backward_options = Tuned(
 )
 
 
+def _plan(
+    device: int | None,
+    dtype: torch.dtype,
+    interleaved: bool,
+    q: tuple[Shape, Shape],
+    k: tuple[Shape, Shape],
+    table: tuple[Shape, Shape, Shape],
+    options: Options | None = None,
+) -> tuple[Rotation, Bound]:
+    if options is None:
+        options = forward_options(device, dtype.itemsize, q[0][3], table[0][2])
+    how = rotation(device, dtype, options, q, k, table)
+    constants = (*how.constants, interleaved, how.many, how.wide)
+    return how, Bound(_forward, (how.programs, 1, 1), constants, options["num_warps"])
+
+
+_remembered_plan = remembered(_plan)
+
+
 def _run_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -89,35 +105,17 @@ def _run_forward(
     interleaved: bool,
     options: Options | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = like_heads(q), like_heads(k)
-    q, k = side_by_side(q), side_by_side(k)
-    batch, q_heads, sequence, width = q.shape
-    k_heads, turning, tokens = k.shape[1], cos.shape[-1], batch * sequence
-    if tokens == 0 or q_heads + k_heads == 0:
-        return q_out, k_out
-    cos, sin, table_batch, table_token = tables(cos, sin)
-    index = q.device.index
-    if options is None:
-        options = forward_options(index, q.element_size(), width, turning)
-    half, majors = turning // 2, (is_token_major(q_out), is_token_major(k_out))
-    tiles = tiles_of(options, tokens, q_heads, k_heads, majors, 8 * processors(index))
-    _forward(
-        (tiles.programs, 1, 1),
-        (
-            *(q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, sequence),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *(table_batch, table_token, eps, offset),
-        ),
-        (
-            *(q_heads, k_heads, width, half, power_of_two(half), rest_block(width, turning)),
-            *(*tiles.q, *tiles.k, is_flat(q), is_flat(k), *tiles.even),
-            *(*majors, interleaved, tiles.many),
-            tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
-        ),
-        options["num_warps"],
+    if q.numel() + k.numel() == 0:
+        return like_heads(q), like_heads(k)
+    call = (
+        *(q.device.index, q.dtype, interleaved),
+        *((q.shape, q.stride()), (k.shape, k.stride()), (cos.shape, cos.stride(), sin.stride())),
     )
-    return q_out, k_out
+    how, bound = _remembered_plan(*call) if options is None else _plan(*call, options)
+    results = how.results(q, k)
+    q, k, cos, sin = how.readable(q, k, cos, sin)
+    bound.start(q, k, q_weight, k_weight, cos, sin, *results, *how.numbers, eps, offset)
+    return results
 
 
 def _run_backward(

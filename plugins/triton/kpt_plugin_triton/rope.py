@@ -6,46 +6,21 @@ Reference: Su et al. 2021, arXiv:2104.09864.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton.language as tl
 
 from kpt_plugin_triton.checks import FLOATS, check_same_device, check_shape, check_tensor, refuse
 from kpt_plugin_triton.kernels import rope as device
-from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
+from kpt_plugin_triton.launch import Bound, Kernel, power_of_two
 from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
+from kpt_plugin_triton.rotations import Rotation, Shape, like_heads, rotation, tile_candidates, tile_rule
 from kpt_plugin_triton.rows import wide_dtype
 from kpt_plugin_triton.tuner import Workload, work_device
-from kpt_plugin_triton.tuning import Options, Tuned
+from kpt_plugin_triton.tuning import Options, Tuned, remembered
 
 DTYPES = (*FLOATS, torch.float64)
-#: Rows of a tile, however few there are: less would leave threads without a pair.
-_FEWEST_ROWS = 8
-
 _rope = Kernel(device.rope)
-
-
-def rest_block(width: int, turning: int) -> int:
-    """The block of features that do not turn; 0 if all do."""
-    return power_of_two(width - turning) if width > turning else 0
-
-
-def tile_rule(itemsize: int, width: int, turning: int) -> dict[str, int]:
-    """Heads of one token, side by side in memory as projections leave them; at most 16 pairs a thread."""
-    block = max(power_of_two(turning // 2), rest_block(width, turning))
-    pairs = 2048 if itemsize <= 4 else 1024
-    heads = max(1, min(32, pairs // block))
-    return {"TOKENS": max(1, min(16, pairs // 2 // (block * heads))), "HEADS": heads, "num_warps": 4}
-
-
-def tile_candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, int]]:
-    block = max(power_of_two(turning // 2), rest_block(width, turning))
-    for heads in (4, 8, 16, 32):
-        for tokens in (1, 2, 4, 8):
-            for warps in (1, 2, 4, 8):
-                if 4 <= tokens * heads * block // (32 * warps) <= 16:
-                    yield {"TOKENS": tokens, "HEADS": heads, "num_warps": warps}
 
 
 def may_be_whole(width: int, turning: int) -> bool:
@@ -63,79 +38,26 @@ def _candidates(itemsize: int, width: int, turning: int) -> Iterator[dict[str, i
 options_of = Tuned("rope", ("width", "turning"), tile_rule, _candidates)
 
 
-def is_token_major(x: torch.Tensor) -> bool:
-    """Whether ``x`` [B, H, S, D] has its heads inside its tokens in memory, as a projection leaves them."""
-    return bool(x.stride(1) < x.stride(2))
+def _plan(
+    device: int | None,
+    dtype: torch.dtype,
+    interleaved: bool,
+    inverse: bool,
+    q: tuple[Shape, Shape],
+    k: tuple[Shape, Shape],
+    table: tuple[Shape, Shape, Shape],
+    options: Options | None = None,
+) -> tuple[Rotation, Bound]:
+    width, turning = q[0][3], table[0][2]
+    if options is None:
+        options = options_of(device, dtype.itemsize, width, turning)
+    whole = bool(options.get("WHOLE")) and not interleaved and may_be_whole(width, turning)
+    how = rotation(device, dtype, options, q, k, table)
+    constants = (*how.constants, interleaved, inverse, whole, how.many, how.wide)
+    return how, Bound(_rope, (how.programs, 1, 1), constants, options["num_warps"])
 
 
-def like_heads(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialised dense [B, H, S, D] tensor, tokens and heads in the order in which ``x`` has them."""
-    batch, heads, sequence, width = x.shape
-    if is_token_major(x):
-        return x.new_empty((batch, sequence, heads, width)).transpose(1, 2)
-    return x.new_empty((batch, heads, sequence, width))
-
-
-def side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with its last dimension contiguous: itself wherever possible."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """(cos, sin, elements from one batch entry to the next, from one token to the next)."""
-    if cos.stride() != sin.stride() or cos.stride(2) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin, (0 if cos.shape[0] == 1 else cos.stride(0)), cos.stride(1)
-
-
-def heads_each(most: int, blocks: int, q_heads: int, k_heads: int, wanted: int) -> int:
-    """Heads of one program: as many as ``most``, as long as there are ``wanted`` programs."""
-    each = most
-    while each > 1 and blocks * (ceil_div(q_heads, each) + ceil_div(k_heads, each)) < wanted:
-        each //= 2
-    return each
-
-
-class Tiles(NamedTuple):
-    """How the rows of a call, one for each head of each token, are parted into programs."""
-
-    q: tuple[int, int]
-    k: tuple[int, int]
-    programs: int
-    #: Whether tiles of q, and of k, end where their tokens and heads do.
-    even: tuple[bool, bool]
-    many: bool
-
-
-def tiles_of(
-    options: Options, tokens: int, q_heads: int, k_heads: int, token_major: tuple[bool, bool], wanted: int
-) -> Tiles:
-    """(tokens, heads) of a program's tile of q and of k: as large as asked for while there are ``wanted``.
-
-    With tokens inside heads in memory, a tile has more tokens and fewer heads.
-    """
-    rows = options["TOKENS"] * options["HEADS"]
-    while rows > _FEWEST_ROWS and ceil_div(tokens * (q_heads + k_heads), rows) < wanted:
-        rows //= 2
-
-    def tile(heads: int, inside: bool) -> tuple[int, int]:
-        across = min(rows, power_of_two(max(heads, 1)), options["HEADS"] if inside else 4)
-        return rows // across, across
-
-    q, k = tile(q_heads, token_major[0]), tile(k_heads, token_major[1])
-    programs = sum(
-        ceil_div(tokens, many) * ceil_div(heads, across)
-        for (many, across), heads in ((q, q_heads), (k, k_heads))
-    )
-    even = [
-        tokens % many == 0 and heads % across == 0 for (many, across), heads in ((q, q_heads), (k, k_heads))
-    ]
-    return Tiles(q, k, programs, (even[0], even[1]), tokens + rows >= 2**31)
-
-
-def is_flat(x: torch.Tensor) -> bool:
-    """Whether the tokens of all batch entries of ``x`` [B, H, S, D] are evenly spaced."""
-    return bool(x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2))
+_remembered_plan = remembered(_plan)
 
 
 def _run(
@@ -148,36 +70,16 @@ def _run(
     options: Options | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotated q and k; with ``inverse`` multiplied by the transposed rotation."""
-    q_out, k_out = like_heads(q), like_heads(k)
-    q, k = side_by_side(q), side_by_side(k)
-    batch, q_heads, sequence, width = q.shape
-    k_heads, turning, tokens = k.shape[1], cos.shape[-1], batch * sequence
-    if tokens == 0 or q_heads + k_heads == 0:
-        return q_out, k_out
-    cos, sin, table_batch, table_token = tables(cos, sin)
-    index = q.device.index
-    if options is None:
-        options = options_of(index, q.element_size(), width, turning)
-    whole = bool(options.get("WHOLE")) and not interleaved and may_be_whole(width, turning)
-    half, majors = turning // 2, (is_token_major(q_out), is_token_major(k_out))
-    tiles = tiles_of(options, tokens, q_heads, k_heads, majors, 8 * processors(index))
-    _rope(
-        (tiles.programs, 1, 1),
-        (
-            *(q, k, cos, sin, q_out, k_out, tokens, sequence),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *(table_batch, table_token),
-        ),
-        (
-            *(q_heads, k_heads, width, half, power_of_two(half), rest_block(width, turning)),
-            *(*tiles.q, *tiles.k, is_flat(q), is_flat(k), *tiles.even),
-            *(*majors, interleaved, inverse, whole, tiles.many),
-            tl.float64 if wide_dtype(q.dtype) is torch.float64 else tl.float32,
-        ),
-        options["num_warps"],
+    if q.numel() + k.numel() == 0:
+        return like_heads(q), like_heads(k)
+    call = (
+        *(q.device.index, q.dtype, interleaved, inverse),
+        *((q.shape, q.stride()), (k.shape, k.stride()), (cos.shape, cos.stride(), sin.stride())),
     )
-    return q_out, k_out
+    how, bound = _remembered_plan(*call) if options is None else _plan(*call, options)
+    results = how.results(q, k)
+    bound.start(*how.readable(q, k, cos, sin), *results, *how.numbers)
+    return results
 
 
 def _members(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,31 +49,38 @@ def _inputs(batch=2, heads=4, kv=2, sequence=5, width=16, turning=16, tables=1, 
     return q, k, randn(tables, sequence, turning), randn(tables, sequence, turning)
 
 
-def test_a_projection_is_used_without_a_copy_and_keeps_its_layout(monkeypatch) -> None:
-    """[B, S, (H + 2 Hkv) D] split and transposed, as models pass it."""
+def _launches(monkeypatch) -> list[tuple]:
+    """What the kernel is launched with from now on, planned anew for each call."""
     from kpt_plugin_triton import rope as module
 
+    seen, launch = [], module._rope
+
+    def watched(*call):
+        seen.append(call)
+        return launch(*call)
+
+    monkeypatch.setattr(module, "_rope", watched)
+    monkeypatch.setattr(module, "_remembered_plan", module._plan)
+    return seen
+
+
+def test_a_projection_is_used_without_a_copy_and_keeps_its_layout(monkeypatch) -> None:
+    """[B, S, (H + 2 Hkv) D] split and transposed, as models pass it."""
     fused = torch.randn(2, 5, 8 * 16, device=DEVICE)
     q, k, _ = fused.unflatten(-1, (8, 16)).transpose(1, 2).split((4, 2, 2), dim=1)
     _, _, cos, sin = _inputs()
-    seen = []
-    launch = module._rope
-    monkeypatch.setattr(module, "_rope", lambda *call: (seen.append(call[1]), launch(*call)))
+    seen = _launches(monkeypatch)
     out = rope(q, k, cos, sin)
-    assert seen[0][0].data_ptr() == q.data_ptr() and seen[0][1].data_ptr() == k.data_ptr()
+    assert seen[0][1][0].data_ptr() == q.data_ptr() and seen[0][1][1].data_ptr() == k.data_ptr()
     assert len(seen) == 1, "queries and keys turn in one launch"
     assert out[0].transpose(1, 2).is_contiguous() and out[1].transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out, reference("rope")(q, k, cos, sin))
 
 
 def test_the_backward_is_one_launch_that_saves_no_activation(monkeypatch) -> None:
-    from kpt_plugin_triton import rope as module
-
     q, k, cos, sin = _inputs()
     q.requires_grad_(), k.requires_grad_()
-    seen, saved = [], []
-    launch = module._rope
-    monkeypatch.setattr(module, "_rope", lambda *call: (seen.append(call), launch(*call)))
+    seen, saved = _launches(monkeypatch), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         out = rope(q, k, cos, sin)
     torch.autograd.grad(out, (q, k), tuple(map(torch.ones_like, out)))
@@ -88,9 +95,7 @@ def test_rows_in_one_piece(dtype, major, tables, monkeypatch) -> None:
 
     q, k, cos, sin = _inputs(3, 3, 2, 7, 32, 32, 3 if tables > 1 else 1, dtype)
     q, k = (x if major else x.contiguous() for x in (q, k))
-    seen = []
-    launch = module._rope
-    monkeypatch.setattr(module, "_rope", lambda *call: (seen.append(call), launch(*call)))
+    seen = _launches(monkeypatch)
     upstream = tuple(x.flip(-1) for x in (q, k))
     results = []
     for whole in (0, 1):
@@ -99,7 +104,7 @@ def test_rows_in_one_piece(dtype, major, tables, monkeypatch) -> None:
         leaves = [x.detach().requires_grad_() for x in (q, k)]
         out = rope(*leaves, cos, sin)
         results.append((*out, *torch.autograd.grad(out, leaves, upstream)))
-    assert [whole for _, _, constants, _ in seen for whole in constants[-3:-2]] == [False, False, True, True]
+    assert [whole for _, _, constants, *_ in seen for whole in constants[-3:-2]] == [False, False, True, True]
     for pairs, one_piece in zip(*results):
         assert one_piece.stride() == pairs.stride()
         torch.testing.assert_close(one_piece, pairs)
@@ -113,6 +118,7 @@ def test_other_rows_are_read_in_pairs_whatever_the_table_says(
 
     options = {"TOKENS": 2, "HEADS": 2, "num_warps": 1, "WHOLE": 1}
     monkeypatch.setattr(module, "options_of", lambda *_: options)
+    monkeypatch.setattr(module, "_remembered_plan", module._plan)
     q, k, cos, sin = _inputs(width=width, turning=turning)
     torch.testing.assert_close(
         rope(q, k, cos, sin, interleaved), reference("rope")(q, k, cos, sin, interleaved=interleaved)
