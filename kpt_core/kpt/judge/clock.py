@@ -32,6 +32,11 @@ MAX_REPEATS = 64
 SLOW_SECONDS = 0.5
 #: The same where calls of several kinds are timed: each kind has a warm-up pair, and each was called before.
 SLOW_OF_KINDS = 0.05
+#: Seconds for which threads of one library may go on looking for work when a call has ended (libgomp's, and
+#: with it torch's): a call of another library that comes next has fewer cores as long. 2.8 ms were seen.
+SETTLE_SECONDS = 4e-3
+#: Calls this many times as long are timed as they come: it is a few percent of them.
+SETTLED = 16
 #: How far from 1.0 the interval has to lie to stop early: what is close gets all the time there is.
 MARGIN = 0.03
 
@@ -46,6 +51,11 @@ class Measurement:
     spans: int
     repeats: int
     noise: float
+
+
+def settling(device_type: str) -> float:
+    """``settle`` for calls on a device: threads of libraries compete for the cores of a CPU."""
+    return SETTLE_SECONDS if device_type == "cpu" else 0.0
 
 
 def synchroniser(device: torch.device | str | None = None) -> Callable[[], None]:
@@ -89,6 +99,7 @@ def paired(
     timer: Callable[[], float] = time.perf_counter,
     seed: int = 0,
     load: Load = ONE_BY_ONE,
+    settle: float = 0.0,
 ) -> Timing:
     """Time ``baseline`` and ``candidate`` alternately on fresh calls.
 
@@ -112,6 +123,9 @@ def paired(
         flush: evicts caches before each timed span; each span is then a single call.
         load: how the calls of one span arrive. With more than one call at a time, seconds are those of the
             span over the number of its calls: the inverse of the throughput.
+        settle: seconds of calls of a side's own before each of its spans, one call at least, that do not
+            count: what the other side has left behind on the cores is over then, as in a process that calls
+            one of them alone. Not where a call takes `SETTLED` times as long, or several arrive at once.
 
     Raises:
         ValueError: ``min_pairs`` or ``max_pairs`` make no sense (for so many kinds), there is no kind of
@@ -131,6 +145,7 @@ def paired(
             raise ValueError(
                 f"{len(samples)} kinds of calls want {min_pairs} pairs, got max_pairs={max_pairs}"
             )
+    settle = settle if load.calls == 1 else 0.0
     slow = SLOW_SECONDS if len(samples) == 1 else SLOW_OF_KINDS
     wait = synchronize or synchroniser()
     order = random.Random(seed)
@@ -140,8 +155,10 @@ def paired(
 
         def pair(sample: Sample, repeats: int) -> tuple[float, float]:
             begun = timer()
-            found = _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue)
+            before = tuple(settle if 0.0 < each < SETTLED * settle else 0.0 for each in sample.known)
+            found = _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue, before)
             sample.cost = min(sample.cost, timer() - begun)
+            sample.known = found
             return found
 
         start = timer()
@@ -276,14 +293,27 @@ def _pair(
     flush: Callable[[], None] | None,
     timer: Callable[[], float],
     issue: Issue,
+    settle: tuple[float, ...],
 ) -> tuple[float, float]:
     """Seconds per call of both sides on the same fresh calls, in random order."""
     drawn = [next_call() for _ in range(repeats)]
     copies = [call.clone() if isinstance(call, Call) else call for call in drawn]
     first = order.randrange(2)
+    _settle(sides[first], drawn[0], settle[first], timer)
     one = _span(sides[first], drawn, wait, flush, timer, issue)
+    _settle(sides[1 - first], copies[0], settle[1 - first], timer)
     other = _span(sides[1 - first], copies, wait, flush, timer, issue)
     return (one, other) if first == 0 else (other, one)
+
+
+def _settle(function: Callable[..., Any], call: Call, seconds: float, timer: Callable[[], float]) -> None:
+    """Make calls like ``call``, each with tensors of its own, for so many seconds."""
+    end = timer() + seconds
+    while seconds > 0.0:
+        own = call.clone()
+        function(*own.args, **own.kwargs)
+        if timer() >= end:
+            return
 
 
 def _span(

@@ -99,13 +99,17 @@ class Timing(_Figures):
 
 @dataclass
 class Sample:
-    """The times of one kind's pairs, how many calls each span holds, and the least that a pair took."""
+    """The times of one kind's pairs, how many calls each span holds, and the least that a pair took.
+
+    ``known`` are the seconds of a call on either side in the last pair, 0.0 before there is one.
+    """
 
     kind: Kind
     baseline: list[float] = field(default_factory=list)
     candidate: list[float] = field(default_factory=list)
     repeats: int = 1
     cost: float = math.inf
+    known: tuple[float, float] = (0.0, 0.0)
 
     def append(self, pair: tuple[float, float]) -> None:
         self.baseline.append(pair[0])

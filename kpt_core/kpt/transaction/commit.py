@@ -60,6 +60,7 @@ class Committed:
                 # One that is stopped while it is timed is lost, whatever was seen of it.
                 deadline=now + _SHARE_TIMED * left,
                 load=trials.load,
+                settle=clock.settling(trials.observation.device_type),
             )
 
     def take_back(self, *, in_run: bool = False) -> list[str]:

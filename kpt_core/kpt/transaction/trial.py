@@ -263,6 +263,7 @@ class Trials:
                 # One that is stopped while it is timed has no result at all.
                 deadline=now + _SHARE_TIMED * max(self._ends - now, 0.0),
                 load=self.load,
+                settle=clock.settling(observation.device_type),
             )
 
     def _judge_memory(self, outcome: Outcome, applied: Applied) -> None:
