@@ -129,10 +129,13 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
             rows[name] = {"failed": _reason(failure)}
     del reference
     times: dict[str, list[float]] = {name: [] for name in calls}
-    floor, floors = floor_of(case), []
+    measured, yardstick = [], None
+    with contextlib.suppress(Exception):  # no memory left for it, say: the case is worth having without
+        yardstick = yardstick_of(case)
     for _ in range(ROUNDS):
-        if floor is not None:
-            floors.append(timed(floor[1], seconds / ROUNDS, case.graph))
+        if yardstick is not None:
+            with contextlib.suppress(Exception):
+                measured.append(timed(yardstick[1], seconds / ROUNDS, case.graph))
         for name, call in calls.items():
             try:
                 times[name].append(timed(call, seconds / ROUNDS, case.graph))
@@ -147,10 +150,10 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
         if case.unit != "ms":
             rows[name]["rate"] = _rate(case, milliseconds)
     record["contenders"] = rows
-    if floor is not None:
-        record["floor"] = {"what": floor[0], "ms": statistics.median(floors)}
+    if yardstick is not None and measured:
+        record["yardstick"] = {"what": yardstick[0], "ms": statistics.median(measured)}
         if case.unit != "ms":
-            record["floor"]["rate"] = _rate(case, record["floor"]["ms"])
+            record["yardstick"]["rate"] = _rate(case, record["yardstick"]["ms"])
     own = rows.get("kpt", {})
     others = [row["ms"] for name, row in rows.items() if not name.startswith("kpt") and "ms" in row]
     if "ms" in own:
@@ -167,15 +170,15 @@ def measure(case: Any, seconds: float, patience: float = PATIENCE) -> dict[str, 
     return record
 
 
-def floor_of(case: Any) -> tuple[str, Callable[[], Any]] | None:
-    """What no contender of a case can do without, and how to call it; None where nothing is known.
+def yardstick_of(case: Any) -> tuple[str, Callable[[], Any]] | None:
+    """What every contender of a case does too, and how to call that alone; None where nothing is known.
 
-    Bytes that mostly are read, or are kept cold by the case itself, are not compared with a copy.
+    Where a case keeps its bytes cold by itself (``graph``), they are not compared with a copy.
     """
     import torch
 
-    if case.floor is not None:
-        name, prepare = case.floor
+    if case.yardstick is not None:
+        name, prepare = case.yardstick
         return name, prepare()
     if case.unit != "GB/s" or case.graph:
         return None

@@ -21,8 +21,8 @@ class Case:
     each, and return their outputs (gradients included); the first call's are compared with ``reference``, a
     call that computes them in fp32 or better. ``graph`` times replays of a CUDA graph instead of eager calls.
     ``goal`` is in the unit; for "ms", smaller is better. ``ahead`` is a goal of another kind: a contender,
-    and how many times as fast as that kpt should be. ``floor`` is what no contender can do without, under
-    its name, timed as they are; for the unit "GB/s" it is a copy of as many bytes where nothing else is said.
+    and how many times as fast as that kpt should be. ``yardstick`` is what every contender does too, under
+    its name, alone and timed as they are: for "GB/s" torch's copy of as many bytes, where nothing else is said.
     ``rank`` orders cases where time is short, 0 first.
     """
 
@@ -34,7 +34,7 @@ class Case:
     reference: Callable[[], Any] | None = None
     goal: float | None = None
     ahead: tuple[str, float] | None = None
-    floor: tuple[str, Prepare] | None = None
+    yardstick: tuple[str, Prepare] | None = None
     graph: bool = False
     memory: bool = False
     note: str = ""

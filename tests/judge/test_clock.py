@@ -14,6 +14,7 @@ import torch
 from kpt.judge.calls import Call
 from kpt.judge.clock import cache_flusher, measure, paired
 from kpt.judge.intervals import interval
+from kpt.judge.spans import settling, settling_calls
 from kpt.judge.timing import Timing
 
 
@@ -347,6 +348,16 @@ def test_what_the_other_side_left_on_the_cores_is_over(seconds: float, settled: 
 
     assert ratio(0.0) < 0.995
     assert (ratio(4e-3) == pytest.approx(1.0)) is settled
+
+
+def test_how_many_calls_settle() -> None:
+    assert settling("cpu") == 4e-3 and settling("cuda") == 0.0
+    assert settling_calls((0.0, 0.0), 4e-3) == (0, 0), "before anything is known"
+    assert settling_calls((1e-3, 5e-3), 4e-3) == (4, 1)
+    assert settling_calls((0.1, 0.05), 4e-3) == (1, 1), "both, or one side alone would be warm"
+    assert settling_calls((1.0, 0.05), 4e-3) == (0, 1)
+    assert settling_calls((0.1, 0.07), 4e-3) == (0, 0)
+    assert settling_calls((1e-3, 1e-3), 0.0) == (0, 0)
 
 
 def test_calls_that_settle_are_no_others_and_few() -> None:

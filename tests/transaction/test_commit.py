@@ -10,7 +10,7 @@ import torch
 import kpt
 import slow_models
 from fingerprints import optimized
-from kpt.judge import clock
+from kpt.judge import clock, spans
 from kpt.transaction import events
 from slow_models import DirectScale, fast_forward, net, plugin
 
@@ -65,6 +65,7 @@ def test_the_last_timing_ends_with_what_it_has_before_the_budget_does(monkeypatc
     paired, left = clock.paired, []
 
     def slower(*sides, **options):
+        assert options["settle"] == spans.SETTLE_SECONDS
         if options.get("warmup") == 2 and committing:
             left.append(options["deadline"] - time.perf_counter())
         return paired(*sides, **options)
@@ -76,7 +77,7 @@ def test_the_last_timing_ends_with_what_it_has_before_the_budget_does(monkeypatc
     assert left and all(0.0 < seconds < 0.8 * 1.05 * 20.0 for seconds in left)
 
 
-@pytest.mark.parametrize(("late", "committed"), [(0.02, True), (0.2, False)])
+@pytest.mark.parametrize(("late", "committed"), [(0.0, True), (0.5, False)])
 def test_a_commit_that_begins_late_may_end_a_little_after_the_budget(monkeypatch, late, committed):
     """On a machine that others had made slower a plan of 3x was lost for a second too much of judgement."""
     from kpt.transaction import commit
@@ -84,11 +85,11 @@ def test_a_commit_that_begins_late_may_end_a_little_after_the_budget(monkeypatch
     judge_values = commit._judge_values
 
     def slow(outcome, trials):
-        time.sleep(max(0.0, trials.budget.seconds * (1.0 + late) - trials.budget.spent() - 0.05))
+        time.sleep(max(0.0, trials.budget.seconds * (1.0 + late) - trials.budget.spent()))
         return judge_values(outcome, trials)
 
     monkeypatch.setattr(commit, "_judge_values", slow)
-    model, budget = net(), 6.0
+    model, budget = net(), 12.0
     started = time.perf_counter()
     kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=budget, cache=False)
     receipt, seconds = kpt.report(model), time.perf_counter() - started

@@ -94,7 +94,7 @@ def _commits(content: dict[str, Any]) -> str:
 def _goals(records: list[dict[str, Any]]) -> list[str]:
     """Every goal, reached or missed."""
     rows = [
-        [record["op"], record["size"], *judged, _floor(record)]
+        [record["op"], record["size"], *judged, _yardstick(record)]
         for record in records
         for judged in _judged_goals(record)
     ]
@@ -104,36 +104,36 @@ def _goals(records: list[dict[str, Any]]) -> list[str]:
     return [
         "## Goals",
         f"{reached} of {len(rows)} are reached, by the medians; a spread is named from {_DOUBTFUL:.0%} on. "
-        "A floor is what every contender does at least, timed as they are: a copy of as many bytes, in two "
-        "large pieces, where nothing else is said." + _beyond(records, rows),
-        table(["case", "size", "goal", "kpt", "", "a floor"], rows),
+        "A yardstick is what every contender does too, alone and timed as they are: torch's copy of as many "
+        "bytes, where nothing else is said." + _beyond(records, rows),
+        table(["case", "size", "goal", "kpt", "", "a yardstick"], rows),
     ]
 
 
-def _floor(record: dict[str, Any]) -> str:
-    floor = record.get("floor")
-    if floor is None:
+def _yardstick(record: dict[str, Any]) -> str:
+    found = record.get("yardstick")
+    if found is None:
         return ""
-    named = "" if floor["what"].startswith("a copy") else f", {floor['what']}"
-    value = f"{floor['rate']:.0f}" if "rate" in floor else f"{floor['ms']:.4g}"
+    named = "" if found["what"].startswith("a copy") else f", {found['what']}"
+    value = f"{found['rate']:.0f}" if "rate" in found else f"{found['ms']:.4g}"
     return f"{value} {record['unit']}{named}"
 
 
 def _beyond(records: list[dict[str, Any]], rows: list[list[str]]) -> str:
-    """How many of the missed goals ask for more than the floor allows."""
+    """How many of the missed goals ask for more than the yardstick."""
     missed = sum(not row[-2].startswith("reached") for row in rows)
     beyond = 0
     for record in records:
-        floor, own = record.get("floor", {}).get("ms"), record["contenders"].get("kpt", {})
-        if floor is None or "ms" not in own:
+        alone, own = record.get("yardstick", {}).get("ms"), record["contenders"].get("kpt", {})
+        if alone is None or "ms" not in own:
             continue
         if record.get("goal") is not None and record.get("goal_reached") is False:
             goal = float(record["goal"])
-            beyond += floor > (goal if record["unit"] == "ms" else own["ms"] * own["rate"] / goal)
+            beyond += alone > (goal if record["unit"] == "ms" else own["ms"] * own["rate"] / goal)
         if record.get("ahead_goal_reached") is False:
             factor = float(record["ahead_goal"].partition(" times ")[0])
-            beyond += floor > own["ms"] * record["times_as_fast"] / factor
-    return f" Of the {missed} that are missed {beyond} are beyond that." if beyond else ""
+            beyond += alone > own["ms"] * record["times_as_fast"] / factor
+    return f" Of the {missed} goals that are missed {beyond} ask for more than that." if beyond else ""
 
 
 def _judged_goals(record: dict[str, Any]) -> list[list[str]]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from kpt.judge import spans
 from kpt.judge.calls import Call
 from kpt.judge.intervals import LEAST_OF_A_KIND, interval, least_of_a_kind, spread
 from kpt.judge.kinds import Kind, one_kind
-from kpt.judge.load import ONE_BY_ONE, Issue, Load, one_by_one
+from kpt.judge.load import ONE_BY_ONE, Load
 from kpt.judge.timing import TOLERANCE, Sample, Timing, summarised, together, total
 
 #: Calls shorter than this are repeated inside one timed span: a clock reading costs about 0.1 µs, and a
@@ -32,11 +33,6 @@ MAX_REPEATS = 64
 SLOW_SECONDS = 0.5
 #: The same where calls of several kinds are timed: each kind has a warm-up pair, and each was called before.
 SLOW_OF_KINDS = 0.05
-#: Seconds for which threads of one library may go on looking for work when a call has ended (libgomp's, and
-#: with it torch's): a call of another library that comes next has fewer cores as long. 2.8 ms were seen.
-SETTLE_SECONDS = 4e-3
-#: Calls this many times as long are timed as they come: it is a few percent of them.
-SETTLED = 16
 #: How far from 1.0 the interval has to lie to stop early: what is close gets all the time there is.
 MARGIN = 0.03
 
@@ -51,11 +47,6 @@ class Measurement:
     spans: int
     repeats: int
     noise: float
-
-
-def settling(device_type: str) -> float:
-    """``settle`` for calls on a device: threads of libraries compete for the cores of a CPU."""
-    return SETTLE_SECONDS if device_type == "cpu" else 0.0
 
 
 def synchroniser(device: torch.device | str | None = None) -> Callable[[], None]:
@@ -125,7 +116,8 @@ def paired(
             span over the number of its calls: the inverse of the throughput.
         settle: seconds of calls of a side's own before each of its spans, one call at least, that do not
             count: what the other side has left behind on the cores is over then, as in a process that calls
-            one of them alone. Not where a call takes `SETTLED` times as long, or several arrive at once.
+            one of them alone. Not where both sides take `spans.SETTLED` times as long, or several calls
+            arrive at once.
 
     Raises:
         ValueError: ``min_pairs`` or ``max_pairs`` make no sense (for so many kinds), there is no kind of
@@ -155,8 +147,10 @@ def paired(
 
         def pair(sample: Sample, repeats: int) -> tuple[float, float]:
             begun = timer()
-            before = tuple(settle if 0.0 < each < SETTLED * settle else 0.0 for each in sample.known)
-            found = _pair(sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue, before)
+            before = spans.settling_calls(sample.known, settle)
+            found = spans.pair(
+                sides, sample.kind.next_call, repeats, order, wait, flush, timer, issue, before
+            )
             sample.cost = min(sample.cost, timer() - begun)
             sample.known = found
             return found
@@ -199,23 +193,23 @@ def measure(
 ) -> Measurement:
     """Time one function alone, by the same rules as `paired`."""
     wait = synchronize or synchroniser()
-    spans: list[float] = []
+    timed: list[float] = []
     with _collector_off():
         start = timer()
-        first = _span(function, [next_call()], wait, flush, timer)
+        first = spans.span(function, [next_call()], wait, flush, timer)
         repeats = 1
         if first >= SLOW_SECONDS:
-            spans.append(first)
+            timed.append(first)
         elif flush is None and _repeats(first, 1) > 1:
-            repeats = _repeats(_span(function, [next_call()], wait, flush, timer), 1)
-        while len(spans) < max_spans and not (spans and _passed(deadline, timer)):
-            if len(spans) >= min_spans and timer() - start >= seconds:
+            repeats = _repeats(spans.span(function, [next_call()], wait, flush, timer), 1)
+        while len(timed) < max_spans and not (timed and _passed(deadline, timer)):
+            if len(timed) >= min_spans and timer() - start >= seconds:
                 break
             calls = [next_call() for _ in range(repeats)]
-            spans.append(_span(function, calls, wait, flush, timer))
-    low, high = interval(spans, 0.95, seed)
-    center = statistics.median(spans)
-    return Measurement(center, low, high, len(spans), repeats, spread(spans, center))
+            timed.append(spans.span(function, calls, wait, flush, timer))
+    low, high = interval(timed, 0.95, seed)
+    center = statistics.median(timed)
+    return Measurement(center, low, high, len(timed), repeats, spread(timed, center))
 
 
 @contextmanager
@@ -282,56 +276,6 @@ def _warm_up(
     sample.repeats = at_once * math.ceil(sample.repeats / at_once)  # every caller has as many
     if not sample.baseline:
         sample.cost = math.inf  # pairs of as many calls as the measured ones tell what those take
-
-
-def _pair(
-    sides: tuple[Callable[..., Any], Callable[..., Any]],
-    next_call: Callable[[], Call],
-    repeats: int,
-    order: random.Random,
-    wait: Callable[[], None],
-    flush: Callable[[], None] | None,
-    timer: Callable[[], float],
-    issue: Issue,
-    settle: tuple[float, ...],
-) -> tuple[float, float]:
-    """Seconds per call of both sides on the same fresh calls, in random order."""
-    drawn = [next_call() for _ in range(repeats)]
-    copies = [call.clone() if isinstance(call, Call) else call for call in drawn]
-    first = order.randrange(2)
-    _settle(sides[first], drawn[0], settle[first], timer)
-    one = _span(sides[first], drawn, wait, flush, timer, issue)
-    _settle(sides[1 - first], copies[0], settle[1 - first], timer)
-    other = _span(sides[1 - first], copies, wait, flush, timer, issue)
-    return (one, other) if first == 0 else (other, one)
-
-
-def _settle(function: Callable[..., Any], call: Call, seconds: float, timer: Callable[[], float]) -> None:
-    """Make calls like ``call``, each with tensors of its own, for so many seconds."""
-    end = timer() + seconds
-    while seconds > 0.0:
-        own = call.clone()
-        function(*own.args, **own.kwargs)
-        if timer() >= end:
-            return
-
-
-def _span(
-    function: Callable[..., Any],
-    calls: Sequence[Call],
-    wait: Callable[[], None],
-    flush: Callable[[], None] | None,
-    timer: Callable[[], float],
-    issue: Issue = one_by_one,
-) -> float:
-    """Seconds per call over ``calls``."""
-    if flush is not None:
-        flush()
-    wait()
-    start = timer()
-    issue(function, calls)
-    wait()
-    return (timer() - start) / len(calls)
 
 
 def _settled(samples: Sequence[Sample], many: bool, seed: int) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kpt import compiling
 from kpt.error_text import summary
-from kpt.judge import clock
+from kpt.judge import clock, spans
 from kpt.judge.verdict import Verdict
 from kpt.transaction import dispatch
 from kpt.transaction.budget import BudgetSpent
@@ -60,7 +60,7 @@ class Committed:
                 # One that is stopped while it is timed is lost, whatever was seen of it.
                 deadline=now + _SHARE_TIMED * left,
                 load=trials.load,
-                settle=clock.settling(trials.observation.device_type),
+                settle=spans.settling(trials.observation.device_type),
             )
 
     def take_back(self, *, in_run: bool = False) -> list[str]:

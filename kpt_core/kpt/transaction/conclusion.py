@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from kpt.transaction.request import Run
     from kpt.transaction.trial import Trials
 
-#: Share of the budget that the last commit may go beyond it: what was found is lost where a machine that has
-#: become slower does not let it end.
-_OVERTIME = 0.05
+#: Share of the budget that the last commit may go beyond it, and the most seconds: what was found is lost
+#: where a machine that has become slower does not let it end.
+_OVERTIME, _OVERTIME_MOST = 0.05, 5.0
 #: Seconds that a tracker may take without a word in the receipt.
 _MOMENT = 1.0
 
@@ -68,7 +68,7 @@ def _try(
     """
     emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
     kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
-    beyond = _OVERTIME * run.budget.seconds if beneath is None else 0.0
+    beyond = min(_OVERTIME * run.budget.seconds, _OVERTIME_MOST) if beneath is None else 0.0
     committed: Committed | None = None
     try:
         with run.budget.overtime(beyond):

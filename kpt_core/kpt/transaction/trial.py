@@ -12,7 +12,7 @@ import torch
 
 from kpt.error_text import summary
 from kpt.interruption import DeadlinePassed
-from kpt.judge import clock
+from kpt.judge import clock, spans
 from kpt.judge.state import ModelState, untouched
 from kpt.transaction import memory, workspace
 from kpt.transaction.applied import Applied, StepFailed
@@ -263,7 +263,7 @@ class Trials:
                 # One that is stopped while it is timed has no result at all.
                 deadline=now + _SHARE_TIMED * max(self._ends - now, 0.0),
                 load=self.load,
-                settle=clock.settling(observation.device_type),
+                settle=spans.settling(observation.device_type),
             )
 
     def _judge_memory(self, outcome: Outcome, applied: Applied) -> None:

@@ -225,7 +225,7 @@ def _in_bfloat16(weights: Iterable[torch.Tensor]) -> bool:
 
 def _convolves(weights: Iterable[torch.Tensor]) -> bool:
     """Whether most of the weights of products are those of convolutions."""
-    dims = [weight.dim() for weight in weights if weight.dim() > 1]
+    dims = [weight.dim() for weight in weights if weight.dim() > 1 and weight.is_floating_point()]
     return 2 * sum(dim > 2 for dim in dims) > len(dims)
 
 

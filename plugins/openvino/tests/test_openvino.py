@@ -19,6 +19,7 @@ from kpt_plugin_cpu.bf16 import Bf16
 from kpt_plugin_cpu.channels_last import ChannelsLast
 from kpt_plugin_openvino import lowering
 from kpt_plugin_openvino.whole import OpenVino
+from kpt_plugin_openvino.widening import widened
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +112,11 @@ def test_norms_and_sums_are_folded_into_convolutions_in_bfloat16(kind, dims, mon
         assert found.dtype is torch.bfloat16
         assert relative(found, exact) < 1.5 * relative(expected, exact)
     undo()
+    assert compiled[0].outputs[0].element_type.to_string() == "bf16", "cast by OpenVINO's threads"
     monkeypatch.setattr(lowering, "_convolves", lambda weights: False)
-    applied(model, x, dims=dims)[1].forward(x)
+    behaviour, space, undo = applied(model, x, dims=dims)
+    space.forward(x)
+    undo()
     wide, narrow = (
         Counter(op.get_rt_info()["layerType"].astype(str) for op in one.get_runtime_model().get_ops())
         for one in compiled
@@ -120,6 +124,19 @@ def test_norms_and_sums_are_folded_into_convolutions_in_bfloat16(kind, dims, mon
     assert wide["Convolution"] == narrow["Convolution"] == 4
     apart = ("Subgraph", "Eltwise", "Reshape")  # passes over memory of their own
     assert sum(wide[name] for name in apart) < sum(narrow[name] for name in apart)
+
+
+def test_bits_read_as_something_else_are_left_alone():
+    def captured(forward) -> torch.fx.GraphModule:
+        graphs: list[torch.fx.GraphModule] = []
+        run = torch.compile(forward, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        run(torch.ones(4, 4, dtype=torch.bfloat16))
+        return graphs[0]
+
+    assert widened(captured(lambda x: x.view(torch.int16).bitwise_and(1)), {}) is None
+    assert widened(captured(lambda x: (x.view(torch.int16) & -2).view(torch.bfloat16)), {}) is None
+    assert widened(captured(lambda x: x.type("torch.BFloat16Tensor") * 2), {}) is None
+    assert widened(captured(lambda x: x.view(2, 8) * 2), {}) is not None
 
 
 @half

@@ -29,7 +29,7 @@ _backward_apply = Kernel(device.stripe_backward_apply)
 
 def _rule(itemsize: int, channels: int, spots: int) -> dict[str, int]:
     """Elements of a tile, programs for each multiprocessor."""
-    return {"ELEMENTS": 2048, "PROGRAMS": 8, "num_warps": 2}
+    return {"ELEMENTS": 2048 if itemsize <= 4 else 1024, "PROGRAMS": 8, "num_warps": 2}
 
 
 def _candidates(itemsize: int, channels: int, spots: int) -> Iterator[dict[str, int]]:

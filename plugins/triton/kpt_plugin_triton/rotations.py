@@ -102,8 +102,10 @@ def tiles_of(
         ceil_div(tokens, many) * ceil_div(heads, across)
         for (many, across), heads in ((q, q_heads), (k, k_heads))
     )
+    # By sixteens, of which Triton compiles for multiples anew in any case: lengths alone cause no more of it.
     even = [
-        tokens % many == 0 and heads % across == 0 for (many, across), heads in ((q, q_heads), (k, k_heads))
+        (many == 1 or tokens % max(many, 16) == 0) and heads % across == 0
+        for (many, across), heads in ((q, q_heads), (k, k_heads))
     ]
     return Tiles(q, k, programs, (even[0], even[1]), tokens + rows >= 2**31)
 
@@ -184,7 +186,7 @@ def rotation(
 
 
 def _heads_strides(shape: Shape, token_major: bool) -> Shape:
-    _, heads, sequence, width = shape
+    heads, sequence, width = (max(size, 1) for size in shape[1:])
     if token_major:
         return heads * sequence * width, width, heads * width, 1
     return heads * sequence * width, sequence * width, width, 1

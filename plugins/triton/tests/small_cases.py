@@ -100,6 +100,8 @@ def activation_cases() -> Iterator[Case]:
             f"group_norm {layout}",
             lambda x=x: group_norm.group_norm(x, 4, weight, weight, activation="silu"),
         )
+    large = randn(1, 8, 72, 72).detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    yield "group_norm stripes", lambda: group_norm.group_norm(large, 2, randn(8), randn(8), activation="silu")
     ids, tables = labels(11, 2, 6), [randn(11, 80), randn(8, 80), randn(11, 80)]
     places = torch.arange(6, device=DEVICE)[None]
     yield (

@@ -61,6 +61,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "bias_activation": lambda: activations.bias_activation(empty(MANY * 32, 64), empty(64)),
     "group_norm": lambda: group_norm.group_norm(empty(MANY, 8, 4, 4), 4),
     "group_norm, channels last": lambda: group_norm.group_norm(empty(MANY, 4, 4, 8).permute(0, 3, 1, 2), 4),
+    "group_norm, channels last, in stripes": lambda: group_norm.group_norm(
+        empty(MANY, 72, 72, 8).permute(0, 3, 1, 2), 2
+    ),
     "rope": lambda: rope.rope(heads(8), heads(8), *(empty(1, 8, 64).detach() for _ in range(2))),
     "qk_norm_rope": lambda: qk_norm_rope.qk_norm_rope(
         heads(8), heads(8), empty(64), empty(64), *(empty(1, 8, 64).detach() for _ in range(2))
