@@ -22,7 +22,7 @@ class Case:
     call that computes them in fp32 or better. ``graph`` times replays of a CUDA graph instead of eager calls.
     ``goal`` is in the unit; for "ms", smaller is better. ``ahead`` is a goal of another kind: a contender,
     and how many times as fast as that kpt should be. ``yardstick`` is what every contender does too, under
-    its name, alone and timed as they are: for "GB/s" torch's copy of as many bytes, where nothing else is said.
+    its name, alone and timed as they are: for "GB/s" torch's copy of as many bytes, where nothing is said.
     ``rank`` orders cases where time is short, 0 first.
     """
 
