@@ -38,6 +38,40 @@ def _affine(weight, bias, channel, in_group, CHANNELS: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
+def merged(
+    one,
+    other,
+    weight,
+    batch,
+    parts,
+    groups,
+    first,
+    GROUP: tl.constexpr,
+    MERGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Two sums by channel, [N, parts, C], added up over the group from channel ``first`` on, in one order.
+
+    Each channel's is multiplied by its ``weight``, where there is one.
+    """
+    total = tl.zeros([MERGE], WIDE)
+    rest = tl.zeros([MERGE], WIDE)
+    for start in range(0, parts * GROUP, MERGE):
+        number = start + tl.arange(0, MERGE)
+        among = number < parts * GROUP
+        place = (batch * parts + number // GROUP) * (groups * GROUP) + first + number % GROUP
+        found = tl.load(one + place, mask=among, other=0.0)
+        more = tl.load(other + place, mask=among, other=0.0)
+        if weight is not None:
+            factor = tl.load(weight + first + number % GROUP, mask=among, other=0.0).to(WIDE)
+            found *= factor
+            more *= factor
+        total += found
+        rest += more
+    return tl.sum(total, axis=0), tl.sum(rest, axis=0)
+
+
+@triton.jit
 def group_norm_forward(
     x,
     weight,
@@ -143,16 +177,10 @@ def group_norm_forward_apply(
     channel = first + local
     in_group = local < GROUP
     part, parts = tl.program_id(1), tl.num_programs(1)
-    total = tl.zeros([MERGE], WIDE)
-    square = tl.zeros([MERGE], WIDE)
-    for start in range(0, parts * GROUP, MERGE):
-        number = start + tl.arange(0, MERGE)
-        place = (batch * parts + number // GROUP) * (groups * GROUP) + first + number % GROUP
-        total += tl.load(sums + place, mask=number < parts * GROUP, other=0.0)
-        square += tl.load(squares + place, mask=number < parts * GROUP, other=0.0)
+    total, square = merged(sums, squares, None, batch, parts, groups, first, GROUP, MERGE, WIDE)
     count = GROUP * tl.cast(spots, WIDE)
-    moved = tl.sum(total, axis=0) / count
-    variance = tl.sum(square, axis=0) / count - moved * moved
+    moved = total / count
+    variance = square / count - moved * moved
     middle = tl.load(x + batch * x_batch + first * x_channel).to(WIDE) + moved
     inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     if mean is not None:
@@ -302,23 +330,10 @@ def group_norm_backward_apply(
     channel = first + local
     in_group = local < GROUP
     part, parts = tl.program_id(1), tl.num_programs(1)
-    along = tl.zeros([MERGE], WIDE)
-    plain = tl.zeros([MERGE], WIDE)
-    for start in range(0, parts * GROUP, MERGE):
-        number = start + tl.arange(0, MERGE)
-        among = number < parts * GROUP
-        place = (batch * parts + number // GROUP) * (groups * GROUP) + first + number % GROUP
-        one = tl.load(weight_sums + place, mask=among, other=0.0)
-        other = tl.load(bias_sums + place, mask=among, other=0.0)
-        if weight is not None:
-            factor = tl.load(weight + first + number % GROUP, mask=among, other=0.0).to(WIDE)
-            one *= factor
-            other *= factor
-        along += one
-        plain += other
+    along, plain = merged(weight_sums, bias_sums, weight, batch, parts, groups, first, GROUP, MERGE, WIDE)
     count = GROUP * tl.cast(spots, WIDE)
-    shared = tl.sum(along, axis=0) / count
-    common = tl.sum(plain, axis=0) / count
+    shared = along / count
+    common = plain / count
     group = batch * groups + first // GROUP
     middle = tl.load(mean + group)
     inverse = tl.load(rstd + group)

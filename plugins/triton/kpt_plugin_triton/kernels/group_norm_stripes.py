@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kpt_plugin_triton.kernels.activations import activate
-from kpt_plugin_triton.kernels.group_norm import gradient_of
+from kpt_plugin_triton.kernels.group_norm import gradient_of, merged
 
 
 @triton.jit
@@ -29,6 +29,16 @@ def _by_channel(values, default, channel, known, WIDE: tl.constexpr):
     if values is not None:
         found = tl.load(values + channel, mask=known, other=0.0).to(WIDE)
     return found[None, :]
+
+
+@triton.jit
+def _facts(mean, rstd, weight, bias, group, channel, known, WIDE: tl.constexpr):
+    """Mean and reciprocal deviation of the groups of a stripe's channels, weight and bias: [1, CHANNELS]."""
+    middle = tl.load(mean + group, mask=known, other=0.0)[None, :]
+    inverse = tl.load(rstd + group, mask=known, other=0.0)[None, :]
+    scale = _by_channel(weight, 1.0, channel, known, WIDE)
+    shift = _by_channel(bias, 0.0, channel, known, WIDE)
+    return middle, inverse, scale, shift
 
 
 @triton.jit
@@ -84,16 +94,10 @@ def stripe_forward_merge(
     """Mean and reciprocal deviation of one group."""
     program = tl.program_id(0).to(tl.int64)
     batch, first = program // groups, (program % groups) * GROUP
-    total = tl.zeros([MERGE], WIDE)
-    square = tl.zeros([MERGE], WIDE)
-    for start in range(0, parts * GROUP, MERGE):
-        number = start + tl.arange(0, MERGE)
-        place = (batch * parts + number // GROUP) * (groups * GROUP) + first + number % GROUP
-        total += tl.load(sums + place, mask=number < parts * GROUP, other=0.0)
-        square += tl.load(squares + place, mask=number < parts * GROUP, other=0.0)
+    total, square = merged(sums, squares, None, batch, parts, groups, first, GROUP, MERGE, WIDE)
     count = GROUP * tl.cast(spots, WIDE)
-    moved = tl.sum(total, axis=0) / count
-    variance = tl.sum(square, axis=0) / count - moved * moved
+    moved = total / count
+    variance = square / count - moved * moved
     tl.store(mean + program, tl.load(x + batch * x_batch + first).to(WIDE) + moved)
     tl.store(rstd + program, tl.rsqrt(tl.maximum(variance, 0.0) + eps))
 
@@ -119,10 +123,7 @@ def stripe_forward_apply(
     batch, channel = _stripe(tl.program_id(0).to(tl.int64), channels, CHANNELS)
     known = channel < channels
     group = batch * (channels // GROUP) + channel // GROUP
-    middle = tl.load(mean + group, mask=known, other=0.0)[None, :]
-    inverse = tl.load(rstd + group, mask=known, other=0.0)[None, :]
-    scale = _by_channel(weight, 1.0, channel, known, WIDE)
-    shift = _by_channel(bias, 0.0, channel, known, WIDE)
+    middle, inverse, scale, shift = _facts(mean, rstd, weight, bias, group, channel, known, WIDE)
     for tile in range(tl.program_id(1), tl.cdiv(spots, SPOTS), tl.num_programs(1)):
         spot = tile * SPOTS + tl.arange(0, SPOTS).to(tl.int64)
         inside = (spot < spots)[:, None] & known[None, :]
@@ -159,10 +160,7 @@ def stripe_backward_sums(
     known = channel < channels
     part, parts = tl.program_id(1), tl.num_programs(1)
     group = batch * (channels // GROUP) + channel // GROUP
-    middle = tl.load(mean + group, mask=known, other=0.0)[None, :]
-    inverse = tl.load(rstd + group, mask=known, other=0.0)[None, :]
-    scale = _by_channel(weight, 1.0, channel, known, WIDE)
-    shift = _by_channel(bias, 0.0, channel, known, WIDE)
+    middle, inverse, scale, shift = _facts(mean, rstd, weight, bias, group, channel, known, WIDE)
     along = tl.zeros([SPOTS, CHANNELS], WIDE)
     plain = tl.zeros([SPOTS, CHANNELS], WIDE)
     for tile in range(part, tl.cdiv(spots, SPOTS), parts):
@@ -196,23 +194,10 @@ def stripe_backward_merge(
     """What all gradients of one group lose: ``shared`` times x normalised, and ``common``."""
     program = tl.program_id(0).to(tl.int64)
     batch, first = program // groups, (program % groups) * GROUP
-    along = tl.zeros([MERGE], WIDE)
-    plain = tl.zeros([MERGE], WIDE)
-    for start in range(0, parts * GROUP, MERGE):
-        number = start + tl.arange(0, MERGE)
-        among = number < parts * GROUP
-        place = (batch * parts + number // GROUP) * (groups * GROUP) + first + number % GROUP
-        one = tl.load(weight_sums + place, mask=among, other=0.0)
-        other = tl.load(bias_sums + place, mask=among, other=0.0)
-        if weight is not None:
-            factor = tl.load(weight + first + number % GROUP, mask=among, other=0.0).to(WIDE)
-            one *= factor
-            other *= factor
-        along += one
-        plain += other
+    along, plain = merged(weight_sums, bias_sums, weight, batch, parts, groups, first, GROUP, MERGE, WIDE)
     count = GROUP * tl.cast(spots, WIDE)
-    tl.store(shared + program, tl.sum(along, axis=0) / count)
-    tl.store(common + program, tl.sum(plain, axis=0) / count)
+    tl.store(shared + program, along / count)
+    tl.store(common + program, plain / count)
 
 
 @triton.jit
@@ -239,12 +224,9 @@ def stripe_backward_apply(
     batch, channel = _stripe(tl.program_id(0).to(tl.int64), channels, CHANNELS)
     known = channel < channels
     group = batch * (channels // GROUP) + channel // GROUP
-    middle = tl.load(mean + group, mask=known, other=0.0)[None, :]
-    inverse = tl.load(rstd + group, mask=known, other=0.0)[None, :]
+    middle, inverse, scale, shift = _facts(mean, rstd, weight, bias, group, channel, known, WIDE)
     along = tl.load(shared + group, mask=known, other=0.0)[None, :]
     plain = tl.load(common + group, mask=known, other=0.0)[None, :]
-    scale = _by_channel(weight, 1.0, channel, known, WIDE)
-    shift = _by_channel(bias, 0.0, channel, known, WIDE)
     for tile in range(tl.program_id(1), tl.cdiv(spots, SPOTS), tl.num_programs(1)):
         spot = tile * SPOTS + tl.arange(0, SPOTS).to(tl.int64)
         inside = (spot < spots)[:, None] & known[None, :]
