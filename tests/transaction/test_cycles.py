@@ -35,7 +35,7 @@ def cycles(
     expected = mixed_models.mixed()(example)
     offered = mixed_models.plugins(compiled)
     for _ in range(number):
-        optimized(model, example, plugins=offered, cache=cache, budget=20.0)
+        optimized(model, example, plugins=offered, cache=cache, budget=120.0)
         receipt = kpt.report(model)
         assert phases(model) == EVERY_PHASE, (receipt.rejected, receipt.notes)
         assert receipt.searched or cache

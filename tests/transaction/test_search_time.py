@@ -178,3 +178,23 @@ def test_what_hangs_in_a_stack_without_setup_is_found_and_the_others_are_kept() 
     assert set(found.best.plan.steps) == {good, compiler}
     assert [(entry.name, entry.rule) for entry in found.rejected] == [("hanging", "deadline")]
     assert trials.now < 100.0
+
+
+def test_what_there_was_no_time_to_try_beside_the_best_is_not_called_slower() -> None:
+    """All together they were slower, in a moment's noise; alone each is faster; then the time is up."""
+    steps = [candidate(f"kernel{n}", "kernels", 0.0) for n in range(3)]
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        if len(names) == 3:
+            return 2.0, "ok", 0.9
+        return 3.0, "ok", 3.0 if "kernel0" in names else 1.2
+
+    found, trials = outlined(13.0, steps, fate)
+    assert found.best.plan.steps == (steps[0],)
+    assert [(entry.name, entry.rule) for entry in found.rejected] == [
+        ("kernel1", "budget"),
+        ("kernel2", "budget"),
+    ]
+    for entry in found.rejected:
+        assert "1.20x alone" in entry.reason and "s were left" in entry.reason
+    assert len(trials.seen) == 4

@@ -230,7 +230,7 @@ class Search:
             alone = ledger.tried.get(Plan.of([candidate]).key)
             if alone is not None and not alone.accepted:
                 ledger.reject_by(candidate, alone)
-            elif alone is not None and best is not None:
+            elif alone is not None and best is not None and _apart(candidate, best):
                 ledger.reject(candidate, "slower", _alone(alone, best))
             elif full:
                 ledger.reject(candidate, "fuel", f"not tried: fuel={ledger.fuel} allows no further variant")
@@ -242,14 +242,22 @@ class Search:
         ledger = self.ledger
         plan = best.plan.with_(candidate) if best is not None else Plan.of([candidate])
         seconds, left = ledger.cost(plan, best), ledger.budget.left()
-        excluded = [(step, excludes(step, candidate)) for step in best.plan.steps] if best is not None else []
-        against = next((f" in place of {step.name} ({why})" for step, why in excluded if why), "")
+        excluded = _apart(candidate, best) if best is not None else []
+        against = next((f" in place of {step.name} ({why})" for step, why in excluded), "")
+        alone = ledger.tried.get(Plan.of([candidate]).key)
+        found = f"; {ratio(alone):.2f}x alone" if alone is not None else ""
         if ledger.time_for(seconds):
-            return f"not tried{against or ' beside what was chosen'}"
+            return f"not tried{against or ' beside what was chosen'}{found}"
         return (
             f"not tried{against}: its trial was expected to take {seconds:.0f} s; {left:.0f} s were left, "
-            "the commit's own among them"
+            f"the commit's own among them{found}"
         )
+
+
+def _apart(candidate: Candidate, best: Outcome) -> list[tuple[Candidate, str]]:
+    """The steps of ``best`` that ``candidate`` can't come beside, and why."""
+    reasons = ((step, excludes(step, candidate)) for step in best.plan.steps)
+    return [(step, why) for step, why in reasons if why is not None]
 
 
 def _alone(worse: Outcome, better: Outcome) -> str:
