@@ -76,6 +76,7 @@ docs-serve: setup  ## serve the documentation at http://127.0.0.1:8000
 
 bench: setup  ## every contender on every benchmark model (about an hour on two cores)
 	$(OFFLINE) $(BIN)/python benchmarks/cpu_models.py
+	$(OFFLINE) $(BIN)/python benchmarks/cpu_training.py
 	$(OFFLINE) $(BIN)/python benchmarks/families.py
 	$(BIN)/python tools/generate_reference.py
 

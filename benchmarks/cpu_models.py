@@ -223,11 +223,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 # In the parent: all models
 
 
-def in_a_process(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
-    """`measure` in a new process, so that neither memory nor threads of one model reach the next."""
+def in_a_process(
+    name: str, arguments: list[str], limit: float, script: str | Path = __file__
+) -> dict[str, Any]:
+    """`measure` of ``script`` in a new process: neither memory nor threads of one model reach the next."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
-        command = [sys.executable, __file__, "--child", name, "--out", str(path), *arguments]
+        command = [sys.executable, str(script), "--child", name, "--out", str(path), *arguments]
         try:
             code = subprocess.run(command, cwd=ROOT, timeout=limit).returncode
         except subprocess.TimeoutExpired:

@@ -131,3 +131,44 @@ def test_a_plan_counts_calls_as_the_model_does_or_is_rejected(cls, made_by):
     assert model.counted() == before + 3
     if made_by is DirectScale:
         assert report.optimized and kpt.report(model).calls["optimized"] == 3, report
+
+
+step, gain = 0, 2.0
+
+
+def loss(y: torch.Tensor) -> float:
+    """Of the training loop, and nothing that the model calls: it has an attribute of that name."""
+    return float(y.mean()) * gain
+
+
+class NamesLikeAScripts(torch.nn.Module):
+    """Its attributes are called as globals of the script are, which a loop around it counts up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = SlowScale(16)
+        self.loss = torch.nn.Identity()
+
+    def forward(self, x):
+        return self.loss(self.step(x)) * [one for one in (2.0,)][0]
+
+
+class AsksForItsGlobals(NamesLikeAScripts):
+    def forward(self, x):
+        return super().forward(x) * (1 + globals()["step"])
+
+
+@pytest.mark.parametrize("kind", [NamesLikeAScripts, AsksForItsGlobals])
+def test_globals_that_only_share_a_name_with_an_attribute_are_not_watched(kind, monkeypatch):
+    model, x = kind().eval(), torch.randn(32, 16)
+    kpt.optimize(model, x, plugins=[plugin(DirectScale)], budget=20, cache=False)
+    assert kpt.report(model).optimized, kpt.report(model).reason
+    with torch.no_grad():
+        for number in range(3):
+            monkeypatch.setitem(globals(), "step", number)
+            monkeypatch.setitem(globals(), "gain", float(number))
+            twin = kind().eval()
+            twin.load_state_dict(model.state_dict())
+            torch.testing.assert_close(model(x), twin(x))
+    calls = kpt.report(model).calls
+    assert (calls["optimized"], calls["fallback"]) == ((3, 0) if kind is NamesLikeAScripts else (1, 2))

@@ -26,7 +26,12 @@ def by_machine(folder: Path, benchmark: str) -> list[tuple[Path, dict[str, Any]]
         machine = content["machine"]
         key = json.dumps([machine[part] for part in ("processor", "cores", "threads", "instructions")])
         found.setdefault(key, (path, content))
-    return sorted(found.values(), key=lambda each: (len(each[1]["models"]), each[1]["date"]), reverse=True)
+
+    def extent(each: tuple[Path, dict[str, Any]]) -> tuple[int, str]:
+        content = each[1]
+        return len(content.get("models", content.get("parts", ()))), content["date"]
+
+    return sorted(found.values(), key=extent, reverse=True)
 
 
 def origin(path: Path, content: dict[str, Any]) -> str:
@@ -56,20 +61,34 @@ def page(folder: Path) -> str:
     ]
     machines, families = by_machine(folder, "cpu_models"), latest(folder, "families")
     for models in machines:
-        title = "Six models on the CPU"
-        if len(machines) > 1:
-            title += f": {models[1]['machine']['processor']}, {models[1]['date']}"
-        parts += [f"## {title}", origin(*models)]
+        parts += [f"## {titled('Six models on the CPU', models[1], machines)}", origin(*models)]
         for record in models[1]["models"].values():
             parts += model_section(record)
     if families:
         parts += ["## Small models of many families", origin(*families), *family_section(families[1])]
-    costs = latest(folder, "overhead")
-    if costs:
-        parts += ["## What kpt itself costs", origin(*costs), *overhead_section(costs[1])]
+    trained = by_machine(folder, "cpu_training")
+    for models in trained:
+        parts += [f"## {titled('Training steps on the CPU', models[1], trained)}", origin(*models)]
+        parts.append(
+            "Forward, loss and backward, without dropout. The error is that of all gradients together, relative "
+            "to those in fp64."
+        )
+        for record in models[1]["models"].values():
+            parts += model_section(record)
+    costs = by_machine(folder, "overhead")
+    for cost in costs:
+        parts += [f"## {titled('What kpt itself costs', cost[1], costs)}", origin(*cost)]
+        parts += overhead_section(cost[1])
     if not machines and not families:
         parts.append(NOTHING_YET)
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def titled(title: str, content: dict[str, Any], machines: list[Any]) -> str:
+    """The title of a section; with the machine and the day where there are several."""
+    if len(machines) < 2:
+        return title
+    return f"{title}: {content['machine']['processor']}, {content['date']}"
 
 
 def model_section(record: dict[str, Any]) -> list[str]:

@@ -105,6 +105,27 @@ def _read(distribution: Distribution, seen: set[str]) -> list[Candidate]:
     ]
 
 
+def requirements(distributions: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package that ``distributions`` require, with or without an extra.
+
+    kpt's own packages are left out, and what is not installed.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    found: dict[str, str] = {}
+    for distribution in distributions:
+        for text in attempt(importlib_metadata.requires, distribution).value or ():
+            try:
+                name = normalised(Requirement(text).name)
+            except InvalidRequirement:
+                continue
+            if name not in found and name != CORE_DISTRIBUTION and not name.startswith("kpt-plugin-"):
+                installed = attempt(importlib_metadata.version, name).value
+                if installed is not None:
+                    found[name] = str(installed)
+    return found
+
+
 def refusal(candidate: Candidate, selected: Iterable[str] | None) -> PluginStatus | None:
     """Why ``candidate`` must not be imported, or None when it may."""
     own = {normalised(candidate.name), candidate.distribution}

@@ -24,6 +24,10 @@ _SCALARS = (bool, int, float, str, type(None))
 #: Methods that no call runs.
 _NO_CALL = ("__init__", "extra_repr", "reset_parameters", "__repr__")
 _INSTALLED = ("site-packages", "dist-packages")
+#: What reads a global by a name that is no name in the code.
+_DYNAMIC = frozenset(
+    ("globals", "vars", "eval", "exec", "sys", "import_module", "__import__", "__globals__", "f_globals")
+)
 _CALLABLE = (types.FunctionType, staticmethod, classmethod)
 _NO_SETTINGS = (torch.nn.Module, torch.Tensor, type, types.FunctionType)
 #: More decorators than any function has.
@@ -106,9 +110,9 @@ def _read(cls: type) -> Reading:
     for function in called:
         if _is_torchs(function.__module__):
             continue
-        space, names = function.__globals__, names_in(function.__code__)
-        for place in (space, *_dictionaries(space, names, cls)):
-            constants = _constants(place, names)
+        space, names, globally = function.__globals__, names_in(function.__code__), _globals_in(function.__code__)
+        for place in (space, *_dictionaries(space, globally, cls)):
+            constants = _constants(place, globally if place is space else names)
             if constants and place is space:
                 constants -= _stored(function.__code__, "STORE_GLOBAL")
             spaces.setdefault(id(place), (place, set()))[1].update(constants)
@@ -160,6 +164,18 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset({*code.co_names, *strings}).union(*map(names_in, _inner(code)))
 
 
+def _globals_in(code: types.CodeType) -> frozenset[str]:
+    """The names that ``code`` and the functions inside it read as globals: not those of attributes.
+
+    All that they mention where they ask for a dictionary of globals, in which strings are names.
+    """
+    names = names_in(code)
+    if not names.isdisjoint(_DYNAMIC):
+        return names
+    loads = (i for i in dis.get_instructions(code) if i.opname == "LOAD_NAME" or "GLOBAL" in i.opname)
+    return frozenset(str(i.argval) for i in loads).union(*map(_globals_in, _inner(code)))
+
+
 def _stored(code: types.CodeType, operation: str) -> frozenset[str]:
     """The names that ``code`` assigns by instructions called ``operation``."""
     found = (str(i.argval) for i in dis.get_instructions(code) if i.opname == operation)
@@ -203,8 +219,8 @@ def _called(
         if function in seen:
             continue
         seen.add(function)
-        for name in names_in(function.__code__):
-            pending += methods.get(name, ())
+        pending += [method for name in names_in(function.__code__) for method in methods.get(name, ())]
+        for name in _globals_in(function.__code__):
             for called in _functions(function.__globals__.get(name)):
                 if is_own(called.__module__, cls.__module__):
                     pending.append(called)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt import user_cache
+from kpt.plugins.discovery import requirements
 from kpt.specs import LEVELS, PHASES, Variant
 from kpt.transaction.reading import is_own
 from kpt.transaction.receipt import Entry
@@ -97,19 +98,28 @@ def _inputs(spec: InputSpec) -> dict[str, Any]:
 
 
 def versions(registry: Any) -> dict[str, str]:
-    """Versions of Python, torch, Triton if it is installed, kpt and every plugin."""
-    from importlib.metadata import PackageNotFoundError, version
+    """Versions of Python, torch, transformers if it is installed, kpt, every plugin, and what plugins need.
 
+    A plan of a compiler says nothing of the next release of that compiler.
+    """
     import kpt
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "kpt": kpt.__version__}
-    for name in ("triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found |= {name: version for name, version in _libraries(registry).items() if name not in found}
     found.update({f"plugin:{name}": str(value) for name, value in registry.fingerprint().items()})
     return found
+
+
+def _libraries(registry: Any) -> dict[str, str]:
+    """Installed versions of packages that plans or models are made of."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    in_use = (status.distribution for status in registry.statuses if status.hooks and status.distribution)
+    found = requirements(in_use)
+    for name in ("triton", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return dict(sorted(found.items()))
 
 
 def structure_hash(model: torch.nn.Module) -> str:

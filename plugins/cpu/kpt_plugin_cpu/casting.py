@@ -83,12 +83,12 @@ def cast_calls(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map(narrow, (args, kwargs))
-        return _widened(inner(*args, **kwargs), dtype, wide)
+        return widened(inner(*args, **kwargs), dtype, wide)
 
     return replace_forward(model, forward)
 
 
-def _widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
+def widened(output: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
     """``output`` with ``narrow`` tensors in ``wide``; what holds some is copied: the model may keep it."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -123,6 +123,15 @@ def kpt_passes() -> Iterator[PassSpec]:
         summary="linears, norms and the like run for the tokens of a padded batch that count",
     )
     yield PassSpec(
+        "autocast",
+        "runtime",  # outside of compilers, which see it as they see one of the user's
+        "kpt_plugin_cpu.autocast:Autocast",
+        level="production",
+        modes=("training",),
+        hardware=cpu,
+        summary="training steps under autocast: products in bfloat16, weights and gradients in float32",
+    )
+    yield PassSpec(
         "threads",
         "runtime",
         "kpt_plugin_cpu.threads:Threads",

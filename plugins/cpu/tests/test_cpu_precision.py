@@ -18,7 +18,7 @@ from observing import PROFILE, applied, observe, relative, skips, variants
 from kpt.transaction.plan import Candidate, assemble
 from kpt_plugin_cpu import int8_linear, onednn
 from kpt_plugin_cpu.bf16 import Bf16
-from kpt_plugin_cpu.casting import _widened
+from kpt_plugin_cpu.casting import widened
 from kpt_plugin_cpu.inductor import Inductor, compiler
 from kpt_plugin_cpu.int8 import Int8
 from kpt_plugin_cpu.int8_linear import Int8Linear, largest_weight, quantize_weight
@@ -174,7 +174,7 @@ def test_bf16_leaves_alone_what_the_model_keeps(compiled: bool):
     assert [tensor.dtype for tensor in given] == [torch.float32] * 3
     assert [tensor.dtype for tensor in kept] == [torch.bfloat16] * 3
     if not compiled:
-        twin = _widened(SimpleNamespace(keys=kept[0]), torch.bfloat16, torch.float32)
+        twin = widened(SimpleNamespace(keys=kept[0]), torch.bfloat16, torch.float32)
         assert type(twin) is SimpleNamespace and twin.keys.dtype is torch.float32
     undo()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
+import importlib_metadata
 import pytest
 import torch
 from observing import PROFILE, observe
@@ -146,6 +148,37 @@ def test_what_it_made_serves_no_changed_weights():
     twin.last.weight.mul_(2.0)
     assert torch.equal(model(x), twin(x)) and fast_calls(model) == 1
     kpt.restore(model)
+
+
+def test_what_it_made_is_saved_as_a_plan_and_made_again(tmp_path):
+    pytest.importorskip("safetensors")
+    model, x = slow_models.net(), torch.randn(32, 16)
+    optimized(model, x, plugins=[Alone()], level="exact", budget=60.0, dynamic_shapes={"x": {0: "batch"}})
+    path = kpt.save(model, tmp_path / "artifact")
+    assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".xml", ".pt")]
+    again = kpt.load(path, arch="slow_models:net", plugins=[Alone()])
+    receipt = kpt.report(again)
+    assert [entry.name for entry in receipt.accepted] == ["openvino:whole"] and not receipt.searched
+    for rows in (32, 5):
+        inputs = torch.randn(rows, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(again(inputs), slow_models.net()(inputs))
+    assert fast_calls(again) == 2
+
+
+def test_a_recipe_of_another_release_is_searched_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    read, searched = importlib.metadata.version, []
+    for release in ("", "", "2099.1"):
+        for metadata in (importlib.metadata, importlib_metadata):
+            monkeypatch.setattr(
+                metadata, "version", lambda name: release if release and name == "openvino" else read(name)
+            )
+        model = slow_models.net()
+        optimized(model, torch.randn(32, 16), plugins=["cpu", "openvino"], level="exact", cache=True)
+        searched.append(kpt.report(model).searched)
+        kpt.restore(model)
+    assert searched == [True, False, True]
 
 
 def test_signals_are_survived_after_models_that_went_in_the_order_in_which_they_came():

@@ -1,0 +1,56 @@
+"""Training steps under autocast: products in bfloat16, weights and their gradients in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
+from kpt_plugin_cpu.casting import wide_dtype, widened
+from kpt_plugin_cpu.estimates import gain_of_dtype
+
+#: What a step reads and writes to cast each weight, and its gradient back: times the bytes of a weight.
+_CASTS = 3.0
+
+
+class Autocast:
+    """Enters `torch.autocast` around the forward, outside of whatever compiles it; outputs stay in float32.
+
+    Operators go by PyTorch's lists: products and convolutions in bfloat16, sums that need it in float32.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def propose(self, observation: Observation, hardware: HardwareProfile) -> Iterator[Variant | Skip]:
+        if "bfloat16" not in hardware.native_dtypes:
+            yield Skip("this CPU has no bfloat16 instructions")
+        elif "float32" not in observation.parameter_dtypes:
+            yield Skip("the model has no float32 weights")
+        elif "float64" in observation.parameter_dtypes:
+            yield Skip("the model has float64 weights, which autocast leaves alone")
+        elif observation.ambient and observation.ambient[0]:
+            yield Skip("the steps run under an autocast of your own")
+        else:
+            total = observation.baseline_seconds or 1e-3
+            after = total / gain_of_dtype(observation, hardware, "bfloat16", rest="float32")
+            after += _CASTS * observation.parameter_bytes / max(hardware.bandwidth, 1e9)
+            yield Variant(
+                "bfloat16", predicted_gain=total / after, compute_dtype="bfloat16", reproducible=True
+            )
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
+        inner, wide = model.forward, wide_dtype(model) or torch.float32
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            with torch.autocast("cpu", torch.bfloat16):
+                output = inner(*args, **kwargs)
+            return widened(output, torch.bfloat16, wide)
+
+        return replace_forward(model, forward)
+
+    def verify_applied(self, model: torch.nn.Module) -> bool:
+        return self.calls > 0
