@@ -297,6 +297,23 @@ def test_gradients_in_bf16_follow_the_cast_eagers() -> None:
     assert judge_gradients({"w": EAGER * 1.03}, {"w": REFERENCE}, {"w": EAGER}, **terms).rule == "gradient"
 
 
+def test_a_gradient_that_vanishes_is_rounding_noise_in_bf16_too_where_eagers_cast_has_as_much() -> None:
+    """As large as it is for the key biases of BERT-base: 0.0007 of the root mean square of all gradients."""
+    noise = 7e-4 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    wide = {"w": REFERENCE, "key.bias": torch.zeros(32, dtype=torch.float64)}
+    eager = {"w": EAGER, "key.bias": torch.zeros(32)}
+
+    def judged(bias: torch.Tensor, own: torch.Tensor) -> Any:
+        cast = {"w": CAST, "key.bias": own}
+        terms: dict[str, Any] = {"level": "production", "compute_dtype": "bfloat16", "cast_eager": cast}
+        return judge_gradients({"w": CAST, "key.bias": bias}, wide, eager, **terms)
+
+    assert judged(noise.flip(0), noise)
+    assert judged(3.0 * noise, noise).rule == "gradient"
+    assert judged(noise, 0.01 * noise).rule == "gradient"
+    assert judged(100.0 * noise, 100.0 * noise).rule == "gradient"
+
+
 def test_modified_inputs_are_found_bit_for_bit() -> None:
     x = torch.tensor([0.0, math.nan])
     before = Call((x,)).clone()

@@ -150,7 +150,7 @@ class NamesLikeAScripts(torch.nn.Module):
         self.loss = torch.nn.Identity()
 
     def forward(self, x):
-        return self.loss(self.step(x)) * [one for one in (2.0,)][0]
+        return self.loss(self.step(x)) * [one * 2.0 for one in (1.0,)][0]
 
 
 class AsksForItsGlobals(NamesLikeAScripts):

@@ -70,8 +70,8 @@ def page(folder: Path) -> str:
     for models in trained:
         parts += [f"## {titled('Training steps on the CPU', models[1], trained)}", origin(*models)]
         parts.append(
-            "Forward, loss and backward, without dropout. The error is that of all gradients together, relative "
-            "to those in fp64."
+            "Forward, loss and backward, without dropout. The error is that of all gradients together, "
+            "relative to those in fp64."
         )
         for record in models[1]["models"].values():
             parts += model_section(record)

@@ -26,6 +26,9 @@ PRODUCTION_FACTOR = 1.5
 PRODUCTION_RELATIVE = 5e-2
 PRODUCTION_KL = 1e-2
 PRODUCTION_TOP1 = 0.99
+#: How many times the floor of gradients may be the scale of one that is as wrong in eager's own cast. That of
+#: BERT-base's key biases, which is zero, has in bf16 an error of 7 % of the floor.
+VANISHING = 10.0
 AGGRESSIVE_COSINE = 0.99
 AGGRESSIVE_KL = 5e-2
 #: Cosine 0.99 at equal norms is a relative error of sqrt(2 - 2 * 0.99); it also bounds the norm, which
@@ -203,8 +206,11 @@ def _absolute(
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
     if measured.error <= bound:
         return passed(figures=figures)
-    if terms.rule == "gradient" and cast is not None and measured.cosine >= AGGRESSIVE_COSINE:
-        return passed(figures=figures)  # no worse than eager in that dtype, and it points the same way
+    if terms.rule == "gradient" and cast is not None:
+        # No worse than eager in that dtype, and it points the same way or all of it is rounding.
+        vanishing = measured.error <= PRODUCTION_RELATIVE * VANISHING * terms.floor
+        if vanishing or measured.cosine >= AGGRESSIVE_COSINE:
+            return passed(figures=figures)
     if terms.is_logits(name, candidate):
         figures["kl"] = distances.kl_divergence(candidate, reference)
         figures["top1"] = distances.top1_agreement(candidate, reference, eager)

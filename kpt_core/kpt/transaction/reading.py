@@ -110,7 +110,11 @@ def _read(cls: type) -> Reading:
     for function in called:
         if _is_torchs(function.__module__):
             continue
-        space, names, globally = function.__globals__, names_in(function.__code__), _globals_in(function.__code__)
+        space, names, globally = (
+            function.__globals__,
+            names_in(function.__code__),
+            _globals_in(function.__code__),
+        )
         for place in (space, *_dictionaries(space, globally, cls)):
             constants = _constants(place, globally if place is space else names)
             if constants and place is space:

@@ -180,7 +180,7 @@ def test_a_training_step_is_proven_kept_follows_its_optimiser_and_is_undone() ->
             loss = (module(x) - 1.0).square().mean()
             loss.backward()
             optimiser.step()
-            seen.append(float(loss))
+            seen.append(loss.item())
     assert losses[model] == pytest.approx(losses[twin], rel=0.02) and losses[model] != losses[twin]
     assert losses[model][-1] < 0.9 * losses[model][0]
     assert kpt.report(model).calls["optimized"] == 6
