@@ -260,6 +260,7 @@ def test_a_rejection_can_be_named_after_what_revealed_it() -> None:
     assert {"size", "stride", "mask", "gradient"} <= set(RULES)
 
 
+RMS = float(REFERENCE.square().mean().sqrt())
 GRADS = {"w": REFERENCE, "b": REFERENCE[0], "frozen": None}
 EAGER_GRADS = {"w": EAGER, "b": EAGER[0], "frozen": None}
 
@@ -299,7 +300,7 @@ def test_gradients_in_bf16_follow_the_cast_eagers() -> None:
 
 def test_a_gradient_that_vanishes_is_rounding_noise_in_bf16_too_where_eagers_cast_has_as_much() -> None:
     """As large as it is for the key biases of BERT-base: 0.0007 of the root mean square of all gradients."""
-    noise = 7e-4 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    noise = 7e-4 * RMS * torch.randn(32, generator=torch.Generator().manual_seed(0))
     wide = {"w": REFERENCE, "key.bias": torch.zeros(32, dtype=torch.float64)}
     eager = {"w": EAGER, "key.bias": torch.zeros(32)}
 
@@ -311,7 +312,24 @@ def test_a_gradient_that_vanishes_is_rounding_noise_in_bf16_too_where_eagers_cas
     assert judged(noise.flip(0), noise)
     assert judged(3.0 * noise, noise).rule == "gradient"
     assert judged(noise, 0.01 * noise).rule == "gradient"
-    assert judged(100.0 * noise, 100.0 * noise).rule == "gradient"
+    assert judged(7.0 * noise, 7.0 * noise).rule == "gradient"
+    unknown = torch.full((32,), math.nan)
+    assert judged(noise, unknown).rule == "gradient", "of what eager's cast is nothing is known"
+
+
+def test_a_small_gradient_that_is_wrong_is_no_rounding_noise_whatever_eagers_cast_has() -> None:
+    small = 5e-3 * RMS * torch.randn(32, generator=torch.Generator().manual_seed(1))
+    wide = {"w": REFERENCE, "small": small.double()}
+    wrong = small + 3e-3 * RMS * torch.randn(32, generator=torch.Generator().manual_seed(2))
+    verdict = judge_gradients(
+        {"w": CAST, "small": wrong},
+        wide,
+        {"w": EAGER, "small": small},
+        level="production",
+        compute_dtype="bfloat16",
+        cast_eager={"w": CAST, "small": wrong},
+    )
+    assert verdict.rule == "gradient"
 
 
 def test_modified_inputs_are_found_bit_for_bit() -> None:

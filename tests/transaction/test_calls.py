@@ -206,7 +206,7 @@ def test_a_call_that_compiled_code_refused_is_no_call_that_another_thread_ran():
     model, example = mixed_models.Mixed().eval(), torch.randn(32, 64)
     optimized(model, example, plugins=[plugin(mixed_models.Compiled)])
     plan = model.__dict__[HANDLE].plan
-    compiled, plan.direct = plan.direct, None
+    compiled, plan.direct, plan._repeated = plan.direct, None, None
     assert compiled is not None
 
     def refused(*args, **kwargs):

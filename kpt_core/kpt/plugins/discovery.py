@@ -106,9 +106,9 @@ def _read(distribution: Distribution, seen: set[str]) -> list[Candidate]:
 
 
 def requirements(distributions: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package that ``distributions`` require, with or without an extra.
+    """The installed version of each package that ``distributions`` require here.
 
-    kpt's own packages are left out, and what is not installed.
+    kpt's own packages are left out, what only an extra asks for, and what is not installed.
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
@@ -116,10 +116,12 @@ def requirements(distributions: Iterable[str]) -> dict[str, str]:
     for distribution in distributions:
         for text in attempt(importlib_metadata.requires, distribution).value or ():
             try:
-                name = normalised(Requirement(text).name)
+                requirement = Requirement(text)
             except InvalidRequirement:
                 continue
-            if name not in found and name != CORE_DISTRIBUTION and not name.startswith("kpt-plugin-"):
+            name, marker = normalised(requirement.name), requirement.marker
+            own = name in (CORE_DISTRIBUTION, "kernel-pytorch") or name.startswith("kpt-plugin-")
+            if not own and name not in found and (marker is None or marker.evaluate({"extra": ""})):
                 installed = attempt(importlib_metadata.version, name).value
                 if installed is not None:
                     found[name] = str(installed)

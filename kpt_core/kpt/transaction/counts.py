@@ -29,9 +29,9 @@ class Counts:
     def __init__(self, model: torch.nn.Module) -> None:
         classes = [type(module) for module in model.modules()]
         self._places: list[tuple[str, Callable[[], Mapping[str, Any]], tuple[str, ...]]] = []
-        for _, space, names in constants_read(classes):
+        for _, space, names in constants_read(model.modules()):
             self._places.append(("", _constantly(space), tuple(names)))
-        for space, assigned in assigned_globals(classes):
+        for space, assigned in assigned_globals(model.modules()):
             self._places.append(("", _constantly(space), tuple(sorted(assigned))))
         for cls in dict.fromkeys(classes):
             for base in own_bases(cls):

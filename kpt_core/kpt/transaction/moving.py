@@ -28,7 +28,7 @@ def moving_state(runner: Runner, plain: torch.nn.Module, call: Call) -> frozense
     them is returned, by the id of the owner and the attribute's name.
     """
     shared = [(value, attributes_of(value)) for value in shared_objects(plain)]
-    around = constants_read(type(module) for module in plain.modules())
+    around = constants_read(plain.modules())
     constants = {(owner, name): copy.copy(space[name]) for owner, space, names in around for name in names}
     before = {name: attributes_of(module) for name, module in plain.named_modules()}
     contents = {

@@ -3,7 +3,7 @@
 A plan runs a copy of the modules, and compiled code has the values of constants built in. So a constant that
 the code of a model reads has to be watched wherever it lives: on the module, on its class, or among the
 globals of the file that the code is in. Code is followed from a class's methods into the functions that they
-name, as far as these are the user's own or of the library that the class is of.
+name, or that a module holds, as far as these are the user's own or of the library that the class is of.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ _SCALARS = (bool, int, float, str, type(None))
 #: Methods that no call runs.
 _NO_CALL = ("__init__", "extra_repr", "reset_parameters", "__repr__")
 _INSTALLED = ("site-packages", "dist-packages")
-#: What reads a global by a name that is no name in the code.
-_DYNAMIC = frozenset(
-    ("globals", "vars", "eval", "exec", "sys", "import_module", "__import__", "__globals__", "f_globals")
-)
+#: Functions and attributes by which code reads a global that it does not name, or names in a string.
+_BY_NAME = frozenset(("globals", "vars", "eval", "exec", "sys", "importlib", "import_module", "__import__"))
+_OF_FRAMES = frozenset(("__globals__", "f_globals", "import_module"))
+#: What `torch.nn.Module` keeps in a module's dictionary.
+_SLOTS = frozenset(vars(torch.nn.Module()))
 _CALLABLE = (types.FunctionType, staticmethod, classmethod)
 _NO_SETTINGS = (torch.nn.Module, torch.Tensor, type, types.FunctionType)
 #: More decorators than any function has.
@@ -72,22 +73,58 @@ def reading_of(cls: type) -> Reading:
     return found
 
 
-def constants_read(classes: Iterable[type]) -> list[tuple[int, Mapping[str, Any], list[str]]]:
+def readings(modules: Iterable[torch.nn.Module]) -> Iterator[Reading]:
+    """What the code of ``modules`` reads, and that of functions which they hold as attributes."""
+    modules = list(modules)
+    yield from map(reading_of, dict.fromkeys(map(type, modules)))
+    held = {(function, type(module).__module__) for module in modules for function in _held(module)}
+    for function, of in held:
+        called = _called([function], of, {})
+        names = _union(names_in(each.__code__) for each in called)
+        assigned = _union(_stored(each.__code__, "STORE_ATTR") for each in called)
+        yield Reading(names, names, assigned, (), *_globals_of(called, of))
+
+
+def constants_read(
+    modules: Iterable[torch.nn.Module],
+) -> list[tuple[int, Mapping[str, Any], list[str]]]:
     """Dictionaries beside the modules, by the id of their owner, with the constants there that code reads."""
+    modules = list(modules)
     found: dict[int, tuple[Mapping[str, Any], set[str]]] = {}
-    for cls in dict.fromkeys(classes):
-        for owner, space, names in reading_of(cls).constants():
-            found.setdefault(owner, (space, set()))[1].update(name for name in names if name in space)
+    constants = [entry for reading in readings(modules) for entry in reading.constants()]
+    for module in modules:
+        names = reading_of(type(module)).in_calls
+        for value in _attributes(module):
+            if isinstance(value, types.ModuleType) and is_own(value.__name__, type(module).__module__):
+                constants.append((id(vars(value)), vars(value), _constants(vars(value), names)))
+    for owner, space, names in constants:
+        found.setdefault(owner, (space, set()))[1].update(name for name in names if name in space)
     return [(owner, space, sorted(names)) for owner, (space, names) in found.items() if names]
 
 
-def assigned_globals(classes: Iterable[type]) -> list[tuple[Mapping[str, Any], frozenset[str]]]:
-    """Dictionaries of globals, each with the names that a call of modules of ``classes`` may assign there."""
+def assigned_globals(modules: Iterable[torch.nn.Module]) -> list[tuple[Mapping[str, Any], frozenset[str]]]:
+    """Dictionaries of globals, each with the names that a call of ``modules`` may assign there."""
     found: dict[int, tuple[Mapping[str, Any], frozenset[str]]] = {}
-    for cls in dict.fromkeys(classes):
-        for space, names in reading_of(cls).assigned_globals:
+    for reading in readings(modules):
+        for space, names in reading.assigned_globals:
             found[id(space)] = (space, found.get(id(space), (space, frozenset[str]()))[1] | names)
     return list(found.values())
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[Any]:
+    """What a module holds beside what every module does; of lists and dictionaries the items."""
+    for name, value in vars(module).items():
+        if name not in _SLOTS:
+            kind = type(value)
+            yield from value if kind in (list, tuple) else value.values() if kind is dict else (value,)
+
+
+def _held(module: torch.nn.Module) -> Iterator[types.FunctionType]:
+    """The user's own functions among the attributes of ``module``, and those in a partial call."""
+    for value in _attributes(module):
+        while isinstance(value, functools.partial):
+            value = value.func
+        yield from (f for f in _functions(value) if is_own(f.__module__, type(module).__module__))
 
 
 def _read(cls: type) -> Reading:
@@ -97,7 +134,8 @@ def _read(cls: type) -> Reading:
         for name, value in vars(base).items():
             if name not in _NO_CALL:
                 methods.setdefault(name, []).extend(_functions(value))
-    called = _called(methods.get("forward", []), cls, {} if _is_torchs(cls.__module__) else methods)
+    of = cls.__module__
+    called = _called(methods.get("forward", []), of, {} if _is_torchs(of) else methods)
     everything = {*called, *(function for named in methods.values() for function in named)}
     read = _union(names_in(function.__code__) for function in called)
     assigned = _union(_stored(function.__code__, "STORE_ATTR") for function in called)
@@ -106,42 +144,44 @@ def _read(cls: type) -> Reading:
         for base in bases
         if not _is_torchs(base.__module__)
     )
-    spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
-    for function in called:
-        if _is_torchs(function.__module__):
-            continue
-        space, names, globally = (
-            function.__globals__,
-            names_in(function.__code__),
-            _globals_in(function.__code__),
-        )
-        for place in (space, *_dictionaries(space, globally, cls)):
-            constants = _constants(place, globally if place is space else names)
-            if constants and place is space:
-                constants -= _stored(function.__code__, "STORE_GLOBAL")
-            spaces.setdefault(id(place), (place, set()))[1].update(constants)
     return Reading(
         _union(names_in(function.__code__) for function in everything),
         read,
         assigned,
         tuple(entry for entry in on_classes if entry[1]),
-        tuple((space, frozenset(names)) for space, names in spaces.values() if names),
-        tuple(
-            (function.__globals__, names)
-            for function in called
-            if not _is_torchs(function.__module__) and (names := _stored(function.__code__, "STORE_GLOBAL"))
-        ),
+        *_globals_of(called, of),
     )
 
 
-def _dictionaries(space: Mapping[str, Any], names: Iterable[str], cls: type) -> Iterator[dict[str, Any]]:
+def _globals_of(called: Iterable[types.FunctionType], of: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Dictionaries with the names of constants that the functions read there, and with those they assign.
+
+    Where one of them reads globals by name, the names are those that any of them mentions.
+    """
+    functions = [function for function in called if not _is_torchs(function.__module__)]
+    by_name = any(_reads_by_name(function.__code__, of) for function in functions)
+    mentioned = _union(names_in(function.__code__) for function in functions)
+    spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for function in functions:
+        code, space = function.__code__, function.__globals__
+        globally, names = (mentioned, mentioned) if by_name else (_globals_in(code), names_in(code))
+        constants = _constants(space, globally) - _stored(code, "STORE_GLOBAL")
+        spaces.setdefault(id(space), (space, set()))[1].update(constants)
+        for place in _dictionaries(space, globally, of):
+            spaces.setdefault(id(place), (place, set()))[1].update(_constants(place, names))
+    read = tuple((space, frozenset(names)) for space, names in spaces.values() if names)
+    stored = ((f.__globals__, _stored(f.__code__, "STORE_GLOBAL")) for f in functions)
+    return read, tuple(entry for entry in stored if entry[1])
+
+
+def _dictionaries(space: Mapping[str, Any], names: Iterable[str], of: str) -> Iterator[dict[str, Any]]:
     """Those of the user's own modules and objects (of settings) among the globals called ``names``."""
     for value in (space[name] for name in names if name in space):
         if isinstance(value, types.ModuleType):
-            own = is_own(value.__name__, cls.__module__)
+            own = is_own(value.__name__, of)
         else:
             own = not isinstance(value, _NO_SETTINGS) and (
-                type(value) is types.SimpleNamespace or is_own(type(value).__module__, cls.__module__)
+                type(value) is types.SimpleNamespace or is_own(type(value).__module__, of)
             )
         if own and isinstance(getattr(value, "__dict__", None), dict):
             yield value.__dict__
@@ -162,28 +202,39 @@ def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset[str]().union(*sets)
 
 
+@functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> frozenset[str]:
     """The names and strings that ``code`` and the functions inside it mention."""
     strings = (constant for constant in code.co_consts if isinstance(constant, str))
     return frozenset({*code.co_names, *strings}).union(*map(names_in, _inner(code)))
 
 
-def _globals_in(code: types.CodeType) -> frozenset[str]:
-    """The names that ``code`` and the functions inside it read as globals: not those of attributes.
+@functools.lru_cache(maxsize=4096)
+def _operations(code: types.CodeType) -> frozenset[tuple[str, str]]:
+    """The instructions of ``code`` and the functions inside it that have a name, with that name."""
+    own = ((i.opname, i.argval) for i in dis.get_instructions(code) if isinstance(i.argval, str))
+    return frozenset(own).union(*map(_operations, _inner(code)))
 
-    All that they mention where they ask for a dictionary of globals, in which strings are names.
-    """
-    names = names_in(code)
-    if not names.isdisjoint(_DYNAMIC):
-        return names
-    loads = (i for i in dis.get_instructions(code) if i.opname == "LOAD_NAME" or "GLOBAL" in i.opname)
-    return frozenset(str(i.argval) for i in loads).union(*map(_globals_in, _inner(code)))
+
+def _globals_in(code: types.CodeType) -> frozenset[str]:
+    """The names that ``code`` reads as globals: those of attributes are others."""
+    return frozenset(name for kind, name in _operations(code) if kind == "LOAD_NAME" or "GLOBAL" in kind)
+
+
+def _reads_by_name(code: types.CodeType, of: str) -> bool:
+    """Whether ``code`` asks for a dictionary of globals, or imports one of the user's own modules."""
+    imported = (name for kind, name in _operations(code) if kind == "IMPORT_NAME")
+    attributes = (name for kind, name in _operations(code) if kind in ("LOAD_ATTR", "LOAD_METHOD"))
+    return (
+        not _BY_NAME.isdisjoint(_globals_in(code))
+        or not _OF_FRAMES.isdisjoint(attributes)
+        or any(not name or is_own(name, of) for name in imported)
+    )
 
 
 def _stored(code: types.CodeType, operation: str) -> frozenset[str]:
     """The names that ``code`` assigns by instructions called ``operation``."""
-    found = (str(i.argval) for i in dis.get_instructions(code) if i.opname == operation)
-    return frozenset(found).union(*(_stored(part, operation) for part in _inner(code)))
+    return frozenset(name for kind, name in _operations(code) if kind == operation)
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -213,7 +264,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _called(
-    functions: Iterable[types.FunctionType], cls: type, methods: Mapping[str, list[types.FunctionType]]
+    functions: Iterable[types.FunctionType], of: str, methods: Mapping[str, list[types.FunctionType]]
 ) -> set[types.FunctionType]:
     """``functions``, and those that they name among their globals or ``methods``."""
     seen: set[types.FunctionType] = set()
@@ -223,10 +274,11 @@ def _called(
         if function in seen:
             continue
         seen.add(function)
-        pending += [method for name in names_in(function.__code__) for method in methods.get(name, ())]
-        for name in _globals_in(function.__code__):
+        code, mentioned = function.__code__, names_in(function.__code__)
+        pending += [method for name in mentioned for method in methods.get(name, ())]
+        for name in mentioned if _reads_by_name(code, of) else _globals_in(code):
             for called in _functions(function.__globals__.get(name)):
-                if is_own(called.__module__, cls.__module__):
+                if is_own(called.__module__, of):
                     pending.append(called)
     return seen
 

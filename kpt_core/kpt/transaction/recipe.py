@@ -98,7 +98,7 @@ def _inputs(spec: InputSpec) -> dict[str, Any]:
 
 
 def versions(registry: Any) -> dict[str, str]:
-    """Versions of Python, torch, transformers if it is installed, kpt, every plugin, and what plugins need.
+    """Versions of Python, torch, kpt, every plugin, what plugins need, and of Triton and transformers.
 
     A plan of a compiler says nothing of the next release of that compiler.
     """

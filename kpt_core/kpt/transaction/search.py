@@ -233,7 +233,8 @@ class Search:
             elif alone is not None and best is not None and _apart(candidate, best):
                 ledger.reject(candidate, "slower", _alone(alone, best))
             elif full:
-                ledger.reject(candidate, "fuel", f"not tried: fuel={ledger.fuel} allows no further variant")
+                found = "not tried" if alone is None else f"{alone.over_eager:.2f}x alone"
+                ledger.reject(candidate, "fuel", f"{found}: fuel={ledger.fuel} allows no further variant")
             else:
                 ledger.reject(candidate, "budget", self._untried(candidate, best))
 
@@ -245,7 +246,7 @@ class Search:
         excluded = _apart(candidate, best) if best is not None else []
         against = next((f" in place of {step.name} ({why})" for step, why in excluded), "")
         alone = ledger.tried.get(Plan.of([candidate]).key)
-        found = f"; {ratio(alone):.2f}x alone" if alone is not None else ""
+        found = f"; {alone.over_eager:.2f}x alone" if alone is not None else ""
         if ledger.time_for(seconds):
             return f"not tried{against or ' beside what was chosen'}{found}"
         return (
@@ -261,7 +262,7 @@ def _apart(candidate: Candidate, best: Outcome) -> list[tuple[Candidate, str]]:
 
 
 def _alone(worse: Outcome, better: Outcome) -> str:
-    return f"{ratio(worse):.2f}x alone; {better.plan.key} gives {better.over_eager:.2f}x"
+    return f"{worse.over_eager:.2f}x alone; {better.plan.key} gives {better.over_eager:.2f}x"
 
 
 def _doubt(timing: Timing) -> str:

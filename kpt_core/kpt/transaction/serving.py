@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 
+from kpt.transaction.again import Again
 from kpt.transaction.ambient import ambient_state, default_devices, transformed
 from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
 from kpt.transaction.dispatch import forward_of_class, own_forward
-from kpt.transaction.hooks import global_hooks
 from kpt.transaction.lazy_backward import with_backward
 from kpt.transaction.signature import Canonical, constant_defaults, defaults_in
 
@@ -103,6 +104,7 @@ class Plan:
         self._misses = misses if misses is not None else dict[str, int]
         self._missed_before = self._misses()
         self._canonical = Canonical(self.original(model))
+        self._names = self._canonical.names
         self._defaults = constant_defaults(self.original(model))
         #: The defaults that examples passed, in each way that some example did it.
         self._passed: list[dict[str, Any]] = []
@@ -110,10 +112,13 @@ class Plan:
             if (passed := defaults_in(constants, self._defaults)) not in self._passed:
                 self._passed.append(passed)
         self._known: dict[Any, str | None] = {}
+        #: The form of calls that come again and again, and the key of the last one that was looked up.
+        self._repeated: Again | None = None
+        self._last: Any = None
         #: By the key of a call unlike an example in defaults: what to leave out, what to pass, the key then.
         self._served_as: dict[Any, tuple[frozenset[str], dict[str, Any], Any]] = {}
         self._ambient = ambient or ambient_state()
-        self._flags = (bool(self._ambient[0]), *self._ambient[1:3])
+        self._autocast, self._reproducible, self._dtype = bool(self._ambient[0]), *self._ambient[1:3]
         self._devices: tuple[str, ...] | None = self._ambient[4]
         self._function_modes = len(self._devices or ())
         self._parameters = tuple(model.parameters())
@@ -152,39 +157,36 @@ class Plan:
         return self.previous if self.previous is not None else forward_of_class(model)
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reason = self.watch.reason or self.switched_off
         grad = _is_grad_enabled()
+        reason = self._unusual(model, grad)
         if reason is None:
-            if model.training is not self._flag or (self._strict and grad is not self.training):
-                reason = _mode_reason(model, self._flag, grad)
-            elif (
-                (_any_autocast(), _deterministic(), _default_dtype()) != self._flags
-                or _function_modes() != self._function_modes
-                or _dispatch_modes()
-                or _transform() is not None
-                or forward_ad._current_level >= 0
-                or (self._flags[0] and ambient_state()[0] != self._ambient[0])
-                or (self._function_modes and default_devices() != self._devices)
-            ):
-                reason = self._ambient_reason()
-            elif global_hooks():
-                reason = "a global module hook is registered"
-            else:
+            again = self._repeated
+            if again is not None and again.grad is grad:
+                named = kwargs
                 if args:
-                    args, kwargs = self._canonical(args, kwargs)
-                key, reason = self._miss(args, kwargs)
-                if reason is None:
+                    plain = not kwargs and len(args) <= len(self._names)
+                    named = dict(zip(self._names, args)) if plain else {}
+                if again.fits(named):
                     reason = self.watch.stale(grad)
-                elif self._defaults:
-                    args, kwargs, key, reason = self._as_proven(args, kwargs, key, reason)
-                    reason = reason or self.watch.stale(grad)
-                if self._writes_inputs and reason is None and share_memory((*args, *kwargs.values())):
-                    reason = "the forward writes to an input that shares memory with another"
-                if self._unrepeatable and reason is None and not self.training:
-                    given = _tensors_of(args, kwargs)
-                    # A backward would run the original forward a second time.
-                    if (grad and self._sources(given)) or any(tensor.requires_grad for tensor in given):
-                        reason = f"a gradient may be asked for, and the forward {self._unrepeatable}"
+                    if reason is None:
+                        next(self._optimized)
+                        return again.target(**named)
+        if reason is None:
+            if args:
+                args, kwargs = self._canonical(args, kwargs)
+            key, reason = self._miss(args, kwargs)
+            if reason is None:
+                reason = self.watch.stale(grad)
+            elif self._defaults:
+                args, kwargs, key, reason = self._as_proven(args, kwargs, key, reason)
+                reason = reason or self.watch.stale(grad)
+            if self._writes_inputs and reason is None and share_memory((*args, *kwargs.values())):
+                reason = "the forward writes to an input that shares memory with another"
+            if self._unrepeatable and reason is None and not self.training:
+                given = _tensors_of(args, kwargs)
+                # A backward would run the original forward a second time.
+                if (grad and self._sources(given)) or any(tensor.requires_grad for tensor in given):
+                    reason = f"a gradient may be asked for, and the forward {self._unrepeatable}"
         if reason is not None:
             self.fallbacks.add(reason)
             return self.original(model)(*args, **kwargs)
@@ -192,10 +194,12 @@ class Plan:
             target = self._targets.get(key)
             if target is not None:
                 next(self._optimized)
+                self._expect_again(key, args, kwargs, grad, target)
                 return target(*args, **kwargs)
             self._remember(key, args, kwargs)
         if self.executions is None:
             next(self._optimized)
+            self._expect_again(key, args, kwargs, grad, self.run)
             return self._optimised(model, args, kwargs, grad)
         before = self.executions()
         result = self._optimised(model, args, kwargs, grad)
@@ -204,6 +208,44 @@ class Plan:
         else:
             next(self._optimized)
         return result
+
+    def _unusual(self, model: torch.nn.Module, grad: bool) -> str | None:
+        """What speaks against the plan whatever the call is, or None."""
+        reason = self.watch.reason or self.switched_off
+        if reason is not None:
+            return reason
+        if model.training is not self._flag or (self._strict and grad is not self.training):
+            return _mode_reason(model, self._flag, grad)
+        if (
+            _any_autocast() is not self._autocast
+            or _deterministic() is not self._reproducible
+            or _default_dtype() is not self._dtype
+            or _function_modes() != self._function_modes
+            or _dispatch_modes()
+            or _transform() is not None
+            or forward_ad._current_level >= 0
+            or (self._autocast and ambient_state()[0] != self._ambient[0])
+            or (self._function_modes and default_devices() != self._devices)
+        ):
+            return self._ambient_reason()
+        if (  # `global_hooks()`, without a call
+            _modules._global_forward_hooks
+            or _modules._global_forward_pre_hooks
+            or _modules._global_backward_hooks
+            or _modules._global_backward_pre_hooks
+        ):
+            return "a global module hook is registered"
+        return None
+
+    def _expect_again(
+        self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool, target: Callable[..., Any]
+    ) -> None:
+        """Note the form of a call that came twice in a row, where ``target`` is all that serves it."""
+        if key != self._last:
+            self._last = key
+        elif not (args or self._writes_inputs or self._unrepeatable or (grad and not self.training)):
+            if Again.knows(kwargs):
+                self._repeated = Again(kwargs, target, grad)
 
     def _optimised(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool

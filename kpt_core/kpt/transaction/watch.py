@@ -27,7 +27,7 @@ from kpt.judge.slots import slots_of
 from kpt.transaction.copies import clean_copies, ours
 from kpt.transaction.held_tensors import item, tensors_inside
 from kpt.transaction.hooks import computed
-from kpt.transaction.reading import constants_read, is_plain, reading_of
+from kpt.transaction.reading import constants_read, is_plain, reading_of, readings
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -110,14 +110,14 @@ class Watch:
         if self._tensors and list(map(_version, self._tensors)) != self._versions:
             return "a weight was written in place (call kpt.refresh(model) to use the new weights)"
         try:
-            if list(map(_call, self._getters, self._states)) != self._values:
+            if self._getters and list(map(_call, self._getters, self._states)) != self._values:
                 return "an attribute of a submodule or of its config changed"
         except (KeyError, AttributeError):
             return "an attribute of a submodule or of its config was deleted"
         except (RuntimeError, ValueError):  # a tensor or an array in place of a constant
             return "an attribute of a submodule or of its config changed"
         try:
-            if list(map(_call, self._readers, self._spaces)) != self._constants:
+            if self._readers and list(map(_call, self._readers, self._spaces)) != self._constants:
                 return "a global or an attribute of a class changed that the model's code reads"
         except (KeyError, RuntimeError, ValueError):
             return "a global or an attribute of a class changed that the model's code reads"
@@ -321,7 +321,7 @@ def _constant_getters(
     modules: list[torch.nn.Module], moving: frozenset[tuple[int, str]]
 ) -> list[tuple[Mapping[str, Any], Callable[[Mapping[str, Any]], Any]]]:
     """Constants among the globals of the modules' code and on their classes, which that code reads."""
-    found = constants_read(type(module) for module in modules)
+    found = constants_read(modules)
     return [
         (space, itemgetter(*names))
         for owner, space, read in found
@@ -339,7 +339,7 @@ def _object_getters(
     """
     found: list[tuple[Any, Callable[[Any], Any]]] = []
     seen: set[int] = set()
-    read = frozenset().union(*(reading_of(type(module)).names for module in modules))
+    read = frozenset().union(*(reading.names for reading in readings(modules)))
     pending = [
         (name, value, True)
         for module in modules

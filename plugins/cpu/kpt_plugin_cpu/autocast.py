@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace_forward
-from kpt_plugin_cpu.casting import wide_dtype, widened
+from kpt_plugin_cpu.casting import widened
 from kpt_plugin_cpu.estimates import gain_of_dtype
 
 #: What a step reads and writes to cast each weight, and its gradient back: times the bytes of a weight.
@@ -18,7 +18,8 @@ _CASTS = 3.0
 class Autocast:
     """Enters `torch.autocast` around the forward, outside of whatever compiles it; outputs stay in float32.
 
-    Operators go by PyTorch's lists: products and convolutions in bfloat16, sums that need it in float32.
+    Operators go by PyTorch's lists for CPUs: products and convolutions in bfloat16, losses and decompositions
+    in float32, all else in the dtype of its inputs.
     """
 
     def __init__(self) -> None:
@@ -29,8 +30,10 @@ class Autocast:
             yield Skip("this CPU has no bfloat16 instructions")
         elif "float32" not in observation.parameter_dtypes:
             yield Skip("the model has no float32 weights")
-        elif "float64" in observation.parameter_dtypes:
-            yield Skip("the model has float64 weights, which autocast leaves alone")
+        elif others := observation.parameter_dtypes & {"float64", "bfloat16", "float16"}:
+            yield Skip(f"the model has weights in {min(others)}, too: which outputs are in it is not known")
+        elif not observation.operations:
+            yield Skip("the model multiplies no matrices and convolves nothing")
         elif observation.ambient and observation.ambient[0]:
             yield Skip("the steps run under an autocast of your own")
         else:
@@ -42,13 +45,15 @@ class Autocast:
             )
 
     def apply(self, model: torch.nn.Module, variant: Variant) -> Undo:
-        inner, wide = model.forward, wide_dtype(model) or torch.float32
+        inner = model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
-            with torch.autocast("cpu", torch.bfloat16):
+            # Cast weights are kept until no autocast is entered any more, one that is switched off included:
+            # steps inside of one would go on with the first step's.
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 output = inner(*args, **kwargs)
-            return widened(output, torch.bfloat16, wide)
+            return widened(output, torch.bfloat16, torch.float32)
 
         return replace_forward(model, forward)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,9 +73,9 @@ def test_products_are_in_bfloat16_and_all_that_is_seen_in_float32(compiled: bool
     output = space.forward(x)
     gradients = torch.autograd.grad(output["logits"].square().mean(), parameters)
     assert output["logits"].dtype is torch.float32 and output["best"].dtype is torch.int64
-    assert 0 < relative(output["logits"].detach(), model(x)["logits"].detach()) < 2e-2
+    assert 1e-4 < relative(output["logits"].detach(), model(x)["logits"].detach()) < 2e-2
     for mine, theirs in zip(gradients, expected, strict=True):
-        assert mine.dtype is torch.float32 and 0 < relative(mine, theirs) < 5e-2
+        assert mine.dtype is torch.float32 and 1e-4 < relative(mine, theirs) < 5e-2
     assert behaviour.verify_applied(space) and not torch.is_autocast_enabled("cpu")
     if not compiled:
         with Products() as products:
@@ -117,6 +118,9 @@ def test_reasons_to_skip() -> None:
     assert "no float32" in skips(Autocast(), training(Net().bfloat16(), x.bfloat16()))[0]
     mixed = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8).double())
     assert "float64" in skips(Autocast(), training(mixed, x))[0]
+    mixed = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8).bfloat16())
+    assert "bfloat16" in skips(Autocast(), training(mixed, x))[0]
+    assert "multiplies no" in skips(Autocast(), training(Net(), x, operations=0.0))[0]
     mine = ((("cpu", True, torch.bfloat16),), False)
     assert "of your own" in skips(Autocast(), training(Net(), x, ambient=mine))[0]
 
@@ -154,11 +158,14 @@ class Late(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 8)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.relu(self.first(x))
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.first(x))
         for _ in range(0 if hidden.dtype is torch.bfloat16 else 200):
             hidden = hidden.neg().neg()
-        return self.last(hidden)
+        return hidden
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.hidden(x))
 
 
 def test_a_training_step_is_proven_kept_follows_its_optimiser_and_is_undone() -> None:
@@ -188,13 +195,72 @@ def test_a_training_step_is_proven_kept_follows_its_optimiser_and_is_undone() ->
         assert model(x).dtype is torch.bfloat16
     assert kpt.report(model).calls["fallback"] == 1
     kpt.restore(model)
-    assert torch.equal(model(x), _eager(model, x))
+    assert torch.equal(model(x), _twin(model)(x))
 
 
-def _eager(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    twin = Late().train()
+def _twin(model: nn.Module) -> nn.Module:
+    twin = type(model)().train()
     twin.load_state_dict(model.state_dict())
-    return twin(x)
+    return twin
+
+
+class Checkpointed(Late):
+    """Its first part is run again in the backward pass; a batch norm, and a pass without gradients before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            guess = torch.nn.functional.gelu(self.first(x))
+        hidden = self.norm(super().hidden(x)) + guess
+        return self.last(checkpoint(torch.nn.functional.gelu, hidden, use_reentrant=False))
+
+
+@pytest.mark.parametrize("kind", [Late, Checkpointed])
+def test_steps_inside_an_autocast_that_is_off_see_each_weight_as_it_is(kind: type[Late]) -> None:
+    """Gradients of two batches are summed; the weights cast in a step are not those of the next."""
+    torch.manual_seed(1)
+    model, x = kind().train(), torch.randn(64, 64)
+    twin = kind().train()
+    twin.load_state_dict(model.state_dict())
+    kpt.optimize(model, x, plugins=[AutocastOnly()], cache=False, budget=60.0)
+    assert kpt.report(model).accepted, kpt.report(model)
+    with torch.autocast("cpu", enabled=False):
+        seen = [_losses(module, x) for module in (model, twin)]
+    assert seen[0] == pytest.approx(seen[1], rel=0.02) and seen[0] != seen[1]
+    assert kpt.report(model).calls["optimized"] == 12
+    for (name, mine), theirs in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02, msg=name)
+    kpt.restore(model)
+
+
+def _losses(module: nn.Module, x: torch.Tensor) -> list[float]:
+    optimiser, seen = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for _ in range(6):
+        optimiser.zero_grad()
+        for part in (x, x.flip(0) * 0.5):
+            loss = (module(part) - 1.0).square().mean()
+            loss.backward()
+        optimiser.step()
+        seen.append(loss.item())
+    return seen
+
+
+def test_gradients_of_gradients_are_eagers() -> None:
+    torch.manual_seed(1)
+    model, x = Late().train(), torch.randn(64, 64)
+    kpt.optimize(model, x, plugins=[AutocastOnly()], cache=False, budget=60.0)
+    assert kpt.report(model).accepted
+    found = []
+    for module in (model, _twin(model)):
+        weights = list(module.parameters())
+        first = torch.autograd.grad(module(x).square().mean(), weights, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+        found.append(torch.cat([gradient.flatten() for gradient in second]))
+    assert kpt.report(model).calls["optimized"] == 1 and relative(*found) < 0.05
+    kpt.restore(model)
 
 
 def test_exact_offers_none_of_it() -> None:

@@ -1,0 +1,199 @@
+"""Calls that repeat the one before are served by the shortest way: whatever is unlike them must not be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kpt
+from fingerprints import fast_calls, optimized
+from kpt.transaction.again import Again
+from mixed_models import CompiledByInductor, mixed
+from mixed_models import plugins as mixed_plugins
+from slow_models import DirectScale, SlowScale, plugin
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Scale(nn.Module):
+    """Takes any floating dtype, and a second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.slow = SlowScale(16)
+        self.gain = 2.0
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.slow(x) * self.gain
+        return y if shift is None else y + shift
+
+
+def ready(**options: Any) -> Scale:
+    """An optimised model that was called four times alike."""
+    model = optimized(Scale().eval(), X, plugins=[plugin(DirectScale)], budget=20.0, **options)
+    with torch.no_grad():
+        for _ in range(4):
+            model(X)
+    assert fast_calls(model) == 4 and kpt.transaction.dispatch.plan_of(model)._repeated is not None
+    return model
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def hook_on_all_modules() -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "surroundings"),
+    [
+        (X.double, contextlib.nullcontext),
+        (lambda: X[:5], contextlib.nullcontext),
+        (lambda: X[None], contextlib.nullcontext),
+        (lambda: nn.Parameter(X.clone()), contextlib.nullcontext),
+        (lambda: X.clone().requires_grad_(), contextlib.nullcontext),
+        (X.clone, torch.enable_grad),
+        (X.clone, lambda: torch.autocast("cpu", torch.bfloat16)),
+        (X.clone, deterministic),
+        (X.clone, lambda: default(torch.float64)),
+        (X.clone, hook_on_all_modules),
+        (X.clone, torch.overrides.BaseTorchFunctionMode),
+        (X.to_sparse, contextlib.nullcontext),
+    ],
+)
+def test_a_call_unlike_those_before_is_looked_at(
+    inputs: Callable[[], torch.Tensor], surroundings: Callable[[], Any]
+) -> None:
+    model = ready()
+    plan = kpt.transaction.dispatch.plan_of(model)
+    plan._repeated.target = None  # whoever takes the shortest way fails
+    given, twin = inputs(), Scale()
+    with torch.no_grad(), surroundings():
+        try:
+            expected = twin(given)
+        except Exception as error:  # noqa: BLE001 - of sparse inputs eager knows no products
+            with pytest.raises(type(error)):
+                model(given)
+            return
+        output = model(given)
+    assert output.dtype is expected.dtype
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_negative_view_and_another_layout_are_taken_for_what_they_are() -> None:
+    model = ready()
+    with torch.no_grad():
+        for given in (torch._neg_view(X), X.t().contiguous().t()):
+            torch.testing.assert_close(model(given), Scale()(given))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.train(), "training mode"),
+        (lambda m: setattr(m, "gain", 3.0), "attribute"),
+        (lambda m: m.slow.register_forward_hook(lambda *given: None), "a hook was registered"),
+        (lambda m: setattr(m.slow, "weight", nn.Parameter(torch.ones(16))), "was re"),
+        (lambda m: setattr(m.slow, "forward", lambda x: x), "forward"),
+        (lambda m: m.to(torch.float64), "moved or converted"),
+    ],
+)
+def test_a_changed_model_is_noticed_between_calls_alike(change: Callable[[Any], Any], reason: str) -> None:
+    model, twin = ready(), Scale().eval()
+    with torch.no_grad():
+        change(model), change(twin)
+        torch.testing.assert_close(model(X), twin(X))
+    (found,) = kpt.report(model).calls["reasons"]
+    assert reason in found and fast_calls(model) == 4
+
+
+@torch.no_grad()
+def test_positional_and_named_arguments_are_told_apart_and_none_is_lost() -> None:
+    model, twin = ready(), Scale().eval()
+    shift = torch.ones(16)
+    torch.testing.assert_close(model(x=X), twin(X))
+    assert fast_calls(model) == 5
+    for args, kwargs in (((X, shift), {}), ((X,), {"shift": shift}), ((), {"x": X, "shift": shift})):
+        torch.testing.assert_close(model(*args, **kwargs), twin(*args, **kwargs))
+    assert fast_calls(model) == 5
+    torch.testing.assert_close(model(X, None), twin(X))
+    for args, kwargs in (((X, None, X), {}), ((X,), {"x": X}), ((), {"y": X}), ((), {})):
+        with pytest.raises(TypeError):
+            model(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_sizes_that_come_in_turns_are_all_served() -> None:
+    model, twin = ready(dynamic_shapes={"x": {0: "rows"}}), Scale().eval()
+    for rows in (3, 3, 3, 5, 3, 5, 5, 5, 8, 3):
+        given = torch.randn(rows, 16)
+        torch.testing.assert_close(model(given), twin(given))
+    assert fast_calls(model) == 14 and kpt.report(model).calls["fallback"] == 0
+
+
+def test_gradients_are_those_of_the_original_after_calls_without() -> None:
+    model, twin = ready(), Scale().eval()
+    for _ in range(3):
+        given, same = X.clone().requires_grad_(), X.clone().requires_grad_()
+        model(given).square().sum().backward()
+        twin(same).square().sum().backward()
+        assert torch.equal(given.grad, same.grad)
+    torch.testing.assert_close(model.slow.weight.grad, twin.slow.weight.grad)
+
+
+@torch.no_grad()
+def test_compiled_code_is_called_for_the_calls_that_it_was_made_for() -> None:
+    model, example = mixed(), torch.randn(64, 64)
+    optimized(model, example, plugins=mixed_plugins(CompiledByInductor), budget=60.0)
+    for number in range(6):
+        given = torch.randn(64 if number != 3 else 32, 64)
+        torch.testing.assert_close(model(given), mixed()(given), rtol=0.05, atol=0.05)
+    assert fast_calls(model) == 5 and kpt.report(model).calls["fallback"] == 1
+
+
+def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
+    assert Again.knows({"x": X})
+    others = (
+        {},
+        {"x": 1},
+        {"x": X.t()},
+        {"x": X.cfloat()},
+        {"x": torch._neg_view(X)},
+        {"x": nn.Parameter(X)},
+    )
+    assert not any(map(Again.knows, others))
+    form = Again({"x": X, "y": X}, len, grad=False)
+    assert form.fits({"y": X.clone(), "x": X + 1})
+    assert not any(
+        map(form.fits, ({"x": X}, {"x": X, "z": X}, {"x": X, "y": X.to_sparse()}, {"x": X, "y": None}))
+    )
+    with torch.inference_mode():
+        assert not form.fits({"x": X, "y": X})
