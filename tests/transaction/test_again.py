@@ -13,7 +13,7 @@ from torch import nn
 import kpt
 from fingerprints import fast_calls, optimized
 from kpt.transaction.again import Again
-from mixed_models import CompiledByInductor, mixed
+from mixed_models import Compiled, CompiledByInductor, mixed
 from mixed_models import plugins as mixed_plugins
 from slow_models import DirectScale, SlowScale, plugin
 
@@ -121,7 +121,7 @@ def test_a_negative_view_and_another_layout_are_taken_for_what_they_are() -> Non
         (lambda m: m.train(), "training mode"),
         (lambda m: setattr(m, "gain", 3.0), "attribute"),
         (lambda m: m.slow.register_forward_hook(lambda *given: None), "a hook was registered"),
-        (lambda m: setattr(m.slow, "weight", nn.Parameter(torch.ones(16))), "was re"),
+        (lambda m: setattr(m.slow, "weight", nn.Parameter(torch.ones(16))), "weight"),
         (lambda m: setattr(m.slow, "forward", lambda x: x), "forward"),
         (lambda m: m.to(torch.float64), "moved or converted"),
     ],
@@ -179,6 +179,72 @@ def test_compiled_code_is_called_for_the_calls_that_it_was_made_for() -> None:
     assert fast_calls(model) == 5 and kpt.report(model).calls["fallback"] == 1
 
 
+def test_calls_alike_take_the_shortest_way_and_are_counted() -> None:
+    model = ready()
+    plan = kpt.transaction.dispatch.plan_of(model)
+    assert plan._repeated.target is plan.run
+    plan._repeated.target = lambda **given: given
+    with torch.no_grad():
+        assert model(X)["x"] is X and model(x=X)["x"] is X
+    assert fast_calls(model) == 6
+
+
+@torch.no_grad()
+def test_compiled_code_takes_it_too_once_it_is_known() -> None:
+    model, example = mixed(), torch.randn(64, 64)
+    optimized(model, example, plugins=[plugin(Compiled)], budget=60.0)
+    for _ in range(4):
+        model(example)
+    plan = kpt.transaction.dispatch.plan_of(model)
+    assert plan._repeated is not None and plan._repeated.target in plan._targets.values()
+    twice = torch.randn(64, 64)
+    torch.testing.assert_close(model(twice), mixed()(twice), rtol=1e-4, atol=1e-4)
+    assert fast_calls(model) == 5
+
+
+class Writes(Scale):
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return self.slow(x.add_(1.0))
+
+
+class Draws(Scale):
+    def forward(self, x: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
+        return self.slow(x) + torch.rand(16)
+
+
+@pytest.mark.parametrize("kind", [Writes, Draws])
+def test_what_depends_on_more_than_the_form_is_looked_at_each_time(kind: type[Scale]) -> None:
+    model = optimized(kind().eval(), X.clone(), plugins=[plugin(DirectScale)], budget=20.0)
+    with torch.no_grad():
+        for _ in range(4):
+            model(X.clone())
+    assert kpt.transaction.dispatch.plan_of(model)._repeated is None and fast_calls(model) == 4
+
+
+def test_training_steps_that_repeat_have_their_gradients() -> None:
+    model, twin = Scale().train(), Scale().train()
+    optimized(model, X, plugins=[plugin(DirectScale, modes=("inference", "training"))], budget=20.0)
+    for number in range(5):
+        for module in (model, twin):
+            module.zero_grad()
+            module(X + number).square().mean().backward()
+        torch.testing.assert_close(model.slow.weight.grad, twin.slow.weight.grad)
+    assert fast_calls(model) == 5
+    assert kpt.transaction.dispatch.plan_of(model)._repeated.grad
+    with torch.no_grad():  # no training step
+        torch.testing.assert_close(model(X), twin(X))
+    assert fast_calls(model) == 5
+
+
+def test_transforms_of_calls_alike_are_the_originals() -> None:
+    model, twin = ready(), Scale().eval()
+    several = torch.stack([X, X + 1.0])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(model)(several), torch.vmap(twin)(several))
+        torch.testing.assert_close(torch.func.jvp(model, (X,), (X,)), torch.func.jvp(twin, (X,), (X,)))
+    assert fast_calls(model) == 4
+
+
 def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
     assert Again.knows({"x": X})
     others = (
@@ -191,7 +257,8 @@ def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
     )
     assert not any(map(Again.knows, others))
     form = Again({"x": X, "y": X}, len, grad=False)
-    assert form.fits({"y": X.clone(), "x": X + 1})
+    assert form.fits({"x": X.clone(), "y": X + 1})
+    assert not form.fits({"y": X, "x": X}), "a forward may fold over what it is given in order"
     assert not any(
         map(form.fits, ({"x": X}, {"x": X, "z": X}, {"x": X, "y": X.to_sparse()}, {"x": X, "y": None}))
     )

@@ -211,6 +211,55 @@ class ByAnAlias(Indirect):
         return self.slow(x) * this.gain
 
 
+class AsAMethod(Indirect):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self._scaled
+
+    def _scaled(self, x):
+        return x * gain
+
+
+class AsAModule(Indirect):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = this
+
+    def forward(self, x):
+        return self.held.times(self.slow(x))
+
+
+class ByAnAliasOfAFunctionsModule(Indirect):
+    def forward(self, x):
+        return this.times(self.slow(x))
+
+
+class ByAnImport(Indirect):
+    def forward(self, x):
+        import outer_settings
+
+        return outer_settings.times(self.slow(x))
+
+
+class BySys(Indirect):
+    def forward(self, x):
+        import sys as system
+
+        return self.slow(x) * system.modules[__name__].gain
+
+
+class ByBuiltins(Indirect):
+    def forward(self, x):
+        import builtins
+
+        return self.slow(x) * builtins.globals()["gain"]
+
+
+class ByAFunctionsGlobals(Indirect):
+    def forward(self, x):
+        return self.slow(x) * getattr(called, "__globals__")["gain"]  # noqa: B009 - named in a string
+
+
 class ByName(Indirect):
     def forward(self, x):
         return self.slow(x) * globals()["gain"]
@@ -221,14 +270,25 @@ class ByNameElsewhere(Indirect):
         return self.slow(x) * called("gain")
 
 
-@pytest.mark.parametrize("kind", [Indirect, InAPartialCall, InAList, ByAnAlias, ByName, ByNameElsewhere])
+FOLLOWED = [Indirect, InAPartialCall, InAList, AsAMethod, ByAnAlias, ByAnAliasOfAFunctionsModule]
+#: Ways on which dynamo does not follow, or not in each of its versions.
+NOT_FOLLOWED = [AsAModule, ByAnImport, BySys, ByBuiltins, ByAFunctionsGlobals, ByName, ByNameElsewhere]
+
+
+@pytest.mark.parametrize("kind", FOLLOWED + NOT_FOLLOWED)
 def test_a_global_that_the_forward_reads_in_a_roundabout_way_is_noticed(kind, monkeypatch):
-    way = DirectScale if kind in (ByName, ByNameElsewhere) else Captured  # dynamo follows no ``globals()``
+    settings = types.ModuleType("outer_settings")
+    settings.gain, settings.times = 2.0, types.FunctionType(times.__code__, vars(settings), "times", (1.0,))
+    settings.times.__module__ = settings.__name__
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    settings.__file__ = __file__
+    way = DirectScale if kind in NOT_FOLLOWED else Captured
     model, x = kind().eval(), torch.randn(8, 16)
     optimized(model, x, plugins=[plugin(way)], budget=20)
     with torch.no_grad():
         before = model(x)
         monkeypatch.setitem(globals(), "gain", 3.0)
+        settings.gain = 3.0
         changed = model(x)
         assert torch.equal(changed, kind.forward(model, x)) and not torch.equal(changed, before)
     assert kpt.report(model).calls["optimized"] == 1 and list(reasons(model).values()) == [1]

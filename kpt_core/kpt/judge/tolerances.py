@@ -28,9 +28,11 @@ PRODUCTION_KL = 1e-2
 PRODUCTION_TOP1 = 0.99
 #: A gradient of next to nothing may be off by as many times what is allowed at the floor of all gradients
 #: if eager's own cast is as far off: BERT-base's key biases, whose gradient is zero, by 1.6 times in bf16.
-VANISHING = 3.0
+VANISHING = 2.5
 AGGRESSIVE_COSINE = 0.99
 AGGRESSIVE_KL = 5e-2
+#: The cosine of fewer elements is nearly a sign.
+_DIRECTED = 16
 #: Cosine 0.99 at equal norms is a relative error of sqrt(2 - 2 * 0.99); it also bounds the norm, which
 #: a cosine does not see.
 AGGRESSIVE_RELATIVE = math.sqrt(2.0 - 2.0 * AGGRESSIVE_COSINE)
@@ -208,9 +210,14 @@ def _absolute(
     if measured.error <= bound:
         return passed(figures=figures)
     if terms.rule == "gradient" and as_good:
-        # It points the same way, or there is nothing to point along and all of it is rounding.
+        # It points the same way and as far, or there is nothing to point along and all of it is rounding.
         nothing = measured.scale <= PRODUCTION_RELATIVE * terms.floor
-        if (nothing and measured.error <= VANISHING * bound) or measured.cosine >= AGGRESSIVE_COSINE:
+        if nothing and measured.error <= VANISHING * bound:
+            return passed(figures=figures)
+        along = measured.cosine >= AGGRESSIVE_COSINE and abs(measured.norm_ratio - 1.0) <= AGGRESSIVE_RELATIVE
+        if along and (
+            measured.elements >= _DIRECTED or measured.error <= AGGRESSIVE_RELATIVE * measured.scale
+        ):
             return passed(figures=figures)
     if terms.is_logits(name, candidate):
         figures["kl"] = distances.kl_divergence(candidate, reference)
@@ -238,7 +245,7 @@ def _aggressive(
     figures["cosine"], figures["norm_ratio"] = measured.cosine, measured.norm_ratio
     bound = AGGRESSIVE_RELATIVE * max(measured.scale, terms.floor)
     negligible = measured.error <= bound
-    if measured.elements < 16:  # the cosine of few elements is nearly a sign
+    if measured.elements < _DIRECTED:
         wrong = not negligible
     else:
         off = abs(measured.norm_ratio - 1.0) > AGGRESSIVE_RELATIVE

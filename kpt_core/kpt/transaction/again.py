@@ -49,9 +49,8 @@ class Again:
         if len(call) != len(facts) or _inference_mode() is not self._inference:
             return False
         try:
-            for name, value in call.items():
-                fact = facts.get(name)
-                if fact is None or type(value) is not _Tensor:
+            for (name, value), (known, fact) in zip(call.items(), facts.items()):
+                if name != known or type(value) is not _Tensor:  # a forward may fold over them in order
                     return False
                 shape, dtype, device, requires_grad = fact
                 if (

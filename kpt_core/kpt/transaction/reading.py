@@ -8,7 +8,6 @@ name, or that a module holds, as far as these are the user's own or of the libra
 
 from __future__ import annotations
 
-import dis
 import functools
 import sys
 import sysconfig
@@ -20,19 +19,20 @@ from typing import Any
 
 import torch
 
+from kpt.transaction.code_names import global_names, imported, mentioned, named, reads_by_name
+
 _SCALARS = (bool, int, float, str, type(None))
 #: Methods that no call runs.
 _NO_CALL = ("__init__", "extra_repr", "reset_parameters", "__repr__")
 _INSTALLED = ("site-packages", "dist-packages")
-#: Functions and attributes by which code reads a global that it does not name, or names in a string.
-_BY_NAME = frozenset(("globals", "vars", "eval", "exec", "sys", "importlib", "import_module", "__import__"))
-_OF_FRAMES = frozenset(("__globals__", "f_globals", "import_module"))
 #: What `torch.nn.Module` keeps in a module's dictionary.
 _SLOTS = frozenset(vars(torch.nn.Module()))
 _CALLABLE = (types.FunctionType, staticmethod, classmethod)
 _NO_SETTINGS = (torch.nn.Module, torch.Tensor, type, types.FunctionType)
 #: More decorators than any function has.
 _DECORATORS = 8
+#: What holds more items is data.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Reading:
 
 
 _known: weakref.WeakKeyDictionary[type, Reading] = weakref.WeakKeyDictionary()
+_OfClasses = weakref.WeakKeyDictionary[type, Reading]
+_known_held: weakref.WeakKeyDictionary[types.FunctionType, _OfClasses] = weakref.WeakKeyDictionary()
 
 
 def reading_of(cls: type) -> Reading:
@@ -77,12 +79,13 @@ def readings(modules: Iterable[torch.nn.Module]) -> Iterator[Reading]:
     """What the code of ``modules`` reads, and that of functions which they hold as attributes."""
     modules = list(modules)
     yield from map(reading_of, dict.fromkeys(map(type, modules)))
-    held = {(function, type(module).__module__) for module in modules for function in _held(module)}
-    for function, of in held:
-        called = _called([function], of, {})
-        names = _union(names_in(each.__code__) for each in called)
-        assigned = _union(_stored(each.__code__, "STORE_ATTR") for each in called)
-        yield Reading(names, names, assigned, (), *_globals_of(called, of))
+    yield from (_reading_of_held(*each) for each in dict.fromkeys(e for m in modules for e in _held(m)))
+
+
+def names_read(module: torch.nn.Module) -> frozenset[str]:
+    """The names that a call of ``module`` mentions, functions that it holds included."""
+    held = (_reading_of_held(*each).in_calls for each in _held(module))
+    return reading_of(type(module)).in_calls.union(*held)
 
 
 def constants_read(
@@ -93,10 +96,9 @@ def constants_read(
     found: dict[int, tuple[Mapping[str, Any], set[str]]] = {}
     constants = [entry for reading in readings(modules) for entry in reading.constants()]
     for module in modules:
-        names = reading_of(type(module)).in_calls
         for value in _attributes(module):
             if isinstance(value, types.ModuleType) and is_own(value.__name__, type(module).__module__):
-                constants.append((id(vars(value)), vars(value), _constants(vars(value), names)))
+                constants.append((id(vars(value)), vars(value), _constants(vars(value), names_read(module))))
     for owner, space, names in constants:
         found.setdefault(owner, (space, set()))[1].update(name for name in names if name in space)
     return [(owner, space, sorted(names)) for owner, (space, names) in found.items() if names]
@@ -112,40 +114,74 @@ def assigned_globals(modules: Iterable[torch.nn.Module]) -> list[tuple[Mapping[s
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[Any]:
-    """What a module holds beside what every module does; of lists and dictionaries the items."""
+    """What a module holds beside what every module does; of short lists and dictionaries the items."""
     for name, value in vars(module).items():
-        if name not in _SLOTS:
-            kind = type(value)
-            yield from value if kind in (list, tuple) else value.values() if kind is dict else (value,)
+        if name in _SLOTS:
+            continue
+        if type(value) in (list, tuple, dict):
+            if len(value) <= _FEW:
+                yield from value.values() if type(value) is dict else value
+        else:
+            yield value
 
 
-def _held(module: torch.nn.Module) -> Iterator[types.FunctionType]:
-    """The user's own functions among the attributes of ``module``, and those in a partial call."""
+def _held(module: torch.nn.Module) -> Iterator[tuple[types.FunctionType, type]]:
+    """The user's own functions and methods among the attributes of ``module``, and those that its code names
+    in modules (of Python) which it holds, with its class."""
+    cls = type(module)
     for value in _attributes(module):
-        while isinstance(value, functools.partial):
-            value = value.func
-        yield from (f for f in _functions(value) if is_own(f.__module__, type(module).__module__))
+        while isinstance(value, (functools.partial, types.MethodType)):
+            value = value.func if isinstance(value, functools.partial) else value.__func__
+        values = [value]
+        if isinstance(value, types.ModuleType) and is_own(value.__name__, cls.__module__):
+            values = [vars(value).get(name) for name in reading_of(cls).in_calls]
+        for function in (found for each in values for found in _functions(each)):
+            if is_own(function.__module__, cls.__module__):
+                yield function, cls
+
+
+def _reading_of_held(function: types.FunctionType, cls: type) -> Reading:
+    of_classes = _known_held.setdefault(function, weakref.WeakKeyDictionary())
+    found = of_classes.get(cls)
+    if found is None:
+        found = of_classes[cls] = _read_held(function, cls)
+    return found
+
+
+def _read_held(function: types.FunctionType, cls: type) -> Reading:
+    called = _called([function], cls.__module__, _methods(cls))
+    names = _union(mentioned(each.__code__) for each in called)
+    assigned = _union(named(each.__code__, "STORE_ATTR") for each in called)
+    # Its strings may be in the class that holds it.
+    by_name = (
+        reading_of(cls).in_calls if any(reads_by_name(each.__code__) for each in called) else frozenset()
+    )
+    return Reading(names, names, assigned, (), *_globals_of(called, cls.__module__, by_name))
+
+
+def _methods(cls: type) -> dict[str, list[types.FunctionType]]:
+    found: dict[str, list[types.FunctionType]] = {}
+    for base in own_bases(cls):
+        for name, value in vars(base).items():
+            if name not in _NO_CALL:
+                found.setdefault(name, []).extend(_functions(value))
+    return found
 
 
 def _read(cls: type) -> Reading:
-    bases = list(own_bases(cls))
-    methods: dict[str, list[types.FunctionType]] = {}
-    for base in bases:
-        for name, value in vars(base).items():
-            if name not in _NO_CALL:
-                methods.setdefault(name, []).extend(_functions(value))
+    bases, methods = list(own_bases(cls)), _methods(cls)
     of = cls.__module__
     called = _called(methods.get("forward", []), of, {} if _is_torchs(of) else methods)
     everything = {*called, *(function for named in methods.values() for function in named)}
-    read = _union(names_in(function.__code__) for function in called)
-    assigned = _union(_stored(function.__code__, "STORE_ATTR") for function in called)
+    read = _union(mentioned(function.__code__) for function in called)
+    assigned = _union(named(function.__code__, "STORE_ATTR") for function in called)
     on_classes = (
         (weakref.ref(base), _constants(vars(base), read) - assigned)
         for base in bases
         if not _is_torchs(base.__module__)
     )
     return Reading(
-        _union(names_in(function.__code__) for function in everything),
+        _union(mentioned(function.__code__) for function in everything),
         read,
         assigned,
         tuple(entry for entry in on_classes if entry[1]),
@@ -153,24 +189,27 @@ def _read(cls: type) -> Reading:
     )
 
 
-def _globals_of(called: Iterable[types.FunctionType], of: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _globals_of(
+    called: Iterable[types.FunctionType], of: str, more: frozenset[str] = frozenset()
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Dictionaries with the names of constants that the functions read there, and with those they assign.
 
-    Where one of them reads globals by name, the names are those that any of them mentions.
+    Where one of them reads globals by name, the names are those that any of them mentions, and ``more``.
     """
     functions = [function for function in called if not _is_torchs(function.__module__)]
-    by_name = any(_reads_by_name(function.__code__, of) for function in functions)
-    mentioned = _union(names_in(function.__code__) for function in functions)
+    by_name = any(reads_by_name(function.__code__) for function in functions)
+    everything = more.union(*(mentioned(function.__code__) for function in functions))
     spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
     for function in functions:
         code, space = function.__code__, function.__globals__
-        globally, names = (mentioned, mentioned) if by_name else (_globals_in(code), names_in(code))
-        constants = _constants(space, globally) - _stored(code, "STORE_GLOBAL")
+        globally, names = (everything, everything) if by_name else (global_names(code), mentioned(code))
+        constants = _constants(space, globally) - named(code, "STORE_GLOBAL")
         spaces.setdefault(id(space), (space, set()))[1].update(constants)
-        for place in _dictionaries(space, globally, of):
+        modules = (vars(module) for module in imported(function) if is_own(module.__name__, of))
+        for place in (*_dictionaries(space, globally, of), *modules):
             spaces.setdefault(id(place), (place, set()))[1].update(_constants(place, names))
     read = tuple((space, frozenset(names)) for space, names in spaces.values() if names)
-    stored = ((f.__globals__, _stored(f.__code__, "STORE_GLOBAL")) for f in functions)
+    stored = ((f.__globals__, named(f.__code__, "STORE_GLOBAL")) for f in functions)
     return read, tuple(entry for entry in stored if entry[1])
 
 
@@ -202,45 +241,6 @@ def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
     return frozenset[str]().union(*sets)
 
 
-@functools.lru_cache(maxsize=4096)
-def names_in(code: types.CodeType) -> frozenset[str]:
-    """The names and strings that ``code`` and the functions inside it mention."""
-    strings = (constant for constant in code.co_consts if isinstance(constant, str))
-    return frozenset({*code.co_names, *strings}).union(*map(names_in, _inner(code)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _operations(code: types.CodeType) -> frozenset[tuple[str, str]]:
-    """The instructions of ``code`` and the functions inside it that have a name, with that name."""
-    own = ((i.opname, i.argval) for i in dis.get_instructions(code) if isinstance(i.argval, str))
-    return frozenset(own).union(*map(_operations, _inner(code)))
-
-
-def _globals_in(code: types.CodeType) -> frozenset[str]:
-    """The names that ``code`` reads as globals: those of attributes are others."""
-    return frozenset(name for kind, name in _operations(code) if kind == "LOAD_NAME" or "GLOBAL" in kind)
-
-
-def _reads_by_name(code: types.CodeType, of: str) -> bool:
-    """Whether ``code`` asks for a dictionary of globals, or imports one of the user's own modules."""
-    imported = (name for kind, name in _operations(code) if kind == "IMPORT_NAME")
-    attributes = (name for kind, name in _operations(code) if kind in ("LOAD_ATTR", "LOAD_METHOD"))
-    return (
-        not _BY_NAME.isdisjoint(_globals_in(code))
-        or not _OF_FRAMES.isdisjoint(attributes)
-        or any(not name or is_own(name, of) for name in imported)
-    )
-
-
-def _stored(code: types.CodeType, operation: str) -> frozenset[str]:
-    """The names that ``code`` assigns by instructions called ``operation``."""
-    return frozenset(name for kind, name in _operations(code) if kind == operation)
-
-
-def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-
-
 def _constants(space: Mapping[str, Any], names: Iterable[str]) -> frozenset[str]:
     """The ``names`` of constants in ``space``."""
     return frozenset(n for n in names if n in space and is_plain(space[n]) and not n.startswith("__"))
@@ -260,7 +260,9 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
     for _ in range(_DECORATORS):
         if isinstance(value, types.FunctionType):
             yield value
-        value = getattr(value, "__wrapped__", None) if isinstance(value, _CALLABLE) else None
+        if not isinstance(value, _CALLABLE):
+            return
+        value = getattr(value, "__wrapped__", None)
 
 
 def _called(
@@ -274,10 +276,15 @@ def _called(
         if function in seen:
             continue
         seen.add(function)
-        code, mentioned = function.__code__, names_in(function.__code__)
-        pending += [method for name in mentioned for method in methods.get(name, ())]
-        for name in mentioned if _reads_by_name(code, of) else _globals_in(code):
-            for called in _functions(function.__globals__.get(name)):
+        code, space, names = function.__code__, function.__globals__, mentioned(function.__code__)
+        pending += [method for name in names for method in methods.get(name, ())]
+        globally = names if reads_by_name(code) else global_names(code)
+        modules = [value for name in globally if isinstance(value := space.get(name), types.ModuleType)]
+        places = [(space, globally), *((vars(m), names) for m in (*modules, *imported(function)))]
+        for place, wanted in places:
+            if place is not space and not is_own(place.get("__name__"), of):
+                continue
+            for called in (f for name in wanted for f in _functions(place.get(name))):
                 if is_own(called.__module__, of):
                     pending.append(called)
     return seen

@@ -27,7 +27,7 @@ import torch
 from kpt.judge.slots import slot_names, slots_of
 from kpt.transaction.copies import HANDLE, REDUCE
 from kpt.transaction.hooks import computed
-from kpt.transaction.reading import reading_of
+from kpt.transaction.reading import names_read, reading_of
 
 _MISSING = object()
 #: Attributes that kpt itself sets on an optimised model.
@@ -188,7 +188,7 @@ def _unset(module: torch.nn.Module) -> frozenset[str]:
     of its class stand in for them, or a default."""
     reading = reading_of(type(module))
     present = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
-    return reading.in_calls - reading.assigned - present
+    return names_read(module) - reading.assigned - present
 
 
 @functools.lru_cache(maxsize=1024)

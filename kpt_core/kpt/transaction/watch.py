@@ -27,7 +27,7 @@ from kpt.judge.slots import slots_of
 from kpt.transaction.copies import clean_copies, ours
 from kpt.transaction.held_tensors import item, tensors_inside
 from kpt.transaction.hooks import computed
-from kpt.transaction.reading import constants_read, is_plain, reading_of, readings
+from kpt.transaction.reading import constants_read, is_plain, names_read, reading_of, readings
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 
 _WATCHED_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -309,7 +309,7 @@ def _attribute_getter(
     module: torch.nn.Module,
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]] | None:
     """The module's dictionary and a getter of those of its plain attributes that its code reads."""
-    names = reading_of(type(module)).names
+    names = reading_of(type(module)).names | names_read(module)
     state = module.__dict__
     keys = sorted(key for key, value in state.items() if key in names and is_plain(value))
     if not keys:

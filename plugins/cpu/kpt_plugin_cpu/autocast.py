@@ -11,7 +11,8 @@ from kpt.specs import HardwareProfile, Observation, Skip, Undo, Variant, replace
 from kpt_plugin_cpu.casting import widened
 from kpt_plugin_cpu.estimates import gain_of_dtype
 
-#: What a step reads and writes to cast each weight, and its gradient back: times the bytes of a weight.
+#: What a step reads and writes to cast each weight, and its gradient back: times the bytes of a weight. One
+#: that is used several times in a step is cast as often, which is not counted.
 _CASTS = 3.0
 
 
@@ -32,8 +33,6 @@ class Autocast:
             yield Skip("the model has no float32 weights")
         elif others := observation.parameter_dtypes & {"float64", "bfloat16", "float16"}:
             yield Skip(f"the model has weights in {min(others)}, too: which outputs are in it is not known")
-        elif not observation.operations:
-            yield Skip("the model multiplies no matrices and convolves nothing")
         elif observation.ambient and observation.ambient[0]:
             yield Skip("the steps run under an autocast of your own")
         else:

@@ -120,7 +120,7 @@ def test_reasons_to_skip() -> None:
     assert "float64" in skips(Autocast(), training(mixed, x))[0]
     mixed = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8).bfloat16())
     assert "bfloat16" in skips(Autocast(), training(mixed, x))[0]
-    assert "multiplies no" in skips(Autocast(), training(Net(), x, operations=0.0))[0]
+    assert variants(Autocast(), training(Net(), x, operations=0.0)), "they may not have been counted"
     mine = ((("cpu", True, torch.bfloat16),), False)
     assert "of your own" in skips(Autocast(), training(Net(), x, ambient=mine))[0]
 
