@@ -174,7 +174,9 @@ def test_a_recipe_of_another_release_is_searched_again(tmp_path, monkeypatch):
     for release in ({}, {}, {"openvino": "2099.1"}):
         releases |= release
         model = slow_models.net()
-        optimized(model, torch.randn(32, 16), plugins=["cpu", "openvino"], level="exact", cache=True)
+        optimized(
+            model, torch.randn(32, 16), plugins=["cpu", "openvino"], level="exact", cache=True, budget=60.0
+        )
         searched.append(kpt.report(model).searched)
         kpt.restore(model)
     assert searched == [True, False, True]
