@@ -176,12 +176,32 @@ def standing(samples: dict[str, list[float]], records: dict[str, Any]) -> dict[s
     return table
 
 
+def raced(
+    subject: Any, runs: dict[str, Any], records: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The record of one model: the ``records`` of its contenders, with what a race of ``runs`` gave."""
+    from side_by_side import race, ratio
+
+    samples = race(runs, subject.fresh, seconds=options.seconds)
+    for contender, times in samples.items():
+        records[contender]["milliseconds"] = sorted(times)[len(times) // 2] * 1e3
+        records[contender]["ratio"] = vars(ratio(samples["eager"], times))
+    return {
+        "title": subject.title,
+        "rounds": len(samples["eager"]),
+        "contenders": records,
+        "standing": standing(samples, records),
+        # What this model was measured on and how: a result file may be completed model by model.
+        "commit": versions()["commit"],
+        "settings": {"budget": options.budget, "seconds": options.seconds},
+    }
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The whole record of one model."""
     import torch
 
     import models
-    from side_by_side import race, ratio
     from trained_models import quiet
 
     quiet()
@@ -204,19 +224,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         )
     for contender, error in errors(runs, subject).items():
         records[contender]["relative_error"] = error
-    samples = race(runs, subject.fresh, seconds=options.seconds)
-    for contender, times in samples.items():
-        records[contender]["milliseconds"] = sorted(times)[len(times) // 2] * 1e3
-        records[contender]["ratio"] = vars(ratio(samples["eager"], times))
-    return {
-        "title": subject.title,
-        "rounds": len(samples["eager"]),
-        "contenders": records,
-        "standing": standing(samples, records),
-        # What this model was measured on and how: a result file may be completed model by model.
-        "commit": versions()["commit"],
-        "settings": {"budget": options.budget, "seconds": options.seconds},
-    }
+    return raced(subject, runs, records, options)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, OutOfTime, at_most, first_tensor, versions, with_todays, write_result
-from cpu_models import in_a_process, show, standing
+from common import RESULTS, OutOfTime, at_most, first_tensor, with_todays, write_result
+from cpu_models import in_a_process, raced, show
 
 MODELS = ("bert-base", "vit-small")
 WARM_UP_STEPS = 3
@@ -135,7 +135,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import models
-    from side_by_side import race, ratio
     from trained_models import quiet
 
     quiet()
@@ -175,18 +174,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             worst = max(records[contender]["relative_error"], error(own[contender], exact))
             records[contender]["relative_error"] = worst
     del exact
-    samples = race(steps, subject.fresh, seconds=options.seconds)
-    for contender, times in samples.items():
-        records[contender]["milliseconds"] = sorted(times)[len(times) // 2] * 1e3
-        records[contender]["ratio"] = vars(ratio(samples["eager"], times))
-    return {
-        "title": subject.title,
-        "rounds": len(samples["eager"]),
-        "contenders": records,
-        "standing": standing(samples, records),
-        "commit": versions()["commit"],
-        "settings": {"budget": options.budget, "seconds": options.seconds},
-    }
+    return raced(subject, steps, records, options)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.nn.modules import module as _modules
 from kpt.transaction.again import Again
 from kpt.transaction.ambient import ambient_state, default_devices, transformed
 from kpt.transaction.arguments import MISSING, key_of, layout_key, share_memory, tensors_in
+from kpt.transaction.call_counter import Counter, peek
 from kpt.transaction.dispatch import forward_of_class, own_forward
 from kpt.transaction.lazy_backward import with_backward
 from kpt.transaction.signature import Canonical, constant_defaults, defaults_in
@@ -37,29 +38,6 @@ _inference_mode = torch.is_inference_mode_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
-
-
-class Counter:
-    """Counts by reason, from any thread without a lock."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, itertools.count[int]] = {}
-
-    def add(self, reason: str) -> None:
-        counter = self._counts.get(reason)
-        if counter is None:
-            counter = self._counts.setdefault(reason, itertools.count())
-        next(counter)
-
-    def to_dict(self) -> dict[str, int]:
-        return {reason: _peek(counter) for reason, counter in sorted(self._counts.items())}
-
-    def total(self) -> int:
-        return sum(self.to_dict().values())
-
-
-def _peek(counter: itertools.count[int]) -> int:
-    return int(repr(counter)[6:-1])
 
 
 class Plan:
@@ -150,7 +128,7 @@ class Plan:
 
     @property
     def optimized_calls(self) -> int:
-        return _peek(self._optimized)
+        return peek(self._optimized)
 
     def original(self, model: torch.nn.Module) -> Callable[..., Any]:
         """The user's own forward."""
