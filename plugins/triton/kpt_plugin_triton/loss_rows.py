@@ -13,7 +13,7 @@ from kpt_plugin_triton import staged_losses
 from kpt_plugin_triton.kernels import losses as device
 from kpt_plugin_triton.kernels import losses_backward
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two, processors
-from kpt_plugin_triton.rows import rows_of, wide_dtype
+from kpt_plugin_triton.rows import rows_of, unit_of, wide_dtype
 from kpt_plugin_triton.tuning import Options, Tuned
 
 #: Columns of a row that still goes into registers as a whole where a table asks for that, and bytes where
@@ -201,12 +201,12 @@ def rows_forward(
         *common.terms.arguments(),
     )
     last = (_PARTS, *common.terms.constants(), accumulator(wide_dtype(logits.dtype)))
-    block = power_of_two(columns)
+    block, unit = power_of_two(columns), unit_of(itemsize, columns, stride)
     # smoothing and a soft cap take more registers for each column
     heavy = common.terms.softcap is not None or common.terms.smoothing != 0.0
     if chosen["ROWS"] and block <= _LONGEST:
         warps = min(16, 2 * chosen["num_warps"]) if heavy else chosen["num_warps"]
-        _short((programs, 1, 1), arguments, (block, chosen["ROWS"], *last), warps)
+        _short((programs, 1, 1), arguments, (unit, block, chosen["ROWS"], *last), warps)
     else:  # a table's options may be for somewhat longer rows
         block = min(chosen["BLOCK"], block if block == columns else block // 2, 32768)
         vector = min(16 // itemsize, block)
@@ -217,7 +217,7 @@ def rows_forward(
         elif heavy:
             block = max(block // 2, vector)
             warps = max(4, min(warps, block // vector // 32))  # a vector for each thread
-        _long((programs, 1, 1), arguments, (block, vector, even, *last), warps)
+        _long((programs, 1, 1), arguments, (unit, block, vector, even, *last), warps)
 
 
 def rows_gradient(
@@ -250,7 +250,8 @@ def rows_gradient(
             *common.terms.arguments(),
         ),
         (
-            *(block, each, _PARTS, *common.terms.constants()),
+            *(unit_of(logits.element_size(), columns, stride), block, each, _PARTS),
+            *common.terms.constants(),
             *(accumulator(wide_dtype(logits.dtype)), unless_one),
         ),
         4,

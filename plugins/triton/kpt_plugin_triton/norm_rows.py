@@ -53,8 +53,8 @@ def _forward_candidates(itemsize: int, columns: int) -> Iterator[dict[str, int]]
             if 8 <= rows * block // (32 * warps) <= 128:
                 yield {"ROWS": rows, "num_warps": warps}
     if columns >= 2048:  # ROWS = 0: rows are read twice
-        for each in (1024, 2048, 4096):
-            for warps in (4, 8, 16):
+        for each in (1024, 2048, 4096, 8192):
+            for warps in (4, 8, 16, 32):
                 if each <= columns and 4 <= each // (32 * warps) <= 32:
                     yield {"ROWS": 0, "BLOCK": each, "num_warps": warps}
 

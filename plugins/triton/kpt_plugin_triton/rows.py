@@ -20,6 +20,18 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return x, x.shape[0], x.stride(0)
 
 
+def unit_of(itemsize: int, *counts: int) -> int:
+    """The largest power of two that divides all ``counts`` of elements, of at most 16 bytes.
+
+    Triton takes note of numbers that are multiples of 16, and of nothing smaller; kernels that are told their
+    unit read 8 elements of 16 bits at once also where a row has 1000.
+    """
+    together = 0
+    for count in counts:
+        together |= count
+    return min(together & -together, 16 // itemsize) if together else 16 // itemsize
+
+
 def dense(x: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor like ``x``, contiguous."""
     if x.is_contiguous():

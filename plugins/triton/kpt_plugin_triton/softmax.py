@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from kpt_plugin_triton import staged_softmax
 from kpt_plugin_triton.checks import FLOATS, check_tensor, refuse
 from kpt_plugin_triton.kernels import softmax as device
 from kpt_plugin_triton.launch import Kernel, ceil_div, power_of_two
 from kpt_plugin_triton.registration import applier, needs_grad, once_differentiable, register
-from kpt_plugin_triton.rows import dense, rows_of
+from kpt_plugin_triton.rows import dense, rows_of, unit_of
 from kpt_plugin_triton.tuner import Workload, work_device
 from kpt_plugin_triton.tuning import Options, Tuned
 
@@ -62,6 +63,8 @@ def _run_forward(x: torch.Tensor, options: Options | None = None) -> torch.Tenso
         return y
     accumulate = tl.float64 if x.dtype == torch.float64 else tl.float32
     itemsize = x.element_size()
+    if options is None and staged_softmax.forward(flat, y, rows, stride):
+        return y
     if columns * itemsize > _LONGEST:
         constants = (_LONG_BLOCK // itemsize, 16 // itemsize, accumulate)
         _forward_long((rows, 1, 1), (flat, y, rows, columns, stride), constants, 16)
@@ -69,7 +72,7 @@ def _run_forward(x: torch.Tensor, options: Options | None = None) -> torch.Tenso
     if options is None:
         options = forward_options(x.device.index, itemsize, columns)
     each = options["ROWS"]
-    constants = (power_of_two(columns), each, accumulate)
+    constants = (unit_of(itemsize, columns, stride), power_of_two(columns), each, accumulate)
     _forward((ceil_div(rows, each), 1, 1), (flat, y, rows, columns, stride), constants, options["num_warps"])
     return y
 
@@ -84,13 +87,15 @@ def _run_backward(y: torch.Tensor, dy: torch.Tensor, options: Options | None = N
     accumulate = tl.float64 if y.dtype == torch.float64 else tl.float32
     itemsize = y.element_size()
     arguments = (flat, grad, dx, rows, columns, stride, grad_stride)
+    if options is None and staged_softmax.backward(flat, grad, dx, rows, stride, grad_stride):
+        return dx
     if columns * itemsize > _LONGEST_BACKWARD:
         _backward_long((rows, 1, 1), arguments, (_LONG_BLOCK // itemsize // 2, accumulate), 8)
         return dx
     if options is None:
         options = backward_options(y.device.index, itemsize, columns)
     each = options["ROWS"]
-    constants = (power_of_two(columns), each, accumulate)
+    constants = (unit_of(itemsize, columns, stride, grad_stride), power_of_two(columns), each, accumulate)
     _backward((ceil_div(rows, each), 1, 1), arguments, constants, options["num_warps"])
     return dx
 

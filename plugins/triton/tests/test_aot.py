@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,22 @@ def test_kernels_fit_the_architecture(family: str, target: str) -> None:
             wrong = matrix_units.faults(used, launch.num_warps, reason)
             faults += [f"{name}: {used.name}: {fault}" for fault in wrong]
     assert not faults, "\n".join([*faults, f"KPT_AOT_SEED={aot_sample.seed()} repeats this sample"])
+
+
+@pytest.mark.parametrize("columns", [1000, 1016, 1004])
+def test_rows_are_read_in_whole_units(columns: int) -> None:
+    """Triton only takes note of multiples of 16; of 8 elements of 16 bits each is one load of 16 bytes."""
+    from kpt_plugin_triton import losses, softmax
+
+    logits = torch.empty(4096, columns, dtype=torch.bfloat16, device="meta")
+    with recording("sm_90") as record:
+        losses.cross_entropy(logits, torch.empty(4096, dtype=torch.int64, device="meta"))
+        softmax.softmax(logits)
+    for launch in record.launches:
+        if launch.function.fn.__name__ in ("cross_entropy_short", "softmax_forward"):
+            text = aot.compile_for(launch, aot.target_of("sm_90")).asm["ptx"]
+            width = "v4.b32" if columns % 8 == 0 else "v2.b32"
+            assert re.search(rf"ld\.global\.{re.escape(width)}", text), launch.function.fn.__name__
 
 
 def _faults(launch: Launch, used: aot.Resources, target: str, spills: int = 0) -> list[str]:

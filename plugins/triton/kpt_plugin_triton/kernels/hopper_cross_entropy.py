@@ -17,59 +17,29 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from kpt_plugin_triton.kernels import loss_terms
+from kpt_plugin_triton.kernels.hopper_rows import (
+    LOG2E,
+    TRUSTED,
+    barrier,
+    largest,
+    next_of,
+    refill,
+    wide_values,
+)
 
 _class_factor = gluon.jit(loss_terms.class_factor.fn)
 _row_loss = gluon.jit(loss_terms.row_loss.fn)
 _row_multiplier = gluon.jit(loss_terms.row_multiplier.fn)
 
-#: Triton 3.6 calls it by another name.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-LOG2E = gl.constexpr(1.4426950408889634)
-#: Beyond it a sum may weigh more than what exponentials of another shift still show: 2**64.
-TRUSTED = gl.constexpr(1.8446744073709552e19)
-#: Two numbers of 16 bits into fp32: two instructions, where the compiler makes three for bf16, and keeps fp32
-#: of what should stay in registers as 16 bits.
-_BF16 = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-_FP16 = gl.constexpr(
-    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
-)
-
-
-@gluon.jit
-def _wide(raw):
-    """fp32 of logits."""
-    if raw.dtype == gl.bfloat16:
-        out = gl.inline_asm_elementwise(_BF16, "=r,=r,r", [raw], dtype=gl.float32, is_pure=True, pack=2)
-    else:
-        out = gl.inline_asm_elementwise(_FP16, "=r,=r,r", [raw], dtype=gl.float32, is_pure=True, pack=2)
-    return out
-
 
 @gluon.jit
 def _exponentials(raw, shift):
     """exp(raw - shift) in fp32, by one fused multiply-add and one power of two."""
-    return gl.exp2(_wide(raw) * LOG2E - shift * LOG2E)
+    return gl.exp2(wide_values(raw) * LOG2E - shift * LOG2E)
 
 
 @gluon.jit
-def _largest(
-    ring, first, held, BLOCK: gl.constexpr, RING: gl.constexpr, SLOTS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """The maximum of a row that lies in the ring and in registers; 0 where that is -inf."""
-    peak = gl.full([BLOCK], float("-inf"), gl.float32, LAYOUT)
-    for number in gl.static_range(len(held)):
-        peak = gl.maximum(peak, held[number].to(gl.float32))
-    slot = first
-    for _ in range(RING):
-        peak = gl.maximum(peak, ring.index(slot).load(LAYOUT).to(gl.float32))
-        slot = _next(slot, SLOTS)
-    highest = gl.max(peak, axis=0)
-    return gl.where(highest == float("-inf"), 0.0, highest)
-
-
-@gluon.jit
-def _again(
+def _sum_again(
     ring,
     first,
     held,
@@ -86,7 +56,7 @@ def _again(
     slot = first
     for _ in range(RING):
         total += _exponentials(ring.index(slot).load(LAYOUT), shift)
-        slot = _next(slot, SLOTS)
+        slot = next_of(slot, SLOTS)
     return gl.sum(total, axis=0)
 
 
@@ -97,21 +67,6 @@ def _gradient(raw, counts, lse, multiplier, BLOCK: gl.constexpr, LAYOUT: gl.cons
     if counts:
         out = _exponentials(raw, lse) * multiplier
     return out
-
-
-@gluon.jit
-def _next(number, count: gl.constexpr):
-    """The number after this one, of ``count`` in a circle."""
-    return gl.where(number + 1 == count, 0, number + 1)
-
-
-@gluon.jit
-def _refill(ring, slot, logits, row, chunk, rows, stride, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start to copy a chunk of a row to its place in the ring, if there is such a row."""
-    place = gl.arange(0, BLOCK, LAYOUT)
-    source = logits + row.to(gl.int64) * stride + chunk * BLOCK + place
-    async_copy.async_copy_global_to_shared(ring.index(slot), source, mask=(row < rows) & (place >= 0))
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -171,9 +126,9 @@ def cross_entropy_staged(
     ahead_row = row
     ahead = 0
     for number in range(SLOTS):
-        _refill(ring, number, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
+        refill(ring, number, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
         ahead_row = gl.where(ahead + 1 == RING, ahead_row + step, ahead_row)
-        ahead = _next(ahead, RING)
+        ahead = next_of(ahead, RING)
     label, chosen = _label_of(target, logits, row, rows, columns, stride, ignore_index)
     held = ()
     for number in gl.static_range(HELD):
@@ -201,8 +156,8 @@ def cross_entropy_staged(
         mass = gl.sum(total, axis=0)
         if counts:
             if not (mass < TRUSTED) or chosen == float("-inf"):
-                shift = _largest(ring, slot, held, BLOCK, RING, SLOTS, LAYOUT)
-                mass = _again(ring, slot, held, shift, BLOCK, RING, SLOTS, LAYOUT)
+                shift = largest(ring, slot, held, BLOCK, RING, SLOTS, LAYOUT)
+                mass = _sum_again(ring, slot, held, shift, BLOCK, RING, SLOTS, LAYOUT)
         lse = shift + gl.log(mass)
         factor = _class_factor(label, bad, weight, gl.float32)
         loss = _row_loss(chosen, lse, lse, factor, 0.0, 0.0, 0.0, z_loss, False, Z)
@@ -216,14 +171,14 @@ def cross_entropy_staged(
         own = gl.exp2((chosen - lse) * LOG2E) * multiplier - scale * factor
         shift = gl.where(next_chosen == float("-inf"), 0.0, next_chosen)
         sink = gradient + row.to(gl.int64) * columns
-        refill = logits + following.to(gl.int64) * stride
+        source = logits + following.to(gl.int64) * stride
         fresh = ()
         for number in gl.static_range(HELD):
             column = (RING + number) * BLOCK + place
             inside = column < columns
             out = _gradient(held[number], counts, lse, multiplier, BLOCK, LAYOUT)
             gl.store(sink + column, out.to(gradient.dtype.element_ty), mask=inside, cache_modifier=".cs")
-            fresh = fresh + (gl.load(refill + column, mask=inside & (following < rows), other=float("-inf")),)
+            fresh = fresh + (gl.load(source + column, mask=inside & (following < rows), other=float("-inf")),)
         total = gl.zeros([BLOCK], gl.float32, LAYOUT)
         # where the next row begins
         coming = slot + RING
@@ -232,32 +187,32 @@ def cross_entropy_staged(
         for number in range(LAG):
             async_copy.wait_group(WAITING)
             raw = ring.index(slot).load(LAYOUT)
-            _refill(ring, slot, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
+            refill(ring, slot, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
             out = _gradient(raw, counts, lse, multiplier, BLOCK, LAYOUT)
             gl.store(sink + number * BLOCK + place, out.to(gradient.dtype.element_ty), cache_modifier=".cs")
-            slot = _next(slot, SLOTS)
+            slot = next_of(slot, SLOTS)
             ahead_row = gl.where(ahead + 1 == RING, ahead_row + step, ahead_row)
-            ahead = _next(ahead, RING)
+            ahead = next_of(ahead, RING)
         for number in range(LAG, RING):
             async_copy.wait_group(WAITING)
             raw = ring.index(slot).load(LAYOUT)
             new = ring.index(coming).load(LAYOUT)
-            _refill(ring, slot, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
+            refill(ring, slot, logits, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
             out = _gradient(raw, counts, lse, multiplier, BLOCK, LAYOUT)
             gl.store(sink + number * BLOCK + place, out.to(gradient.dtype.element_ty), cache_modifier=".cs")
             total += _exponentials(new, shift)
-            slot = _next(slot, SLOTS)
-            coming = _next(coming, SLOTS)
+            slot = next_of(slot, SLOTS)
+            coming = next_of(coming, SLOTS)
             ahead_row = gl.where(ahead + 1 == RING, ahead_row + step, ahead_row)
-            ahead = _next(ahead, RING)
+            ahead = next_of(ahead, RING)
         for number in gl.static_range(HELD):
             total += _exponentials(fresh[number], shift)
         for number in gl.static_range(LAG):
             async_copy.wait_group(WAITING - 1 - number)
             total += _exponentials(ring.index(coming).load(LAYOUT), shift)
-            coming = _next(coming, SLOTS)
+            coming = next_of(coming, SLOTS)
         # after all threads' stores: the label's element is written again
-        _barrier()
+        barrier()
         if counts & (bad == 0):
             gl.store(sink + label, own.to(gradient.dtype.element_ty))
         held = fresh

@@ -23,6 +23,7 @@ from kpt_plugin_triton.kernels.loss_terms import (
     scale_of,
     total_weight,
 )
+from kpt_plugin_triton.kernels.units import whole_units
 
 
 @triton.jit
@@ -75,6 +76,7 @@ def cross_entropy_short(
     smoothing,
     z_loss,
     cap,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -83,7 +85,12 @@ def cross_entropy_short(
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Losses and gradients of ROWS rows at a time; ``gradient`` may be ``logits`` if that is contiguous."""
+    """Losses and gradients of ROWS rows at a time; ``gradient`` may be ``logits`` if that is contiguous.
+
+    ``columns`` and ``stride`` are multiples of UNIT.
+    """
+    columns = whole_units(columns, UNIT)
+    stride = whole_units(stride, UNIT)
     scale = scale_of(denominators, parts, PARTS, WIDE)
     weights = total_weight(weight_total, columns, WIDE)
     spread = smoothing / columns
@@ -159,6 +166,7 @@ def cross_entropy_long(
     smoothing,
     z_loss,
     cap,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     EVEN: tl.constexpr,
@@ -174,8 +182,10 @@ def cross_entropy_long(
     columns, which costs no running maximum; where a row's sums grow too large for that, or start with
     nothing but -inf, it is summed again over the row's maximum. With smoothing or a soft cap, which need
     those registers, maxima run. The next row is under way while the gradient is stored. ``EVEN``: the number
-    of columns is a multiple of VECTOR.
+    of columns is a multiple of VECTOR; columns and ``stride`` are multiples of UNIT.
     """
+    columns = whole_units(columns, UNIT)
+    stride = whole_units(stride, UNIT)
     scale = scale_of(denominators, parts, PARTS, WIDE)
     weights = total_weight(weight_total, columns, WIDE)
     spread = smoothing / columns

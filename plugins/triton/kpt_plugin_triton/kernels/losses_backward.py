@@ -13,6 +13,7 @@ from kpt_plugin_triton.kernels.loss_terms import (
     scale_of,
     total_weight,
 )
+from kpt_plugin_triton.kernels.units import whole_units
 
 
 @triton.jit
@@ -34,6 +35,7 @@ def _gradient_tiles(
     smoothing,
     z_loss,
     cap,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -42,6 +44,8 @@ def _gradient_tiles(
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    columns = whole_units(columns, UNIT)
+    stride = whole_units(stride, UNIT)
     scale = scale_of(denominators, parts, PARTS, WIDE)
     weights = total_weight(weight_total, columns, WIDE)
     spread = smoothing / columns
@@ -102,6 +106,7 @@ def cross_entropy_gradient(
     smoothing,
     z_loss,
     cap,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -112,6 +117,8 @@ def cross_entropy_gradient(
     UNLESS_ONE: tl.constexpr,
 ):
     """Gradients from the logits and each row's lse, times ``upstream`` (of a row, or one for all).
+
+    ``columns`` and ``stride`` are multiples of UNIT.
 
     ``UNLESS_ONE``: ``gradient`` holds the result for an upstream gradient of 1 already, so that nothing is
     to be done for that; the host need not know the value.
@@ -138,6 +145,7 @@ def cross_entropy_gradient(
             smoothing,
             z_loss,
             cap,
+            UNIT,
             BLOCK,
             ROWS,
             PARTS,

@@ -10,10 +10,24 @@ import triton
 import triton.language as tl
 
 from kpt_plugin_triton.kernels.exponentials import fold, merged
+from kpt_plugin_triton.kernels.units import whole_units
 
 
 @triton.jit
-def softmax_forward(x, y, rows, columns, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def softmax_forward(
+    x,
+    y,
+    rows,
+    columns,
+    stride,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """ROWS rows a program; ``columns`` and ``stride`` are multiples of UNIT, as in `softmax_backward`."""
+    columns = whole_units(columns, UNIT)
+    stride = whole_units(stride, UNIT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (column < columns)
@@ -54,8 +68,21 @@ def softmax_forward_long(
 
 @triton.jit
 def softmax_backward(
-    y, dy, dx, rows, columns, y_stride, dy_stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+    y,
+    dy,
+    dx,
+    rows,
+    columns,
+    y_stride,
+    dy_stride,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
+    columns = whole_units(columns, UNIT)
+    y_stride = whole_units(y_stride, UNIT)
+    dy_stride = whole_units(dy_stride, UNIT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (column < columns)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpt_plugin_triton import attention_hopper, staged_losses
+from kpt_plugin_triton import attention_hopper, staged_losses, staged_softmax
 from kpt_plugin_triton.attention import attention
 from kpt_plugin_triton.attention_forward import How, form_of
 from kpt_plugin_triton.launch import INTERPRETED, architecture
@@ -16,6 +16,7 @@ from kpt_plugin_triton.linear_losses import linear_cross_entropy
 from kpt_plugin_triton.loss_rows import Terms
 from kpt_plugin_triton.losses import cross_entropy
 from kpt_plugin_triton.references.losses import cross_entropy as reference
+from kpt_plugin_triton.softmax import softmax
 
 if INTERPRETED or not torch.cuda.is_available() or architecture(0) != "sm_90":
     pytest.skip("kernels for sm_90 need such a chip", allow_module_level=True)
@@ -117,6 +118,60 @@ def test_linear_cross_entropy_in_place() -> None:
     _close(got[1], weight.grad, 1e-2)
 
 
+def _compare_softmax(x: torch.Tensor) -> None:
+    """Values and gradients; by the kernels for sm_90, forward in any case."""
+    stages = staged_softmax.forward_stages(x.shape[1])
+    assert stages is not None
+    assert staged_softmax.forward(x, torch.empty(x.shape, dtype=x.dtype, device="cuda"), len(x), x.stride(0))
+    mine, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    y, true = softmax(mine), torch.softmax(wide, -1)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    true.backward(dy.double())
+    eager = torch.softmax(x, -1)
+    for row in (0, 1, 3, len(x) // 2, len(x) - 1):  # of one row: a wrong one does not hide among the others
+        bound = 1.3 * (eager[row].double() - true[row]).norm() + 1e-9
+        assert (y[row].double() - true[row]).norm() <= bound
+    assert not y.isnan().any()
+    _close(y, true, 3e-3)
+    _close(mine.grad, wide.grad, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "columns", [16400, 24576, 32768, 40976, 49152, 50304, 65536, 73728, 81920, 98304, 106496]
+)
+def test_softmax(columns: int, dtype: torch.dtype) -> None:
+    _compare_softmax(_logits(277, columns, dtype))
+
+
+@pytest.mark.parametrize("columns", [32768, 65536])
+def test_softmax_of_spaced_rows_and_extreme_values(columns: int) -> None:
+    """Rows whose few columns that are read ahead say little of the maximum, or are all -inf."""
+    x = _logits(530, columns, torch.bfloat16, 48)
+    assert not x.is_contiguous()
+    x *= 20
+    x[3, 77] = 3e4
+    x[4] = -3e4
+    x[5, : columns - 5] = float("-inf")
+    x[6, 40:] = float("-inf")
+    x[7, :: columns // 32] = float("-inf")
+    x[8] = 5.0
+    x[529] = torch.arange(columns, device="cuda").to(x.dtype) / 256
+    _compare_softmax(x)
+
+
+def test_softmax_of_rows_that_have_no_answer() -> None:
+    """NaN where torch gives NaN, in that row alone."""
+    x = _logits(300, 65536, torch.bfloat16)
+    x[7] = float("-inf")
+    x[8, 60000] = float("inf")
+    x[9, 5] = float("nan")
+    nothing = softmax(x).isnan().all(dim=1)
+    assert nothing.nonzero().flatten().tolist() == [7, 8, 9]
+    assert not softmax(x)[10].isnan().any()
+
+
 def _qkv(
     batch: int, heads: int, key_heads: int, queries: int, keys: int, head: int, inside: bool = False,
     dtype: torch.dtype = torch.bfloat16,
@@ -170,6 +225,8 @@ def _calls() -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     q, k, v = _qkv(2, 16, 4, 1111, 1111, 128)
     short = _qkv(2, 16, 16, 700, 700, 64)
     logits, target = _logits(600, 128256, torch.bfloat16), _targets(600, 128256)
+    rows, turned = (_logits(1300, 65536, torch.bfloat16) for _ in range(2))
+    turned.requires_grad_()
 
     def losses() -> tuple[torch.Tensor, ...]:
         mine = logits.detach().requires_grad_()
@@ -180,10 +237,11 @@ def _calls() -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
         "attention 128": lambda: (attention(q, k, v, is_causal=True),),
         "attention 64": lambda: (attention(*short),),
         "cross_entropy": losses,
+        "softmax": lambda: (softmax(rows), torch.autograd.grad(softmax(turned), turned, rows)[0]),
     }
 
 
-@pytest.mark.parametrize("name", ["attention 128", "attention 64", "cross_entropy"])
+@pytest.mark.parametrize("name", ["attention 128", "attention 64", "cross_entropy", "softmax"])
 def test_every_launch_gives_the_same_bits(name: str) -> None:
     """Beside a second stream that keeps memory busy, and another one that runs the same kernel."""
     call = _calls()[name]
@@ -205,7 +263,7 @@ def test_every_launch_gives_the_same_bits(name: str) -> None:
             results = []
 
 
-@pytest.mark.parametrize("name", ["attention 128", "cross_entropy"])
+@pytest.mark.parametrize("name", ["attention 128", "cross_entropy", "softmax"])
 def test_graphs(name: str) -> None:
     call = _calls()[name]
     first = call()

@@ -204,6 +204,16 @@ def test_logits_are_left_alone_and_gradients_belong_to_the_caller(length: str) -
     assert torch.equal(logits, copy)
 
 
+@pytest.mark.parametrize(
+    ("columns", "gap", "start"), [(24, 8, 0), (24, 4, 8), (40, 0, 0), (20, 12, 1), (21, 3, 2)]
+)
+def test_rows_spaced_by_any_unit(length: str, columns: int, gap: int, start: int) -> None:
+    """Rows, and their distance, of a multiple of 8, 4, 2 or 1 elements, from an address of any alignment."""
+    torch.manual_seed(0)
+    logits, target, _ = _draw(9, columns + gap + start, torch.float16)
+    _compare(logits[:, start : start + columns], target % columns)
+
+
 def test_many_rows_of_few_classes() -> None:
     torch.manual_seed(0)
     logits, target, _ = _draw(3000, 3)

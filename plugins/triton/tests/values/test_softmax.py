@@ -53,6 +53,13 @@ def test_any_size_and_spacing(rows: int, columns: int, gap: int, seed: int) -> N
     _compare(torch.randn(rows, columns + gap, device=DEVICE)[:, :columns], 1)
 
 
+@pytest.mark.parametrize(("columns", "gap", "start"), [(24, 8, 0), (24, 4, 8), (40, 0, 0), (20, 12, 1)])
+def test_rows_spaced_by_any_unit(columns: int, gap: int, start: int) -> None:
+    """Rows, and their distance, of a multiple of 8, 4, 2 or 1 elements, from an address of any alignment."""
+    wide = torch.randn(9, columns + gap + start, device=DEVICE).to(torch.float16)
+    _compare(wide[:, start : start + columns], -1)
+
+
 def test_minus_infinity_is_probability_zero() -> None:
     x = torch.randn(3, 40000, device=DEVICE)
     x[0, :39990] = float("-inf")
