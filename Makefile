@@ -12,7 +12,7 @@ PROJECTS := pyproject.toml kpt_core/pyproject.toml $(wildcard $(PLUGINS:%=%/pypr
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup demo demo-lm test sanitize lint format types docs docs-serve bench wheels reference pin clean
+.PHONY: help setup demo demo-lm test ledger sanitize lint format types docs docs-serve bench wheels reference pin clean
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -47,6 +47,10 @@ demo-lm: setup  ## SmolLM2-135M: perplexity and prefill latency, before and afte
 
 test: setup  ## every test that needs no accelerator; PYTEST_ARGS='tests/judge -x' for a part
 	$(OFFLINE) $(BIN)/python tools/run_tests.py $(PYTEST_ARGS)
+
+ledger: setup  ## compile every kernel that the tests ask for ahead of time, and note what came out (twenty minutes)
+	rm -f plugins/triton/tests/aot_ledger/*.json
+	KPT_AOT_LEDGER=write $(BIN)/python -m pytest -q -m "not gpu" plugins/triton/tests/test_aot.py
 
 # Without the caching allocator each tensor is an allocation of its own, so that reads past its end are seen.
 sanitize: setup  ## compute-sanitizer over the kernels' small cases, on an NVIDIA GPU (minutes)

@@ -89,7 +89,7 @@ def test_a_commit_that_begins_late_may_end_a_little_after_the_budget(monkeypatch
         return judge_values(outcome, trials)
 
     monkeypatch.setattr(commit, "_judge_values", slow)
-    model, budget = net(), 12.0
+    model, budget = net(), 8.0
     started = time.perf_counter()
     kpt.optimize(model, torch.randn(32, 16), plugins=[plugin(DirectScale)], budget=budget, cache=False)
     receipt, seconds = kpt.report(model), time.perf_counter() - started

@@ -92,7 +92,7 @@ def a_compilation(model: Net) -> None:
 
 def all_plugins(model: Net) -> None:
     """A search with what is installed here, compilers and thread counts included."""
-    kpt.optimize(net(), EXAMPLE, budget=20.0, cache=False)
+    kpt.optimize(net(), EXAMPLE, budget=10.0, cache=False)
 
 
 EVENTS: list[Callable[[Net], object]] = [
@@ -112,7 +112,7 @@ def test_the_key_of_a_model_stays_the_same(event, keys):
 
 def test_the_key_stays_the_same_with_installed_plugins(keys):
     """Measuring the hardware and loading compilers come between the first key and the second."""
-    kpt.optimize(net(), EXAMPLE, budget=15.0, cache=False)
+    kpt.optimize(net(), EXAMPLE, budget=8.0, cache=False)
     keyed(net(), plugins=None)
     assert keys[0] == keys[1]
 

@@ -108,7 +108,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     Raises:
         triton.CompilationError: the kernel does not compile for that target.
     """
-    return _resources(compile_for(launch, target_of(target)), target)
+    return resources(compile_for(launch, target_of(target)), target)
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -180,7 +180,8 @@ def _source_class(function: Any) -> Any:
     return type("_GluonSource", (_ReadAlone, GluonASTSource), {})
 
 
-def _resources(compiled: Any, target: str) -> Resources:
+def resources(compiled: Any, target: str) -> Resources:
+    """What a kernel needs that `compile_for` made for one of `TARGETS`."""
     cuda = compiled.metadata.target.backend == "cuda"
     text = compiled.asm["ptx"] if cuda else compiled.asm["amdgcn"]
     found: dict[str, int] = {}

@@ -237,7 +237,9 @@ def rows_gradient(
     flat, rows, stride = rows_of(logits)
     if rows == 0:
         return
-    block = min(power_of_two(columns), 4096 if columns % 16 == 0 else 1024)
+    itemsize = logits.element_size()
+    unit = unit_of(itemsize, columns, stride)
+    block = min(power_of_two(columns), 4096 if unit * itemsize == 16 else 1024)
     each = max(1, 2048 // power_of_two(columns))
     tiles = ceil_div(rows, each) * ceil_div(columns, block)
     programs = min(tiles, 8 * processors(logits.device.index))
@@ -250,7 +252,7 @@ def rows_gradient(
             *common.terms.arguments(),
         ),
         (
-            *(unit_of(logits.element_size(), columns, stride), block, each, _PARTS),
+            *(unit, block, each, _PARTS),
             *common.terms.constants(),
             *(accumulator(wide_dtype(logits.dtype)), unless_one),
         ),

@@ -65,14 +65,15 @@ def _run_forward(x: torch.Tensor, options: Options | None = None) -> torch.Tenso
     itemsize = x.element_size()
     if options is None and staged_softmax.forward(flat, y, rows, stride):
         return y
+    unit = unit_of(itemsize, columns, stride)
     if columns * itemsize > _LONGEST:
-        constants = (_LONG_BLOCK // itemsize, 16 // itemsize, accumulate)
-        _forward_long((rows, 1, 1), (flat, y, rows, columns, stride), constants, 16)
+        pieces = (unit, _LONG_BLOCK // itemsize, 16 // itemsize, accumulate)
+        _forward_long((rows, 1, 1), (flat, y, rows, columns, stride), pieces, 16)
         return y
     if options is None:
         options = forward_options(x.device.index, itemsize, columns)
     each = options["ROWS"]
-    constants = (unit_of(itemsize, columns, stride), power_of_two(columns), each, accumulate)
+    constants = (unit, power_of_two(columns), each, accumulate)
     _forward((ceil_div(rows, each), 1, 1), (flat, y, rows, columns, stride), constants, options["num_warps"])
     return y
 
@@ -89,13 +90,14 @@ def _run_backward(y: torch.Tensor, dy: torch.Tensor, options: Options | None = N
     arguments = (flat, grad, dx, rows, columns, stride, grad_stride)
     if options is None and staged_softmax.backward(flat, grad, dx, rows, stride, grad_stride):
         return dx
+    unit = unit_of(itemsize, columns, stride, grad_stride)
     if columns * itemsize > _LONGEST_BACKWARD:
-        _backward_long((rows, 1, 1), arguments, (_LONG_BLOCK // itemsize // 2, accumulate), 8)
+        _backward_long((rows, 1, 1), arguments, (unit, _LONG_BLOCK // itemsize // 2, accumulate), 8)
         return dx
     if options is None:
         options = backward_options(y.device.index, itemsize, columns)
     each = options["ROWS"]
-    constants = (unit_of(itemsize, columns, stride, grad_stride), power_of_two(columns), each, accumulate)
+    constants = (unit, power_of_two(columns), each, accumulate)
     _backward((ceil_div(rows, each), 1, 1), arguments, constants, options["num_warps"])
     return dx
 

@@ -36,6 +36,11 @@ def _rank(text: str) -> bytes:
     return hashlib.blake2b(text.encode()).digest()
 
 
+def seed_number() -> int:
+    """The seed as a number."""
+    return int.from_bytes(_rank(seed())[:4], "big")
+
+
 @functools.cache
 def seed() -> str:
     """A hash of all kernels and tables: a change of something else keeps the sample."""

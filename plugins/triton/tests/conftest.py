@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import pytest
@@ -16,3 +17,13 @@ def norms_library() -> ModuleType:
         return library.load("kpt_triton_norms")
     except library.NotCompiled as error:
         pytest.skip(str(error))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much was compiled ahead of time: many launches that are not known ask for a new ledger."""
+    ledger = sys.modules.get("aot_ledger")
+    if ledger is not None and sum(ledger.counted.values()):
+        known, compiled = ledger.counted["known"], ledger.counted["compiled"]
+        terminalreporter.write_line(
+            f"ahead of time: {known} launches known, {compiled} compiled (make ledger)"
+        )

@@ -76,6 +76,16 @@ def loss_cases() -> Iterator[Case]:
         )
 
 
+def long_row_cases() -> Iterator[Case]:
+    """Rows that sm_90 keeps on a multiprocessor, enough of them for each to have two; elsewhere a few."""
+    rows = 4 if INTERPRETED else 300
+    for columns in (16400, 65536):
+        x = randn(rows, columns)
+        yield f"softmax {rows}x{columns}", lambda x=x: softmax.softmax(x)
+    logits, target = randn(rows, 24592), labels(24592, rows)
+    yield f"cross_entropy {rows}x24592", lambda: losses.cross_entropy(logits, target)
+
+
 def rope_cases() -> Iterator[Case]:
     for width in (64, 128):
         q, k = (randn(2, 7, heads, width).transpose(1, 2) for heads in (4, 2))
@@ -176,6 +186,7 @@ def attention_cases() -> Iterator[Case]:
 FAMILIES = {
     "norms": norm_cases,
     "losses": loss_cases,
+    "long rows": long_row_cases,
     "rope": rope_cases,
     "activations": activation_cases,
     "quantise": quantise_cases,

@@ -3,22 +3,26 @@
 tests/aot_cases/<family>.py has ``calls()``: (name, a function that runs an op on meta tensors), and
 ``more()`` of the same form, of which a sample is compiled (aot_sample.py). A family whose kernels multiply
 matrices lists their names in ``DOTS``, and has ``small(kernel, constants)``: why tiles of few rows are right
-(matrix_units.py). ``SPILLS`` has the bytes that calls whose names begin so are known to spill.
+(matrix_units.py). ``SPILLS`` has the bytes that calls whose names begin so are known to spill, ``SPILLS_ON``
+the same by architecture.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import addresses
+import aot_ledger
 import aot_sample
 import matrix_units
 import pytest
@@ -51,7 +55,7 @@ def test_kernels_fit_the_architecture(family: str, target: str) -> None:
         for launch in record.launches:
             distinct.setdefault(aot.describe(launch), (name, launch))
     faults: list[str] = []
-    known: Mapping[str, int] = getattr(cases, "SPILLS", {})
+    known = {**getattr(cases, "SPILLS", {}), **getattr(cases, "SPILLS_ON", {}).get(target, {})}
     sampled = {name for name, _ in chosen}
     for name, launch, used in _compiled(distinct, target):
         spills = max([bound for part, bound in known.items() if name.startswith(part)], default=0)
@@ -65,20 +69,37 @@ def test_kernels_fit_the_architecture(family: str, target: str) -> None:
     assert not faults, "\n".join([*faults, f"KPT_AOT_SEED={aot_sample.seed()} repeats this sample"])
 
 
-@pytest.mark.parametrize("columns", [1000, 1016, 1004])
-def test_rows_are_read_in_whole_units(columns: int) -> None:
+_SHORT = "cross_entropy_short", "cross_entropy_gradient", "softmax_forward", "softmax_backward"
+
+
+@pytest.mark.parametrize(
+    ("columns", "kernels"),
+    [
+        (1000, _SHORT),
+        (1004, _SHORT),
+        (50264, ("cross_entropy_gradient", "softmax_forward_long", "softmax_backward_long")),
+    ],
+)
+def test_rows_are_read_in_whole_units(columns: int, kernels: tuple[str, ...]) -> None:
     """Triton only takes note of multiples of 16; of 8 elements of 16 bits each is one load of 16 bytes."""
     from kpt_plugin_triton import losses, softmax
 
-    logits = torch.empty(4096, columns, dtype=torch.bfloat16, device="meta")
+    logits = torch.empty(4096, columns, dtype=torch.bfloat16, device="meta", requires_grad=True)
     with recording("sm_90") as record:
-        losses.cross_entropy(logits, torch.empty(4096, dtype=torch.int64, device="meta"))
-        softmax.softmax(logits)
+        target = torch.empty(4096, dtype=torch.int64, device="meta")
+        loss = losses.cross_entropy(logits, target, reduction="none")
+        loss.backward(torch.empty_like(loss))
+        out = softmax.softmax(logits)
+        out.backward(torch.empty_like(out))
+    seen = set()
     for launch in record.launches:
-        if launch.function.fn.__name__ in ("cross_entropy_short", "softmax_forward"):
+        name = launch.function.fn.__name__
+        if name in kernels:
             text = aot.compile_for(launch, aot.target_of("sm_90")).asm["ptx"]
             width = "v4.b32" if columns % 8 == 0 else "v2.b32"
-            assert re.search(rf"ld\.global\.{re.escape(width)}", text), launch.function.fn.__name__
+            assert re.search(rf"ld\.global\S*\.{re.escape(width)}", text), name
+            seen.add(name)
+    assert seen == set(kernels)
 
 
 def _faults(launch: Launch, used: aot.Resources, target: str, spills: int = 0) -> list[str]:
@@ -101,10 +122,9 @@ def _constants(launch: Launch) -> dict[str, Any]:
 def _compiled(
     distinct: Mapping[Any, tuple[str, Launch]], target: str
 ) -> Iterator[tuple[str, Launch, aot.Resources]]:
-    """Each launch with what it needs; two at a time, as LLVM and the assembler let go of Python's lock."""
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda item: aot.compile_launch(item[1], target), distinct.values())
-        yield from ((*item, used) for item, used in zip(distinct.values(), found))
+    """Each launch with what it needs, as it is compiled or was before (aot_ledger.py)."""
+    for name, launch, result in aot_ledger.compiled(distinct.values(), target):
+        yield name, launch, result.used
 
 
 def _tables() -> list[str]:
@@ -176,11 +196,9 @@ def test_addresses_are_computed_in_64_bits(family: str, target: str) -> None:
             run()
         for launch in record.launches:
             distinct.setdefault(aot.describe(launch), (name, launch))
-    for name, launch in distinct.values():
-        compiled = aot.compile_for(launch, aot.target_of(target))
-        form = "ttir" if "ttir" in compiled.asm else "source"  # Gluon's has one form less
-        wrong = addresses.narrow(compiled.asm[form])
-        assert not wrong, f"{name}: {compiled.metadata.name} multiplies {', '.join(wrong)} in 32 bits"
+    for name, _, result in aot_ledger.compiled(distinct.values(), target):
+        wrong = ", ".join(result.narrow)
+        assert not wrong, f"{name}: {result.used.name} multiplies {wrong} in 32 bits"
 
 
 def test_a_product_in_32_bits_is_seen() -> None:
@@ -225,6 +243,147 @@ def test_a_kernel_that_spills_is_seen() -> None:
         x = torch.empty(64, 32768, dtype=torch.bfloat16, device="meta")
         norm_rows.run_forward(x, None, x[0], None, 1e-6, 0.0, True, True, {"ROWS": 1, "num_warps": 4})
     assert aot.compile_launch(record.launches[0], "sm_90").spilled > 0
+
+
+def _norm(columns: int = 256, warps: int = 1, dtype: torch.dtype = torch.bfloat16) -> Launch:
+    with recording("sm_90") as record:
+        x = torch.empty(64, columns, dtype=dtype, device="meta")
+        norm_rows.run_forward(x, None, x[0], None, 1e-6, 0.0, True, True, {"ROWS": 1, "num_warps": warps})
+    return record.launches[0]
+
+
+@pytest.fixture
+def entry(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The entry of `_norm` in a ledger that holds nothing else, none of which is compiled all the same."""
+    key = aot_ledger.key_of(_norm(), "sm_90")
+    entry = ["norm_forward", 8, 24, 0, {}, [], []]
+    monkeypatch.setattr(aot_ledger, "_entries", lambda target: {key: entry} if target == "sm_90" else {})
+    monkeypatch.setattr(aot_ledger, "_verified", lambda key: False)
+    monkeypatch.delenv(aot_ledger.VARIABLE, raising=False)
+    return entry
+
+
+def test_what_is_known_is_not_compiled_again_and_its_faults_are_seen(
+    entry: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiling(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(aot, "compile_for", compiling)
+    distinct = {0: ("a norm", _norm())}
+    ((name, launch, used),) = _compiled(distinct, "sm_90")
+    assert (name, used.shared, used.registers) == ("a norm", 8, 24) and not _faults(launch, used, "sm_90")
+    entry[3] = 12
+    ((_, launch, used),) = _compiled(distinct, "sm_90")
+    assert _faults(launch, used, "sm_90") == ["spills 12 (1 warps)"]
+    for other in (_norm(512), _norm(warps=2), _norm(dtype=torch.float16)):
+        with pytest.raises(AssertionError, match="^compiled$"):
+            list(_compiled({0: ("another", other)}, "sm_90"))
+    with pytest.raises(AssertionError, match="^compiled$"):
+        list(_compiled(distinct, "sm_80"))
+
+
+_SOURCE = """
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+FACTOR = tl.constexpr(2.0)
+
+
+@triton.jit
+def called(value):
+    return value + 1.0
+
+
+@triton.jit
+def kernel(x, rows, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + place, called(tl.load(x + place)) * FACTOR, mask=place < rows)
+
+
+@gluon.jit
+def called_by_gluon(value):
+    return value + 1.0
+
+
+@gluon.jit
+def gluon_kernel(x, rows, BLOCK: gl.constexpr):
+    gl.store(x, called_by_gluon(gl.load(x)) * BLOCK)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "concerned"),
+    [
+        ("value + 1.0", "value + 3.0", {"kernel", "gluon_kernel"}),
+        (".jit\ndef kernel", '.jit(do_not_specialize=["rows"])\ndef kernel', {"kernel"}),
+        (".jit\ndef gluon_kernel", '.jit(do_not_specialize=["rows"])\ndef gluon_kernel', {"gluon_kernel"}),
+        ("constexpr(2.0)", "constexpr(5.0)", {"kernel"}),
+        ("* FACTOR", "/ FACTOR", {"kernel"}),
+        ("* BLOCK)", "/ BLOCK)", {"gluon_kernel"}),
+    ],
+)
+def test_whatever_may_change_the_code_changes_the_key(
+    before: str, after: str, concerned: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys(text: str) -> dict[str, str]:
+        module = f"kernels_{zlib.crc32(text.encode())}"
+        (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
+        found = importlib.import_module(module)
+        launched = (torch.empty(4), 100), (64,), 4, 3
+        return {
+            name: aot_ledger.key_of(Launch(getattr(found, name), *launched), "sm_90")
+            for name in ("kernel", "gluon_kernel")
+        }
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert before in _SOURCE
+    first, other, same = keys(_SOURCE), keys(_SOURCE.replace(before, after)), keys(_SOURCE + "\n")
+    assert first == same
+    assert {name for name in first if first[name] != other[name]} == concerned
+
+
+def test_another_triton_another_launch_and_other_readers_change_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch = _norm()
+    keys = {aot_ledger.key_of(launch, target) for target in ("sm_90", "sm_80")}
+    keys |= {aot_ledger.key_of(other, "sm_90") for other in (_norm(512), _norm(warps=2))}
+    with monkeypatch.context() as changed:
+        changed.setattr(aot_ledger.triton, "__version__", "9.9.9")
+        keys.add(aot_ledger.key_of(launch, "sm_90"))
+    with monkeypatch.context() as changed:
+        changed.setattr(aot_ledger, "_own_code", lambda: "of another aot.py")
+        keys.add(aot_ledger.key_of(launch, "sm_90"))
+    assert len(keys) == 6
+
+
+def test_a_ledger_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot_ledger, "FOLDER", tmp_path)
+    monkeypatch.setattr(aot_ledger, "_kept", {"sm_90": {"new": ["k", 0, 1, 0, {}, [], []]}})
+    monkeypatch.setattr(aot_ledger, "_entries", lambda target: {"old": ["k", 0, 2, 0, {}, [], []]})
+    aot_ledger._write()
+    assert sorted(json.loads((tmp_path / "sm_90.json").read_text(encoding="utf-8"))) == ["new", "old"]
+    monkeypatch.setenv(aot_ledger.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="'yes'; supported: write"):
+        aot_ledger.writing()
+
+
+def test_an_entry_that_is_wrong_is_noticed(entry: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that is known one in sixteen is compiled."""
+    monkeypatch.setattr(aot_ledger, "_verified", lambda key: True)
+    with pytest.raises(AssertionError, match=r"its entry says .*make ledger"):
+        list(_compiled({0: ("a norm", _norm())}, "sm_90"))
+    used = aot.compile_launch(_norm(), "sm_90")
+    entry[:4] = used.name, used.shared, used.registers, used.spilled
+    assert [found for _, _, found in _compiled({0: ("a norm", _norm())}, "sm_90")] == [used]
+
+
+def test_one_of_sixteen_entries_is_verified() -> None:
+    keys = [f"{number * 7919:020x}" for number in range(1600)]
+    assert sum(map(aot_ledger._verified, keys)) == 100
 
 
 def test_options_follow_the_architecture(tmp_path, monkeypatch) -> None:

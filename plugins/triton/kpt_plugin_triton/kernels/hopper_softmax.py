@@ -23,6 +23,9 @@ from kpt_plugin_triton.kernels.hopper_rows import (
     wide_values,
 )
 
+#: Beyond it neighbouring numbers of 16 bits are thousands apart.
+LARGE = gl.constexpr(1048576.0)
+
 
 @gluon.jit
 def _largest_of_few(x, row, rows, columns, stride):
@@ -33,9 +36,22 @@ def _largest_of_few(x, row, rows, columns, stride):
 
 
 @gluon.jit
-def _exponentials(raw, shift):
-    """exp(raw - shift) in fp32; what rounding does to the shift's product divides out of softmax."""
-    return gl.exp2(wide_values(raw) * LOG2E - shift * LOG2E)
+def _scale_for(shift):
+    """log2(e), but 1 where a product of that with ``shift`` is rounded by more than exponents may be off.
+
+    Numbers of 16 bits as large as that are thousands apart, and their exponentials 0 or 1 to any base: a row
+    of nothing but a mask's most negative number comes out even.
+    """
+    return gl.where((shift < LARGE) & (shift > -LARGE), LOG2E, 1.0)
+
+
+@gluon.jit
+def _exponentials(raw, shift, scale):
+    """exp(raw - shift) in fp32 for a ``scale`` of log2(e).
+
+    What rounding does to the shift's product is the same for the whole row, and divides out of softmax.
+    """
+    return gl.exp2(wide_values(raw) * scale - shift * scale)
 
 
 @gluon.jit
@@ -44,6 +60,7 @@ def _sums_over(
     first,
     held,
     shift,
+    scale,
     BLOCK: gl.constexpr,
     RING: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -52,10 +69,10 @@ def _sums_over(
     """Each thread's sum of exponentials of a row that lies in the ring and in registers, over ``shift``."""
     total = gl.zeros([BLOCK], gl.float32, LAYOUT)
     for number in gl.static_range(len(held)):
-        total += _exponentials(held[number], shift)
+        total += _exponentials(held[number], shift, scale)
     slot = first
     for _ in range(RING):
-        total += _exponentials(ring.index(slot).load(LAYOUT), shift)
+        total += _exponentials(ring.index(slot).load(LAYOUT), shift, scale)
         slot = next_of(slot, SLOTS)
     return total
 
@@ -90,6 +107,7 @@ def softmax_staged(
         ahead = next_of(ahead, RING)
     few = _largest_of_few(x, row, rows, columns, stride)
     shift = gl.where(few == float("-inf"), 0.0, few)
+    scale = _scale_for(shift)
     held = ()
     for number in gl.static_range(HELD):
         column = (RING + number) * BLOCK + place
@@ -97,25 +115,27 @@ def softmax_staged(
         held = held + (first,)
     async_copy.wait_group(SLOTS - RING)
     slot = 0
-    total = _sums_over(ring, slot, held, shift, BLOCK, RING, SLOTS, LAYOUT)
+    total = _sums_over(ring, slot, held, shift, scale, BLOCK, RING, SLOTS, LAYOUT)
     while row < rows:
         following = row + step
         next_few = _largest_of_few(x, following, rows, columns, stride)
         mass = gl.sum(total, axis=0)
         if not (mass < TRUSTED) or few == float("-inf"):
             shift = largest(ring, slot, held, BLOCK, RING, SLOTS, LAYOUT)
-            total = _sums_over(ring, slot, held, shift, BLOCK, RING, SLOTS, LAYOUT)
+            scale = _scale_for(shift)
+            total = _sums_over(ring, slot, held, shift, scale, BLOCK, RING, SLOTS, LAYOUT)
             mass = gl.sum(total, axis=0)
         inverse = 1.0 / mass
         few = next_few
         next_shift = gl.where(few == float("-inf"), 0.0, few)
+        next_scale = _scale_for(next_shift)
         sink = y + row.to(gl.int64) * columns
         source = x + following.to(gl.int64) * stride
         fresh = ()
         for number in gl.static_range(HELD):
             column = (RING + number) * BLOCK + place
             inside = column < columns
-            out = _exponentials(held[number], shift) * inverse
+            out = _exponentials(held[number], shift, scale) * inverse
             gl.store(sink + column, out.to(y.dtype.element_ty), mask=inside, cache_modifier=".cs")
             fresh = fresh + (gl.load(source + column, mask=inside & (following < rows), other=float("-inf")),)
         total = gl.zeros([BLOCK], gl.float32, LAYOUT)
@@ -128,16 +148,17 @@ def softmax_staged(
             raw = ring.index(slot).load(LAYOUT)
             new = ring.index(coming).load(LAYOUT)
             refill(ring, slot, x, ahead_row, ahead, rows, stride, BLOCK, LAYOUT)
-            out = _exponentials(raw, shift) * inverse
+            out = _exponentials(raw, shift, scale) * inverse
             gl.store(sink + number * BLOCK + place, out.to(y.dtype.element_ty), cache_modifier=".cs")
-            total += _exponentials(new, next_shift)
+            total += _exponentials(new, next_shift, next_scale)
             slot = next_of(slot, SLOTS)
             coming = next_of(coming, SLOTS)
             ahead_row = gl.where(ahead + 1 == RING, ahead_row + step, ahead_row)
             ahead = next_of(ahead, RING)
         for number in gl.static_range(HELD):
-            total += _exponentials(fresh[number], next_shift)
+            total += _exponentials(fresh[number], next_shift, next_scale)
         shift = next_shift
+        scale = next_scale
         held = fresh
         row = following
     async_copy.wait_group(0)

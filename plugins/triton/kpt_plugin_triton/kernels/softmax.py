@@ -25,7 +25,7 @@ def softmax_forward(
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """ROWS rows a program; ``columns`` and ``stride`` are multiples of UNIT, as in `softmax_backward`."""
+    """ROWS rows a program; here and below ``columns`` and strides are multiples of UNIT."""
     columns = whole_units(columns, UNIT)
     stride = whole_units(stride, UNIT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -40,9 +40,19 @@ def softmax_forward(
 
 @triton.jit
 def softmax_forward_long(
-    x, y, rows, columns, stride, BLOCK: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr
+    x,
+    y,
+    rows,
+    columns,
+    stride,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One row a program, read twice; the second time from the right, where caches hold it still."""
+    columns = whole_units(columns, UNIT)
+    stride = whole_units(stride, UNIT)
     row = tl.program_id(0).to(tl.int64)
     source = x + row * stride
     sink = y + row * columns
@@ -94,9 +104,21 @@ def softmax_backward(
 
 @triton.jit
 def softmax_backward_long(
-    y, dy, dx, rows, columns, y_stride, dy_stride, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    y,
+    dy,
+    dx,
+    rows,
+    columns,
+    y_stride,
+    dy_stride,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One row a program, both inputs read twice."""
+    columns = whole_units(columns, UNIT)
+    y_stride = whole_units(y_stride, UNIT)
+    dy_stride = whole_units(dy_stride, UNIT)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     blocks = tl.cdiv(columns, BLOCK)

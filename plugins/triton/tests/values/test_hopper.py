@@ -126,10 +126,16 @@ def _compare_softmax(x: torch.Tensor) -> None:
     mine, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
     y, true = softmax(mine), torch.softmax(wide, -1)
     dy = torch.randn_like(y)
+    covered = staged_softmax.backward_stages(x.shape[1]) is not None
+    assert staged_softmax.backward(y.detach(), dy, dy.clone(), len(x), *[x.shape[1]] * 2) is covered
     y.backward(dy)
     true.backward(dy.double())
     eager = torch.softmax(x, -1)
-    for row in (0, 1, 3, len(x) // 2, len(x) - 1):  # of one row: a wrong one does not hide among the others
+    for row in (
+        *range(14),
+        len(x) // 2,
+        len(x) - 1,
+    ):  # of one row: a wrong one does not hide among the others
         bound = 1.3 * (eager[row].double() - true[row]).norm() + 1e-9
         assert (y[row].double() - true[row]).norm() <= bound
     assert not y.isnan().any()
@@ -157,6 +163,12 @@ def test_softmax_of_spaced_rows_and_extreme_values(columns: int) -> None:
     x[6, 40:] = float("-inf")
     x[7, :: columns // 32] = float("-inf")
     x[8] = 5.0
+    x[9] = torch.finfo(x.dtype).min
+    x[10] = -1e10
+    x[11] = 3e38
+    x[12, columns - 9] = 1e10
+    x[13] = torch.finfo(x.dtype).min
+    x[13, 1:40] = 1.0
     x[529] = torch.arange(columns, device="cuda").to(x.dtype) / 256
     _compare_softmax(x)
 
