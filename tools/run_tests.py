@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VALUES = "plugins/triton/tests/values"
 AHEAD = "plugins/triton/tests/test_aot.py"
 KERNELS = ("plugins/triton/tests", "plugins/rocm/tests")
-#: Tests without close timings, in two parts of about equal length.
+#: Tests without close timings, in parts.
 UNTIMED = (
     (
         "tests/plugins/test_testing.py",
@@ -44,6 +44,16 @@ UNTIMED = (
         "tests/transaction/test_cycles.py",
         "tests/test_lengths.py",
         "tests/cli/test_end_to_end.py",
+    ),
+    (
+        "plugins/cpu/tests/test_cpu_attention.py",
+        "plugins/cpu/tests/test_cpu_conformance.py",
+        "plugins/cpu/tests/test_cpu_multihead.py",
+        "plugins/cpu/tests/test_cpu_precision.py",
+        "plugins/cpu/tests/test_cpu_shapes.py",
+        "plugins/cpu/tests/test_int8_ranges.py",
+        "plugins/cpu/tests/test_native_int8.py",
+        "plugins/openvino/tests/test_openvino.py",
     ),
 )
 #: What is compiled ahead of time, by architecture; the last is all that belongs to none of these.

@@ -1,4 +1,4 @@
-"""The norms' C++ library, compiled once for all tests that call it."""
+"""What tests of several files share: the norms' C++ library, compiled once, and the report of the ledger."""
 
 from __future__ import annotations
 
