@@ -27,7 +27,8 @@ COLOURS = {
 SPOILED: dict[tuple[str, str, str], str] = {}
 #: A spread, of the rounds of one contender, with which a verdict says little.
 _DOUBTFUL = 0.2
-_LEFT, _RIGHT, _ROW, _TOP = 330, 560, 17, 46
+_LEFT, _RIGHT, _ROW, _TOP = 330, 560, 17, 66
+_GRID = "stroke='#ccc' stroke-width='.6'"
 
 
 def page(folder: Path) -> str:
@@ -213,24 +214,27 @@ def plot(folder: Path) -> str:
         "TFLOP/s": max(value for name, value in limits.items() if "matmul" in name),
     }
     cases = [r for r in content["cases"].values() if r["unit"] in ceiling and "contenders" in r]
+    families = list(dict.fromkeys(record["op"].partition(" fwd")[0] for record in cases))
+    cases.sort(key=lambda record: families.index(record["op"].partition(" fwd")[0]))
     height = _TOP + _ROW * len(cases) + 12
     parts = [
-        f"<line x1='{_x(share)}' x2='{_x(share)}' y1='{_TOP - 6}' y2='{height - 8}' class='grid'/>"
+        f"<line x1='{_x(share)}' x2='{_x(share)}' y1='{_TOP - 6}' y2='{height - 8}' {_GRID}/>"
         f"<text x='{_x(share)}' y='{_TOP - 10}' text-anchor='middle'>{share:.0%}</text>"
         for share in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
-    x = 10.0
+    said = "Share of the copy bandwidth (GB/s) or of the bf16 matmul rate (TFLOP/s) that was reached"
+    parts.append(f"<text x='10' y='16'>{said}</text>")
+    x = 14.0
     for name, colour in COLOURS.items():
         parts.append(
-            f"<circle cx='{x}' cy='12' r='4' fill='{colour}'/><text x='{x + 8}' y='16'>{name}</text>"
+            f"<circle cx='{x}' cy='32' r='4' fill='{colour}'/><text x='{x + 8}' y='36'>{name}</text>"
         )
         x += 22 + 7 * len(name)
-    parts.append(f"<text x='{x}' y='16'>share of the copy bandwidth (GB/s) or of the bf16 matmul rate</text>")
     for number, record in enumerate(cases):
         y = _TOP + _ROW * number + 6
         label = f"{record['op']} {record['size']}"
         parts.append(f"<text x='{_LEFT - 8}' y='{y + 4}' text-anchor='end'>{escape(label)}</text>")
-        parts.append(f"<line x1='{_x(0)}' x2='{_x(1)}' y1='{y}' y2='{y}' class='grid'/>")
+        parts.append(f"<line x1='{_x(0)}' x2='{_x(1)}' y1='{y}' y2='{y}' {_GRID}/>")
         for name, row in record["contenders"].items():
             chosen = next((c for key, c in COLOURS.items() if key in name.lower()), None)
             if chosen is None or "rate" not in row:
@@ -247,9 +251,9 @@ def _x(share: float) -> float:
 
 def _svg(height: float, parts: list[str]) -> str:
     width = _LEFT + _RIGHT + 20
-    style = "text{font:11px sans-serif;fill:#222}.grid{stroke:#ccc;stroke-width:.6}"
     body = "\n".join(parts)
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img'>"
-        f"<style>{style}</style><rect width='{width}' height='{height}' fill='#fff'/>\n{body}\n</svg>\n"
+        f"<rect width='{width}' height='{height}' fill='#fff'/>\n"
+        f"<g font-family='sans-serif' font-size='11' fill='#222'>\n{body}\n</g>\n</svg>\n"
     )
