@@ -114,4 +114,6 @@ def test_a_loss_with_a_gradient_and_one_without_have_options_of_their_own(
         cross_entropy(logits, torch.empty(5, dtype=torch.int64, device="meta"))
     (launch,) = [found for found in record.launches if "cross_entropy" in found.function.fn.__name__]
     assert launch.function.fn.__name__ == "cross_entropy_long"
-    assert launch.constants[0] == (32 if gradient else 16)
+    names = [parameter.name for parameter in launch.function.params[len(launch.arguments) :]]
+    constants = dict(zip(names, launch.constants, strict=True))
+    assert constants["BLOCK"] == (32 if gradient else 16)
