@@ -19,9 +19,10 @@ JOBS = Path(__file__).resolve().parent.parent / "jobs.py"
 
 
 def at_once(number: int, name: str, folder: Path) -> list[Any]:
-    """What ``number`` processes print that do the same job; they are ended after five minutes.
+    """What ``number`` processes print that do the same job; they are ended after ten minutes.
 
-    Each compiles by itself: helpers of the compiler's would import torch anew for each of them.
+    A job may search twice with 120 s each, where others have made the machine slow. Each process compiles by
+    itself: helpers of the compiler's would import torch anew for each of them.
     """
     command = [sys.executable, str(JOBS), name, str(folder)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -32,7 +33,7 @@ def at_once(number: int, name: str, folder: Path) -> list[Any]:
             job = subprocess.Popen(command, **pipes)
             started.append(stack.enter_context(job))
             stack.callback(job.kill)
-        printed = [job.communicate(timeout=300) for job in started]
+        printed = [job.communicate(timeout=600) for job in started]
         for job, (_, errors) in zip(started, printed, strict=True):
             assert job.returncode == 0, errors[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]
