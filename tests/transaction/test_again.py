@@ -256,11 +256,32 @@ def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
         {"x": nn.Parameter(X)},
     )
     assert not any(map(Again.knows, others))
-    form = Again({"x": X, "y": X}, len, grad=False)
-    assert form.fits({"x": X.clone(), "y": X + 1})
-    assert not form.fits({"y": X, "x": X}), "a forward may fold over what it is given in order"
-    assert not any(
-        map(form.fits, ({"x": X}, {"x": X, "z": X}, {"x": X, "y": X.to_sparse()}, {"x": X, "y": None}))
+    form = Again({"x": X, "y": X}, len, grad=False, places=("x", "y", "z"))
+    given = {"x": X.clone(), "y": X + 1}
+    assert form.named((), given) is given
+    by_name = form.named((X, X + 1), {})
+    assert by_name is not None and list(by_name) == ["x", "y"] and by_name["x"] is X
+    others = (
+        ((), {"x": X}),
+        ((), {"x": X, "z": X}),
+        ((), {"y": X, "x": X}),  # a forward may fold over what it is given in order
+        ((), {"x": X, "y": X.to_sparse()}),
+        ((), {"x": X, "y": X.clone().requires_grad_()}),
+        ((), {"x": X, "y": X.t().contiguous().t()}),
+        ((), {"x": X, "y": None}),
+        ((X,), {}),
+        ((X, X, X), {}),
+        ((X,), {"y": X}),
+        ((X, X.double()), {}),
+        ((X, nn.Parameter(X, requires_grad=False)), {}),
+        ((X, X[:4]), {}),
+        ((X, X), {}),  # what was compiled for two tensors is not for one
+        ((X, 1), {}),
+        ((), {}),
     )
+    assert [n for n, (args, kwargs) in enumerate(others) if form.named(args, kwargs) is not None] == []
+    apart = Again(dict(zip("xz", given.values())), len, grad=False, places=("x", "y", "z"))
+    assert apart.named((X, X + 1), {}) is None
+    assert apart.named((), {"x": X, "z": X + 1}) is not None
     with torch.inference_mode():
-        assert not form.fits({"x": X, "y": X})
+        assert form.named((), given) is None

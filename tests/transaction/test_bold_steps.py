@@ -100,7 +100,12 @@ def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(wo
     offered = [slow_models.plugin(slow_models.DirectScale, policies=[CAUTIOUS, bold])]
     model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
     expected = model(example)
-    optimized(model, example, plugins=offered, level="aggressive", budget=30.0, cache=True)
+    said: list[dict] = []
+    with events.listen(said.append):
+        optimized(model, example, plugins=offered, level="aggressive", budget=30.0, cache=True)
+    refusals = [event for event in said if event["kind"] == "commit" and "rule" in event]
+    assert [event["rule"] for event in refusals] == [wobbling]
+    assert "refused" in refusals[0]["text"] and "Bold:wobbly" in refusals[0]["text"]
     receipt = kpt.report(model)
     kept = {entry.name for entry in receipt.accepted}
     assert "Cautious:half" in kept and receipt.speedup > 1.0

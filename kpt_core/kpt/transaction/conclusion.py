@@ -41,6 +41,8 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
         beneath, best.beneath = best.beneath, None
         try:
             run.committed, refusal, timing = _try(run, best, beneath, trials, timed=timed)
+            if run.committed is None:
+                _say(run, f"the commit refused {best.plan.key} ({refusal[0]}): {refusal[1]}", refusal[0])
             if run.committed is not None and beneath is not None:
                 with trials.kept.state_kept():  # its undos run after the last look at the model
                     beneath.close()
@@ -66,7 +68,7 @@ def _try(
 
     Where nothing is, it may go a little beyond the budget.
     """
-    emit("commit", f"committing {best.plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
+    _say(run, f"committing {best.plan.key}")
     kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
     beyond = min(_OVERTIME * run.budget.seconds, _OVERTIME_MOST) if beneath is None else 0.0
     committed: Committed | None = None
@@ -82,6 +84,11 @@ def _try(
     except BaseException:
         _undo(best, committed)
         raise
+
+
+def _say(run: Run, text: str, rule: str | None = None) -> None:
+    facts = {"rule": rule} if rule is not None else {}
+    emit("commit", text, **facts, seconds=run.budget.spent(), budget=run.budget.seconds)
 
 
 def _undo(best: Outcome, committed: Committed | None) -> None:

@@ -16,7 +16,8 @@ def listen(callback: Listener) -> Iterator[None]:
     """Call ``callback(event)`` for every event of the runs inside the block.
 
     An event is a dict with ``kind`` ("observe", "baseline", "propose", "trial", "commit", "done"),
-    ``text`` for a person, and ``seconds`` spent of ``budget``.
+    ``text`` for a person, and ``seconds`` spent of ``budget``. Where a trial ended, or a commit was refused,
+    ``rule`` says by what.
     """
     _listeners.append(callback)
     try:

@@ -140,11 +140,8 @@ class Plan:
         if reason is None:
             again = self._repeated
             if again is not None and again.grad is grad:
-                named = kwargs
-                if args:
-                    plain = not kwargs and len(args) <= len(self._names)
-                    named = dict(zip(self._names, args)) if plain else {}
-                if again.fits(named):
+                named = again.named(args, kwargs)
+                if named is not None:
                     reason = self.watch.stale(grad)
                     if reason is None:
                         next(self._optimized)
@@ -223,7 +220,7 @@ class Plan:
             self._last = key
         elif not (args or self._writes_inputs or self._unrepeatable or (grad and not self.training)):
             if Again.knows(kwargs):
-                self._repeated = Again(kwargs, target, grad)
+                self._repeated = Again(kwargs, target, grad, self._names)
 
     def _optimised(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool
