@@ -42,7 +42,9 @@ class Again:
     @staticmethod
     def knows(call: Mapping[str, Any]) -> bool:
         """Whether calls like ``call`` have a form."""
-        return bool(call) and _TensorGuards is not None and all(
+        if _TensorGuards is None:
+            return False
+        return bool(call) and all(
             type(value) is _Tensor
             and value.layout is torch.strided
             and value.is_contiguous()
