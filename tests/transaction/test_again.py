@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 import kpt
 from fingerprints import fast_calls, optimized
 from kpt.transaction.again import Again
-from mixed_models import Compiled, CompiledByInductor, mixed
+from mixed_models import Compiled, CompiledByInductor, Mixed, mixed
 from mixed_models import plugins as mixed_plugins
 from slow_models import DirectScale, SlowScale, plugin
 
@@ -254,6 +256,9 @@ def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
         {"x": X.cfloat()},
         {"x": torch._neg_view(X)},
         {"x": nn.Parameter(X)},
+        {"x": X, "y": X},
+        {"x": torch.nested.nested_tensor([X, X])},
+        {"x": X.to_sparse()},
     )
     assert not any(map(Again.knows, others))
     form = Again({"x": X, "y": X}, len, grad=False, places=("x", "y", "z"))
@@ -285,3 +290,57 @@ def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
     assert apart.named((), {"x": X, "z": X + 1}) is not None
     with torch.inference_mode():
         assert form.named((), given) is None
+        inside = Again({"x": X}, len, grad=False)
+        of_inference = torch.ones_like(X)
+    assert inside.named((), {"x": X}) is None and inside.named((), {"x": of_inference}) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (0, 4), ()])
+def test_strides_that_say_nothing_make_no_difference(shape: tuple[int, ...]) -> None:
+    """The last token of a growing sequence has another stride at each step."""
+    first = torch.zeros(shape)
+    form = Again({"x": first}, len, grad=False, places=("x",))
+    odd = torch.empty_strided(
+        shape, [stride + 7 if size == 1 else stride for size, stride in zip(shape, first.stride())]
+    )
+    assert odd.is_contiguous() and form.named((odd,), {}) is not None
+    assert form.named((torch.zeros(*shape, 2),), {}) is None
+
+
+NESTED = """
+import torch
+from kpt.transaction.again import Again
+x = torch.randn(2, 2)
+form = Again({"x": x, "y": x + 1}, len, grad=False, places=("x", "y"))
+rows = [torch.randn(2, 2), torch.randn(1, 2)]
+for layout in (torch.strided, torch.jagged):
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    assert form.named((x, nested), {}) is None
+    assert form.named((), {"x": nested, "y": x}) is None
+print("went on")
+"""
+
+
+def test_nested_tensors_end_no_process() -> None:
+    """The comparison in C++ asks them for strides, and nothing catches what they answer."""
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=120)
+    assert "went on" in done.stdout, done.stderr
+
+
+class OneOrTwo(Mixed):
+    """Computes something else where it is given one tensor twice."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return super().forward(a + 7.0 if a is b else a - b)
+
+
+@torch.no_grad()
+def test_code_for_two_tensors_does_not_run_for_one_that_is_given_twice() -> None:
+    torch.manual_seed(0)
+    model, twin = OneOrTwo().eval(), OneOrTwo().eval()
+    twin.load_state_dict(model.state_dict())
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    optimized(model, [(a, b), (a, a)], plugins=[plugin(Compiled)], budget=60.0)
+    for given in ((a, b), (a, b), (a, a), (a, a), (b, a), (b, b), (a, b)):
+        torch.testing.assert_close(model(*given), twin(*given), rtol=1e-4, atol=1e-4)
+    assert fast_calls(model) == 7

@@ -6,7 +6,7 @@ guards its own code with (`torch._C._dynamo.guards.TensorGuards`): no key is mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,19 @@ import torch
 _Tensor = torch.Tensor
 #: None where this torch has none, and no call a form: each is then looked up by its key.
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+_inference_mode = torch.is_inference_mode_enabled
+#: Raises TypeError for what is no tensor.
+_is_nested: Callable[[Any], bool] = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
 
 class Again:
-    """The form of a call that was served: named tensors, contiguous and real, and nothing else.
+    """The form of a call that was served: named tensors, each another one, contiguous and real, nothing else.
 
     ``target`` is what it ran, ``grad`` whether gradients were recorded; ``places`` the names of the
     arguments that may be given by position.
     """
 
-    __slots__ = ("_alike", "_names", "_places", "grad", "target")
+    __slots__ = ("_compared", "_inference", "_names", "_places", "grad", "target")
 
     def __init__(
         self,
@@ -35,18 +38,20 @@ class Again:
         self._names = tuple(call)  # in their order: a forward may fold over its keywords
         #: How many arguments by position are such a call, and none where no number is.
         self._places = len(call) if self._names == tuple(places[: len(call)]) else 0
-        self._alike = _guard(tuple(call.values()))
+        self._compared = _guard(tuple(call.values()))
+        self._inference = _inference_mode()
         self.target = target
         self.grad = grad
 
     @staticmethod
     def knows(call: Mapping[str, Any]) -> bool:
         """Whether calls like ``call`` have a form."""
-        if _TensorGuards is None:
+        if not call or _TensorGuards is None or len(set(map(id, call.values()))) < len(call):
             return False
-        return bool(call) and all(
+        return all(
             type(value) is _Tensor
             and value.layout is torch.strided
+            and not value.is_nested
             and value.is_contiguous()
             and not value.dtype.is_complex
             and not value.is_neg()
@@ -57,19 +62,35 @@ class Again:
         """The call by names if it is of this form, else None.
 
         Of this form are as many tensors, none of them given twice, under the same names in the same order,
-        each of the same type, sizes, strides, dtype, device and need of a gradient as the first one's, with
-        the same dispatch keys in the same inference mode.
+        each contiguous, of the same type, sizes, dtype, device and need of a gradient as the first one's,
+        with the same dispatch keys in the same inference mode.
         """
         if not args:
-            return kwargs if tuple(kwargs) == self._names and self._alike(*kwargs.values()) else None
-        if kwargs or len(args) != self._places or not self._alike(*args):
+            return kwargs if tuple(kwargs) == self._names and self._alike(kwargs.values()) else None
+        if kwargs or len(args) != self._places or not self._alike(args):
             return None
         return dict(zip(self._names, args))
 
+    def _alike(self, values: Collection[Any]) -> bool:
+        if _inference_mode() is not self._inference:
+            return False
+        try:
+            # The comparison asks for strides, and the error of one that has none would end the process.
+            return True not in map(_is_nested, values) and self._compared(*values)
+        except TypeError:
+            return False
+
 
 def _guard(tensors: tuple[torch.Tensor, ...]) -> Callable[..., bool]:
+    """The comparison with contiguous ``tensors``: strides that say nothing of that are left out."""
     sizes = [list(tensor.shape) for tensor in tensors]
-    strides = [list(tensor.stride()) for tensor in tensors]
+    strides = [
+        [
+            stride if size > 1 and tensor.numel() else None
+            for size, stride in zip(tensor.shape, tensor.stride())
+        ]
+        for tensor in tensors
+    ]
     guards = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     check: Callable[..., bool] = guards.check
     return check

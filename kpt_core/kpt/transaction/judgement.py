@@ -24,6 +24,8 @@ from kpt.transaction.fresh_calls import Draw, FreshCalls
 from kpt.transaction.memory import out_of_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kpt.judge.calls import Call
     from kpt.transaction.applied import Applied
     from kpt.transaction.baseline import Baseline
@@ -168,6 +170,8 @@ class Judgement:
         pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]
         if [path for path, _ in mine] != [path for path, _ in new] or not all(map(_alike, both)):
             return passed()
+        if _repeats(old for old, _ in pairs) != _repeats(other for _, other in pairs):
+            return passed()  # one tensor given twice can't hold the values of two
         self._one(applied, first, given.map(lambda path, leaf: leaf))
         for old, other in pairs:
             old.data.copy_(other.detach())  # which counts no version
@@ -371,6 +375,12 @@ def _at_odd_addresses(call: Call) -> Call:
         return moved[id(leaf)]
 
     return call.clone().map(move)
+
+
+def _repeats(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """For each tensor the place where the same one came first."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]
 
 
 def _alike(pair: tuple[Any, Any]) -> bool:

@@ -167,7 +167,7 @@ class Plan:
             return self.original(model)(*args, **kwargs)
         if self.direct is not None and not grad:
             target = self._targets.get(key)
-            if target is not None:
+            if target is not None and not _twice(args, kwargs):
                 next(self._optimized)
                 self._expect_again(key, args, kwargs, grad, target)
                 return target(*args, **kwargs)
@@ -263,9 +263,8 @@ class Plan:
 
     def _remember(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the compiled code for calls of this key, so that the next one asks no second table."""
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, _Tensor)]
-        if len({id(tensor) for tensor in tensors}) != len(tensors):
-            return  # code for one tensor passed twice is not code for two
+        if _twice(args, kwargs):
+            return
         target = self.direct.lookup(args, kwargs)  # type: ignore[union-attr]
         if target is not None:
             if len(self._targets) >= _MAX_KEYS:
@@ -349,6 +348,12 @@ class Plan:
 def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that a call is given."""
     return [tensor for value in (*args, *kwargs.values()) for tensor in tensors_in(value)]
+
+
+def _twice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor is given twice: code for that is not code for two, nor the other way round."""
+    tensors = [id(value) for value in (*args, *kwargs.values()) if isinstance(value, _Tensor)]
+    return len(set(tensors)) < len(tensors)
 
 
 def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
