@@ -20,7 +20,9 @@ class Trials:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)
+        self.observation = SimpleNamespace(
+            deterministic=False, stochastic=False, objective="latency", baseline_seconds=1e-3
+        )
 
     def run(self, plan: Plan, **options: Any) -> Outcome:
         self.now += 50.0
@@ -49,7 +51,7 @@ def outlined(
         def __init__(self) -> None:
             super().__init__()
             self.observation = SimpleNamespace(
-                deterministic=False, stochastic=False, baseline_seconds=latency
+                deterministic=False, stochastic=False, objective="latency", baseline_seconds=latency
             )
             self.log: list[Outcome] = []
             self.seen: list[tuple[str, float]] = []

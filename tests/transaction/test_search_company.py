@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kpt.judge.timing import Timing
-from kpt.specs import Phase
+from kpt.specs import Phase, Variant
+from kpt.transaction import alternatives
 from kpt.transaction.budget import Budget
 from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan, Proposals
@@ -56,7 +57,9 @@ def search_in(
     trials: Company, offered: list[Candidate], seconds: float = 200.0, latency: float = 1e-3
 ) -> Search:
     """A search among ``offered`` that tries in ``trials``, by their clock, and judges no kernel alone."""
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=latency)
+    trials.observation = SimpleNamespace(
+        deterministic=False, stochastic=False, objective="latency", baseline_seconds=latency
+    )
     trials.log = []  # type: ignore[attr-defined]
     search = Search(trials, Proposals(offered), Budget(seconds, clock=lambda: trials.now))  # type: ignore[arg-type]
     search._gate = lambda: None  # type: ignore[method-assign]
@@ -295,3 +298,41 @@ def test_what_a_kernel_itself_sets_up_is_not_brought_along():
     offered = [engine, candidate("compiler", "compile", 20.0, 2.4), kernel]
     _, trials = outlined(200.0, offered, lambda names, against: (5.0, "ok", 1.2))
     assert [plan for plan, _ in trials.seen][:2] == ["engine", "compiler"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "seconds", "kept"),
+    [(1.02, 25.0, False), (1.05, 25.0, True), (1.02, 12.0, True), (1.4, 60.0, True)],
+)
+def test_what_takes_longer_to_set_up_has_to_give_that_back(gain: float, seconds: float, kept: bool) -> None:
+    """Every process pays for it. Two in a hundred of ten minutes are twelve seconds."""
+    quick, slow = (
+        Candidate(
+            Variant(name, predicted_gain=promised, setup_seconds=10.0),
+            "compile",
+            "test",
+            name,
+            make=lambda: None,
+        )
+        for name, promised in (("quick", 2.0), ("slow", 1.9))
+    )
+
+    def fate(names: set[str], against: Any) -> tuple[float, str, float]:
+        return (1.0 + seconds, "ok", gain) if names == {"slow"} else (6.0, "ok", 2.0)
+
+    found, trials = outlined(600.0, [quick, slow], fate)
+    assert [key for key, _ in trials.seen] == ["quick", "slow"]
+    assert found.best.plan.steps == ((slow,) if kept else (quick,))
+    (entry,) = found.rejected
+    assert entry.rule == "slower"
+    if not kept:
+        assert f"{gain:.2f}x, and 20 s more of set-up in each process" in entry.reason
+        assert entry.gain == pytest.approx(gain)
+
+
+def test_what_lowers_memory_is_not_asked_for_its_seconds() -> None:
+    best, slow = (Outcome(Plan(), setup_seconds=s, timing=SLOWER) for s in (0.0, 500.0))
+    for objective in ("memory", "latency"):
+        trials = SimpleNamespace(observation=SimpleNamespace(objective=objective))
+        worth_it = alternatives._repaid(SimpleNamespace(trials=trials), slow, best)  # type: ignore[arg-type]
+        assert worth_it is (objective == "memory")

@@ -64,7 +64,9 @@ def test_a_compiler_that_was_stopped_says_nothing_of_the_shapes_beside_it(setup:
     trials = Stopping()
     offered = Proposals([shapes, compiler, other] if setup < 10.0 else [shapes, other, compiler])
     search = Search(trials, offered, Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
-    trials.observation = SimpleNamespace(deterministic=False, stochastic=False, baseline_seconds=1e-3)
+    trials.observation = SimpleNamespace(
+        deterministic=False, stochastic=False, objective="latency", baseline_seconds=1e-3
+    )
     found = search.run()
     assert found.best is not None and found.best.plan.steps == (shapes,)
     assert {entry.name: entry.rule for entry in found.rejected} == {

@@ -23,6 +23,9 @@ _WORTH = 1.02
 HOPELESS = 0.75
 #: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
 PROMISING = 1.0
+#: Seconds of calls within which an alternative has to give back what its set-up takes longer than that of
+#: what it replaces or joins: every process pays for it, also one that finds the plan in the cache.
+_REPAID = 600.0
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
 #: nor any where less than this share of the budget is left.
@@ -108,6 +111,14 @@ def _in_place(
         outcome.close()
         ledger.reject_by(candidate, outcome)
         return best
+    if not _repaid(ledger, outcome, best):
+        seconds = f"{_each(outcome) - _each(best):.0f} s more of set-up in each process"
+        detail = (
+            f"{ratio(outcome):.2f}x, and {seconds}: not given back within {_REPAID / 60:.0f} minutes of calls"
+        )
+        outcome.close()
+        ledger.reject(candidate, "slower", detail, ratio(outcome))
+        return best
     for step in replaced:
         ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
         ledger.found.forget_gain(step.name)
@@ -116,6 +127,18 @@ def _in_place(
         if ledger.paid.issuperset(replaced):
             ledger.paid.add(candidate)
     return ledger.supersede(best, outcome)
+
+
+def _repaid(ledger: Ledger, outcome: Outcome, best: Outcome) -> bool:
+    """Whether what ``outcome`` gains over ``best`` is worth its longer set-up. Memory is not paid in time."""
+    if ledger.trials.observation.objective == "memory":
+        return True
+    return (1.0 - 1.0 / ratio(outcome)) * _REPAID >= _each(outcome) - _each(best)
+
+
+def _each(outcome: Outcome) -> float:
+    """The seconds that it took to set the plan up once."""
+    return outcome.setup_seconds / outcome.applications
 
 
 def gamble(ledger: Ledger, best: Outcome | None) -> Outcome | None:
