@@ -67,6 +67,7 @@ def page(folder: Path) -> str:
             "host: they go by it, and their spread is large.",
             table(["launch of a small rms_norm", "µs"], rows),
         ]
+    parts += _again(folder)
     ops: dict[str, list[dict[str, Any]]] = {}
     for record in measured:
         ops.setdefault(record["op"], []).append(record)
@@ -78,6 +79,29 @@ def page(folder: Path) -> str:
     if absent:
         parts += ["## Not measured in this run", table(["case", "size", "why"], sorted(absent))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _again(folder: Path) -> list[str]:
+    """What of the goals a later run found, on another host: those of little work go by the host."""
+    found = latest(folder, "gpu_kernels_again")
+    if found is None:
+        return []
+    path, content = found
+    rows = [
+        [record["op"], record["size"], *judged, _yardstick(record)]
+        for record in content["cases"].values()
+        for judged in _judged_goals(record)
+    ]
+    reached = sum(row[-2].startswith("reached") for row in rows)
+    launch = content["launch_microseconds"]["raw compiled kernel"]
+    return [
+        "## Measured again",
+        f"A part of the cases, all contenders again, on another host with the same GPU; {content['date']}"
+        f"{_commits(content)}; file `benchmarks/results/{path.name}`. {reached} of these {len(rows)} goals are "
+        f"reached. A launch took {launch:.1f} µs in the last run; where little is computed, the host and its "
+        "other tenants decide.",
+        table(["case", "size", "goal", "kpt", "", "a yardstick"], rows),
+    ]
 
 
 def _commits(content: dict[str, Any]) -> str:
