@@ -97,9 +97,9 @@ def _again(folder: Path) -> list[str]:
     return [
         "## Measured again",
         f"A part of the cases, all contenders again, on another host with the same GPU; {content['date']}"
-        f"{_commits(content)}; file `benchmarks/results/{path.name}`. {reached} of these {len(rows)} goals are "
-        f"reached. A launch took {launch:.1f} µs in the last run; where little is computed, the host and its "
-        "other tenants decide.",
+        f"{_commits(content)}; file `benchmarks/results/{path.name}`. {reached} of these "
+        f"{len(rows)} goals are reached. A launch took {launch:.1f} µs in the last run; "
+        "where little is computed, the host and its other tenants decide.",
         table(["case", "size", "goal", "kpt", "", "a yardstick"], rows),
     ]
 
