@@ -247,6 +247,14 @@ def test_transforms_of_calls_alike_are_the_originals() -> None:
     assert fast_calls(model) == 4
 
 
+class Raises(torch.Tensor):
+    """Answers no question about itself."""
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
 def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
     assert Again.knows({"x": X})
     others = (
@@ -282,6 +290,7 @@ def test_a_form_is_that_of_real_contiguous_tensors_alone() -> None:
         ((X, X[:4]), {}),
         ((X, X), {}),  # what was compiled for two tensors is not for one
         ((X, 1), {}),
+        ((X, X.as_subclass(Raises)), {}),
         ((), {}),
     )
     assert [n for n, (args, kwargs) in enumerate(others) if form.named(args, kwargs) is not None] == []
@@ -312,6 +321,7 @@ import torch
 from kpt.transaction.again import Again
 x = torch.randn(2, 2)
 form = Again({"x": x, "y": x + 1}, len, grad=False, places=("x", "y"))
+assert form.named((x, x + 1), {}) is not None
 rows = [torch.randn(2, 2), torch.randn(1, 2)]
 for layout in (torch.strided, torch.jagged):
     nested = torch.nested.nested_tensor(rows, layout=layout)
@@ -330,18 +340,30 @@ def test_nested_tensors_end_no_process() -> None:
 class OneOrTwo(Mixed):
     """Computes something else where it is given one tensor twice."""
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        a, b = pair
         return super().forward(a + 7.0 if a is b else a - b)
 
 
+class OneOrTwoArguments(OneOrTwo):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return super().forward((a, b))
+
+
 @torch.no_grad()
-def test_code_for_two_tensors_does_not_run_for_one_that_is_given_twice() -> None:
+@pytest.mark.parametrize("kind", [OneOrTwo, OneOrTwoArguments])
+def test_code_for_two_tensors_does_not_run_for_one_that_is_given_twice(kind: type[OneOrTwo]) -> None:
     torch.manual_seed(0)
-    model, twin = OneOrTwo().eval(), OneOrTwo().eval()
+    model, twin = kind().eval(), kind().eval()
     twin.load_state_dict(model.state_dict())
     a, b = torch.randn(64, 64), torch.randn(64, 64)
-    optimized(model, [(a, b), (a, a)], plugins=[plugin(Compiled)], budget=60.0)
-    for given in ((a, b), (a, b), (a, a), (a, a), (b, a), (b, b), (a, b)):
+
+    def as_given(*pair: torch.Tensor) -> Any:
+        return pair if kind is OneOrTwoArguments else (pair,)
+
+    optimized(model, [as_given(a, b), as_given(a, a)], plugins=[plugin(Compiled)], budget=60.0)
+    for pair in ((a, b), (a, b), (a, a), (a, a), (b, a), (b, b), (a, b)):
+        given = as_given(*pair)
         torch.testing.assert_close(model(*given), twin(*given), rtol=1e-4, atol=1e-4)
     assert fast_calls(model) == 7
     error = kpt.report(model).accepted[0].figures["relative_error"]

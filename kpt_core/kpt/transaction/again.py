@@ -15,8 +15,6 @@ _Tensor = torch.Tensor
 #: None where this torch has none, and no call a form: each is then looked up by its key.
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 _inference_mode = torch.is_inference_mode_enabled
-#: Raises TypeError for what is no tensor.
-_is_nested: Callable[[Any], bool] = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
 
 class Again:
@@ -74,11 +72,11 @@ class Again:
     def _alike(self, values: Collection[Any]) -> bool:
         if _inference_mode() is not self._inference:
             return False
-        try:
+        for value in values:
             # The comparison asks for strides, and the error of one that has none would end the process.
-            return True not in map(_is_nested, values) and self._compared(*values)
-        except TypeError:
-            return False
+            if type(value) is not _Tensor or value.is_nested:
+                return False
+        return self._compared(*values)
 
 
 def _guard(tensors: tuple[torch.Tensor, ...]) -> Callable[..., bool]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kpt.transaction.ledger import ratio
+from kpt.transaction.ledger import announced, ratio
 from kpt.transaction.plan import Plan, excludes, worth
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ HOPELESS = 0.75
 #: Those that promise this much are tried before steps are dropped one by one, where that needs a set-up each.
 PROMISING = 1.0
 #: Seconds of calls within which an alternative has to give back what its set-up takes longer than that of
-#: what it replaces or joins: every process pays for it, also one that finds the plan in the cache.
+#: what it replaces or joins: processes that find the plan in the cache pay for most of it, too.
 _REPAID = 600.0
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
@@ -111,13 +111,14 @@ def _in_place(
         outcome.close()
         ledger.reject_by(candidate, outcome)
         return best
-    if not _repaid(ledger, outcome, best):
-        seconds = f"{_each(outcome) - _each(best):.0f} s more of set-up in each process"
+    if (longer := _longer(ledger, outcome.plan, best.plan)) > max(0.0, _given_back(ledger, outcome)):
+        beside = f" with {', '.join(step.name for step in freed)}" if freed else ""
         detail = (
-            f"{ratio(outcome):.2f}x, and {seconds}: not given back within {_REPAID / 60:.0f} minutes of calls"
+            f"{ratio(outcome):.2f}x{beside}, which does not give back within {_REPAID / 60:.0f} minutes of "
+            f"calls the {longer:.0f} s that its set-up takes longer"
         )
         outcome.close()
-        ledger.reject(candidate, "slower", detail, ratio(outcome))
+        ledger.reject(candidate, "slower", detail, None if freed else ratio(outcome))
         return best
     for step in replaced:
         ledger.reject(step, "slower", f"{candidate.name} in its place gives {ratio(outcome):.2f}x")
@@ -129,16 +130,20 @@ def _in_place(
     return ledger.supersede(best, outcome)
 
 
-def _repaid(ledger: Ledger, outcome: Outcome, best: Outcome) -> bool:
-    """Whether what ``outcome`` gains over ``best`` is worth its longer set-up. Memory is not paid in time."""
-    if ledger.trials.observation.objective == "memory":
-        return True
-    return (1.0 - 1.0 / ratio(outcome)) * _REPAID >= _each(outcome) - _each(best)
+def _longer(ledger: Ledger, plan: Plan, than: Plan) -> float:
+    """Seconds that ``plan`` is expected to take longer to set up, once, at the pace of set-ups here.
+
+    What trials took says less: some are answered from a compiler's cache.
+    """
+    return ledger.pace * (announced(plan) - announced(than))
 
 
-def _each(outcome: Outcome) -> float:
-    """The seconds that it took to set the plan up once."""
-    return outcome.setup_seconds / outcome.applications
+def _given_back(ledger: Ledger, outcome: Outcome) -> float:
+    """The most seconds by which a set-up may be longer for what ``outcome`` gains; any for less memory."""
+    timing = outcome.timing
+    if timing is None or ledger.trials.observation.objective == "memory":
+        return math.inf
+    return (1.0 - 1.0 / (timing.total or timing.ratio)) * _REPAID
 
 
 def gamble(ledger: Ledger, best: Outcome | None) -> Outcome | None:

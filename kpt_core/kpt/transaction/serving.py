@@ -352,8 +352,8 @@ def _tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Ten
 
 def _twice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a tensor is given twice: code for that is not code for two, nor the other way round."""
-    tensors = [id(value) for value in (*args, *kwargs.values()) if isinstance(value, _Tensor)]
-    return len(set(tensors)) < len(tensors)
+    tensors = _tensors_of(args, kwargs)
+    return len(set(map(id, tensors))) < len(tensors)
 
 
 def _mode_reason(model: torch.nn.Module, flag: bool, grad: bool) -> str:
