@@ -63,20 +63,25 @@ class Again:
         each contiguous, of the same type, sizes, dtype, device and need of a gradient as the first one's,
         with the same dispatch keys in the same inference mode.
         """
-        if not args:
-            return kwargs if tuple(kwargs) == self._names and self._alike(kwargs.values()) else None
-        if kwargs or len(args) != self._places or not self._alike(args):
+        values: Collection[Any] = args
+        if args:
+            if kwargs or len(args) != self._places:
+                return None
+        elif tuple(kwargs) == self._names:
+            values = kwargs.values()
+        else:
             return None
-        return dict(zip(self._names, args))
-
-    def _alike(self, values: Collection[Any]) -> bool:
         if _inference_mode() is not self._inference:
-            return False
+            return None
         for value in values:
             # The comparison asks for strides, and the error of one that has none would end the process.
             if type(value) is not _Tensor or value.is_nested:
-                return False
-        return self._compared(*values)
+                return None
+        if not self._compared(*values):
+            return None
+        if not args:
+            return kwargs
+        return {self._names[0]: args[0]} if self._places == 1 else dict(zip(self._names, args))
 
 
 def _guard(tensors: tuple[torch.Tensor, ...]) -> Callable[..., bool]:

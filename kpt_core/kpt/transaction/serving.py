@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.modules import module as _modules
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from kpt.transaction.again import Again
 from kpt.transaction.ambient import ambient_state, default_devices, transformed
@@ -204,10 +209,10 @@ class Plan:
         ):
             return self._ambient_reason()
         if (  # `global_hooks()`, without a call
-            _modules._global_forward_hooks
-            or _modules._global_forward_pre_hooks
-            or _modules._global_backward_hooks
-            or _modules._global_backward_pre_hooks
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
         ):
             return "a global module hook is registered"
         return None
