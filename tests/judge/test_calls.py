@@ -112,6 +112,18 @@ def test_a_clone_keeps_strides_alignment_sharing_and_gradients() -> None:
     assert copy.kwargs["x"] is copy.kwargs["again"]
 
 
+def test_each_tensor_is_replaced_once_and_nothing_else_is() -> None:
+    x, lock = torch.ones(2), object()
+    call = Call((x, [x, lock]), {"x": x, "y": torch.zeros(2)})
+    seen: list[torch.Tensor] = []
+    moved = call.map_tensors(lambda tensor: seen.append(tensor) or tensor + 1)
+    assert len(seen) == 2 and torch.equal(moved.args[0], x + 1)
+    assert moved.args[0] is moved.args[1][0] is moved.kwargs["x"] is not x
+    assert moved.args[1][1] is lock and call.args[0] is x
+    on_meta = call.to("meta")
+    assert on_meta.kwargs["x"] is on_meta.args[0] and on_meta.args[0].device.type == "meta"
+
+
 def test_nested_containers_and_foreign_objects_are_walked_and_copied() -> None:
     @dataclass
     class Batch:

@@ -21,6 +21,7 @@ from kpt.transaction.observe import observe
 
 NEAR = rejected("size", "near", {"relative_error": 0.055}, excess=1.1)
 FAR = rejected("size", "far", {"relative_error": 0.5}, excess=10.0)
+CLOSE = passed(figures={"relative_error": 0.048}, excess=0.96)
 
 
 class Drawn(FreshCalls):
@@ -88,6 +89,28 @@ def test_the_worst_figures_of_all_calls_are_told():
     assert verdict.passed and verdict.figures == {"relative_error": 0.055, "cosine": 0.99}
 
 
+@pytest.mark.parametrize("first", [NEAR, CLOSE])
+def test_what_is_as_near_to_its_limit_on_a_second_call_is_beyond_it_on_some(first):
+    for others in ((CLOSE,), (passed(), CLOSE), (passed(), NEAR)):
+        verdict, judgement = judged(first, *others)
+        assert not verdict.passed and verdict.rule == "size" and not judgement.verdicts
+        assert "96% of what is allowed" in verdict.detail or others[-1] is NEAR
+        assert verdict.figures["relative_error"] >= 0.048
+
+
+def test_what_meets_its_limit_narrowly_once_is_accepted_where_two_others_keep_clear_of_it():
+    verdict, judgement = judged(CLOSE, passed(), passed())
+    assert verdict.passed and not judgement.verdicts and len(judgement.drawn) == 3
+
+
+def test_what_was_met_stands_where_eager_takes_no_other_call():
+    judgement = Scripted(CLOSE)
+    draw = judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)
+    judgement.calls._drawn = lambda *kind: None
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+    assert judgement.judge(applied, [draw]).passed
+
+
 @pytest.mark.parametrize("others", [(NEAR,), (passed(), NEAR), (FAR,)])
 def test_what_is_wrong_there_too_is_rejected(others):
     verdict, _ = judged(NEAR, *others)
@@ -102,6 +125,58 @@ def test_what_misses_by_far_is_rejected_at_once():
 def test_plans_that_keep_dtypes_have_no_second_chance():
     verdict, judgement = judged(NEAR, dtype=None)
     assert not verdict.passed and len(judgement.drawn) == 1
+
+
+def test_plans_that_keep_dtypes_may_be_as_near_to_eager_as_they_like():
+    verdict, judgement = judged(CLOSE, dtype=None)
+    assert verdict.passed and len(judgement.drawn) == 1
+
+
+def _off(reference: torch.Tensor, by: float) -> torch.Tensor:
+    noise = torch.randn_like(reference)
+    return (reference + by * noise / noise.norm() * reference.norm()).float()
+
+
+@pytest.mark.parametrize(("level", "dtype"), [("production", "bfloat16"), ("aggressive", "int8")])
+@pytest.mark.parametrize("share", [0.1, 0.95])
+def test_acceptances_say_which_share_of_the_allowed_error_they_have(level, dtype, share):
+    torch.manual_seed(0)
+    reference = torch.randn(64, 64, dtype=torch.float64)
+    bound = {"production": 0.05, "aggressive": 0.1414}[level]
+    candidates = [_off(reference, by) for by in (0.001, share * bound)]
+    verdict = referee.judge(
+        candidates, [reference] * 2, [reference.float()] * 2, level=level, compute_dtype=dtype
+    )
+    assert verdict.passed
+    # A cosine falls with the square of the error, and the smaller share will do.
+    assert verdict.excess == pytest.approx(share if level == "production" else share**2, rel=0.05)
+
+
+@pytest.mark.parametrize(("lead", "share"), [(4.0, 0.1), (0.0, 0.96)])
+def test_logits_are_as_far_from_their_limit_as_the_kinder_of_its_two_forms_says(lead, share):
+    """A small divergence will do, where the highest of them is the same."""
+    torch.manual_seed(0)
+    reference = torch.randn(256, 16, dtype=torch.float64)
+    reference[:, 0] += lead
+    eager, wide = {"logits": reference.float()}, {"logits": reference}
+    terms = {"level": "production", "compute_dtype": "bfloat16"}
+    verdict = referee.judge({"logits": _off(reference, 0.048)}, wide, eager, **terms)
+    assert verdict.passed and verdict.figures["kl"] < 0.002
+    assert verdict.excess == pytest.approx(share, rel=0.3)
+    assert "kl" not in referee.judge(eager, wide, eager, **terms).figures  # far from it, nobody asks
+
+
+def test_gradients_near_their_limit_may_be_as_near_on_others():
+    torch.manual_seed(0)
+    reference = torch.randn(64, 64, dtype=torch.float64)
+    verdict = referee.judge_gradients(
+        {"w": _off(reference, 0.048)},
+        {"w": reference},
+        {"w": reference.float()},
+        level="production",
+        compute_dtype="bfloat16",
+    )
+    assert verdict.passed and verdict.excess == 0.0
 
 
 @pytest.mark.parametrize(("level", "dtype"), [("production", "bfloat16"), ("aggressive", "int8")])

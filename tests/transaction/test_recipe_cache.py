@@ -18,7 +18,10 @@ import kpt
 from fingerprints import fast_calls, optimized
 from kpt import interruption
 from kpt.judge.timing import Timing
+from kpt.judge.verdict import Verdict
 from kpt.transaction import commit, events, recipe, trial
+from kpt.transaction.fresh_calls import FreshCalls
+from kpt.transaction.judgement import Judgement
 from slow_models import DerivedScale, DirectScale, Net, SinglesOnly, net, plugin
 
 PLUGINS = [plugin(DirectScale, hostile_passes.OnePercent)]
@@ -77,6 +80,48 @@ def test_a_second_run_applies_and_judges_without_searching():
     assert [e.name for e in second.accepted] == [e.name for e in first.accepted]
     assert [e.rule for e in second.rejected] == ["value"]
     assert second.speedup_low > 1.0
+
+
+def test_a_recipe_is_judged_once_and_as_thoroughly_as_a_commit(cached, monkeypatch):
+    """A search judges its best once more. Of one plan a second judgement would say what the first did."""
+    judged: list[bool] = []
+    draws = FreshCalls.draws
+
+    def drawing(self: FreshCalls, *, touches_mask: bool, thorough: bool) -> list:
+        judged.append(thorough)
+        return draws(self, touches_mask=touches_mask, thorough=thorough)
+
+    monkeypatch.setattr(FreshCalls, "draws", drawing)
+    receipt, _ = run()
+    assert not receipt.searched and receipt.optimized and judged == [True]
+    shutil.rmtree(os.environ["KPT_CACHE_DIR"])
+    judged.clear()
+    receipt, _ = run()
+    assert receipt.searched and judged.count(True) == 1 and judged[-1]
+
+
+def test_a_recipe_that_is_wrong_where_only_a_commit_looks_is_forgotten(cached, monkeypatch):
+    judge = Judgement.judge
+
+    def strict(self: Judgement, applied: object, draws: list) -> Verdict:
+        if len(draws) > 2:
+            return Verdict(False, "value", "seen on many inputs")
+        return judge(self, applied, draws)
+
+    monkeypatch.setattr(Judgement, "judge", strict)
+    monkeypatch.setattr(FreshCalls, "draws", _more_when_thorough(FreshCalls.draws))
+    kpt.optimize(model := net(), EXAMPLE, plugins=PLUGINS, cache=True, budget=6.0)
+    receipt = kpt.report(model)
+    assert receipt.searched and not receipt.optimized
+    assert any("did not hold (value: seen on many inputs)" in note for note in receipt.notes)
+
+
+def _more_when_thorough(draws: Callable[..., list]) -> Callable[..., list]:
+    def drawing(self: FreshCalls, *, touches_mask: bool, thorough: bool) -> list:
+        found = draws(self, touches_mask=touches_mask, thorough=thorough)
+        return found * 2 if thorough else found[:2]
+
+    return drawing
 
 
 def test_a_pass_may_be_of_the_phase_of_kernels():
@@ -438,7 +483,7 @@ def test_a_plan_that_a_larger_budget_found_outlives_runs_with_less(stage, monkey
     before = steps(path)
     with monkeypatch.context() as patch:
         if stage == "commit":
-            patch.setattr(commit, "_judge_values", lambda *_: takes(30.0))
+            patch.setattr(commit.Committed, "time", lambda *_: takes(30.0))
         model = kpt.optimize(net(), EXAMPLE, plugins=plugins, budget=0.6 if stage == "trial" else 3.0)
     second = kpt.report(model)
     assert not second.optimized and not second.searched

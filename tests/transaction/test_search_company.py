@@ -13,6 +13,7 @@ from kpt.judge.timing import Timing
 from kpt.specs import Phase
 from kpt.transaction import alternatives
 from kpt.transaction.budget import Budget
+from kpt.transaction.ledger import Ledger
 from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan, Proposals
 from kpt.transaction.search import Search
@@ -302,14 +303,14 @@ def test_what_a_kernel_itself_sets_up_is_not_brought_along():
 
 @pytest.mark.parametrize(
     ("gain", "announced", "kept"),
-    [(1.02, 30.0, False), (1.05, 30.0, True), (1.02, 20.0, True), (1.4, 70.0, True), (1.0, 10.0, True)],
+    [(1.02, 16.0, False), (1.05, 16.0, True), (1.02, 12.0, True), (1.0, 2.0, True), (1.0, 4.0, False)],
 )
 def test_what_takes_longer_to_set_up_has_to_give_that_back(gain: float, announced: float, kept: bool) -> None:
     """Two in a hundred of ten minutes are twelve seconds. What a trial took may be a cache's answer."""
-    quick, slow = candidate("quick", "compile", 10.0, gain=2.0), candidate("slow", "compile", announced, 1.9)
+    quick, slow = candidate("quick", "compile", 2.0, gain=2.0), candidate("slow", "compile", announced, 1.9)
 
     def fate(names: set[str], against: Any) -> tuple[float, str, float]:
-        return (1.0 + announced, "ok", gain) if names == {"slow"} else (11.0, "ok", 2.0)
+        return (1.0 + announced, "ok", gain) if names == {"slow"} else (3.0, "ok", 2.0)
 
     found, trials = outlined(600.0, [quick, slow], fate)
     assert [key for key, _ in trials.seen] == ["quick", "slow"]
@@ -317,20 +318,54 @@ def test_what_takes_longer_to_set_up_has_to_give_that_back(gain: float, announce
     (entry,) = found.rejected
     assert entry.rule == "slower"
     if not kept:
-        assert f"{gain:.2f}x, which does not give back" in entry.reason and "the 20 s" in entry.reason
+        assert f"{gain:.2f}x, which does not give back" in entry.reason
+        assert f"the {announced - 2:.0f} s" in entry.reason
         assert entry.gain == pytest.approx(gain)
 
 
-@pytest.mark.parametrize(("total", "seconds"), [(None, 600.0 / 3.0), (1.2, 100.0), (0.98, -12.2)])
+@pytest.mark.parametrize(
+    ("setup", "before", "gain", "late"),
+    [
+        (8.0, 5.0, 1.01, None),  # ready within 20 s: 5 before the first trial, 8, and half as much again as 4
+        (18.0, 5.0, 1.05, "9 s by which a later process would be ready after 20 s"),
+        (18.0, 5.0, 1.25, None),
+        (18.0, 14.0, 1.05, "4 s by which a later process would be ready after 25 s"),  # as it was before, too
+        (30.0, 30.0, 1.01, None),
+    ],
+)
+def test_what_keeps_a_later_process_waiting_has_to_give_that_back(
+    setup: float, before: float, gain: float, late: str | None
+) -> None:
+    """Its set-up is one that was measured; in calls, a minute's."""
+    ledger = Ledger.__new__(Ledger)
+    ledger.trials = SimpleNamespace(observation=SimpleNamespace(objective="latency"))  # type: ignore[assignment]
+    ledger.pace, ledger.began = 1.0, 5.0
+    steps = [candidate(name, "compile", 10.0, gain=2.0) for name in ("best", "other")]
+    timing = replace(FASTER, ratio=gain, total=None)
+    best, other = (
+        Outcome(Plan.of([step]), timing=timing, setup_seconds=seconds, seconds=seconds + 4.0)
+        for step, seconds in zip(steps, (before, setup), strict=True)
+    )
+    found = alternatives._too_long(ledger, other, best)
+    assert (late in found) if late is not None else found == ""
+    assert not found or found.startswith("within 60 s of calls")
+
+
+@pytest.mark.parametrize(("total", "seconds"), [(None, 600.0 / 3.0), (1.2, 100.0), (0.98, 0.0)])
 def test_what_is_given_back_are_the_seconds_of_all_calls(total: float | None, seconds: float) -> None:
     """Not the mean of the kinds' ratios: the commonest may be the shortest."""
     trials = SimpleNamespace(observation=SimpleNamespace(objective="latency"))
-    ledger: Any = SimpleNamespace(trials=trials, pace=1.0)
+    ledger: Any = SimpleNamespace(trials=trials, pace=1.0, ready=lambda outcome: 10.0)
     timing = replace(FASTER, ratio=1.5, total=total)
-    outcome = Outcome(Plan(), timing=timing)
-    assert alternatives._given_back(ledger, outcome) == pytest.approx(seconds, abs=0.1)
+    best = Outcome(Plan.of([candidate("best", "compile", 10.0)]), timing=timing)
+
+    def longer(by: float) -> str:
+        step = candidate("longer", "compile", 10.0 + by)
+        return alternatives._too_long(ledger, Outcome(Plan.of([step]), timing=timing), best)
+
+    assert not longer(seconds - 1.0) and f"the {seconds + 1.0:.0f} s that its set-up" in longer(seconds + 1.0)
     trials.observation.objective = "memory"
-    assert alternatives._given_back(ledger, outcome) == math.inf
+    assert not longer(seconds + 1.0)
 
 
 def test_kernels_that_come_along_are_named_where_it_is_not_given_back() -> None:
@@ -344,6 +379,7 @@ def test_kernels_that_come_along_are_named_where_it_is_not_given_back() -> None:
     ledger: Any = SimpleNamespace(
         trials=SimpleNamespace(observation=SimpleNamespace(objective="latency")),
         pace=1.0,
+        ready=lambda outcome: 10.0,
         run=lambda plan, against: Outcome(plan, timing=timing, applied=Applied()),
         reject=lambda *entry: rejected.append(entry),
     )

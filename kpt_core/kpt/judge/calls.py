@@ -46,20 +46,33 @@ class Call:
         """The same call with every leaf replaced by ``change(path, leaf)``."""
         return Call(tree.rebuild(self.args, change), tree.rebuild(self.kwargs, change))
 
+    def map_each(self, change: Callable[[Any], Any]) -> Call:
+        """The same call with every leaf replaced by ``change(leaf)``, made once of each.
+
+        What is one object in several places, as in ``model(x, x)``, stays one.
+        """
+        made: dict[int, Any] = {}
+
+        def once(path: tree.Path, leaf: Any) -> Any:
+            if id(leaf) not in made:
+                made[id(leaf)] = change(leaf)
+            return made[id(leaf)]
+
+        return self.map(once)
+
+    def map_tensors(self, change: Callable[[torch.Tensor], Any]) -> Call:
+        """The same call with every tensor replaced by ``change(tensor)``, made once of each."""
+        return self.map_each(lambda leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+
     def clone(self) -> Call:
         """An independent copy with the same values, strides, storage alignment and shared tensors."""
-        memo: dict[int, Any] = {}
-
-        def copied(path: tree.Path, leaf: Any) -> Any:
-            if id(leaf) not in memo:
-                memo[id(leaf)] = clone_tensor(leaf) if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
-            return memo[id(leaf)]
-
-        return self.map(copied)
+        return self.map_each(
+            lambda leaf: clone_tensor(leaf) if isinstance(leaf, torch.Tensor) else copied_leaf(leaf)
+        )
 
     def to(self, device: torch.device | str) -> Call:
         """The same call with its tensors on ``device``."""
-        return self.map(lambda path, leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
+        return self.map_tensors(lambda tensor: tensor.to(device))
 
     def fingerprint(self) -> str:
         """A hash of the structure, the metadata and every value: equal calls have equal fingerprints."""

@@ -69,6 +69,7 @@ def judge(
     wide, cast = outputs.tensors(reference), outputs.tensors(cast_eager)
     figures: dict[str, float] = {}
     near: Verdict | None = None
+    most = 0.0
     for mine, own in zip(outputs.leaves(candidate), outputs.leaves(eager), strict=True):
         if not mine.is_tensor:
             continue
@@ -79,11 +80,13 @@ def judge(
             )
         verdict = judge_leaf(mine.name, mine.value, expected, own.value, cast.get(mine.name), terms)
         keep_worst(figures, verdict.figures)
-        if not verdict.passed and (near is None or verdict.excess > near.excess):
+        if verdict.passed:
+            most = max(most, verdict.excess)
+        elif near is None or verdict.excess > near.excess:
             near = verdict  # how far off the call is, the worst of its outputs says
             if near.excess == math.inf:
                 break
-    return passed(figures=figures) if near is None else replace(near, figures=figures)
+    return passed(figures=figures, excess=most) if near is None else replace(near, figures=figures)
 
 
 def judge_gradients(

@@ -26,6 +26,8 @@ PRODUCTION_FACTOR = 1.5
 PRODUCTION_RELATIVE = 5e-2
 PRODUCTION_KL = 1e-2
 PRODUCTION_TOP1 = 0.99
+#: What has less than this share of the error that is allowed will have no more than that on other inputs.
+CLEAR = 0.9
 #: A gradient of next to nothing may be off by as many times what is allowed at the floor of all gradients
 #: if eager's own cast is as far off: BERT-base's key biases, whose gradient is zero, by 1.6 times in bf16.
 VANISHING = 2.5
@@ -190,8 +192,7 @@ def _production(
     absolute = _absolute(name, candidate, reference, eager, as_good, measured, figures, terms)
     if not missed:
         return absolute
-    # A call may miss both.
-    excess = max(figures["limit_ratio"], 0.0 if absolute.passed else absolute.excess)
+    excess = max(figures["limit_ratio"], absolute.excess)  # a call may miss both
     return rejected(terms.rule, missed, figures, excess=excess)
 
 
@@ -207,8 +208,16 @@ def _absolute(
 ) -> Verdict:
     """What is allowed whatever the eager model does in that dtype; ``as_good``: it is no better there."""
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
-    if measured.error <= bound:
-        return passed(figures=figures)
+    share = excess = _ratio(measured.error, bound)
+    scores = share > CLEAR and terms.is_logits(name, candidate)
+    if scores:  # of which either will do
+        figures["kl"] = distances.kl_divergence(candidate, reference)
+        figures["top1"] = distances.top1_agreement(candidate, reference, eager)
+        if figures["top1"] >= PRODUCTION_TOP1:
+            share = min(share, figures["kl"] / PRODUCTION_KL)
+    if share <= 1.0:
+        # Gradients may be right beyond it, too.
+        return passed(figures=figures, excess=0.0 if terms.rule == "gradient" else share)
     if terms.rule == "gradient" and as_good:
         # It points the same way and as far, or there is nothing to point along and all of it is rounding.
         nothing = measured.scale <= PRODUCTION_RELATIVE * terms.floor
@@ -219,19 +228,11 @@ def _absolute(
             measured.elements >= _DIRECTED or measured.error <= AGGRESSIVE_RELATIVE * measured.scale
         ):
             return passed(figures=figures)
-    if terms.is_logits(name, candidate):
-        figures["kl"] = distances.kl_divergence(candidate, reference)
-        figures["top1"] = distances.top1_agreement(candidate, reference, eager)
-        if figures["kl"] <= PRODUCTION_KL and figures["top1"] >= PRODUCTION_TOP1:
-            return passed(figures=figures)
+    if scores:
         detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
-        return rejected(terms.rule, detail, figures, excess=_ratio(measured.error, bound))
-    return rejected(
-        terms.rule,
-        f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed",
-        figures,
-        excess=_ratio(measured.error, bound),
-    )
+        return rejected(terms.rule, detail, figures, excess=excess)
+    detail = f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed"
+    return rejected(terms.rule, detail, figures, excess=excess)
 
 
 def _aggressive(
@@ -244,22 +245,21 @@ def _aggressive(
 ) -> Verdict:
     figures["cosine"], figures["norm_ratio"] = measured.cosine, measured.norm_ratio
     bound = AGGRESSIVE_RELATIVE * max(measured.scale, terms.floor)
-    negligible = measured.error <= bound
-    if measured.elements < _DIRECTED:
-        wrong = not negligible
-    else:
-        off = abs(measured.norm_ratio - 1.0) > AGGRESSIVE_RELATIVE
-        wrong = not negligible and (measured.cosine < AGGRESSIVE_COSINE or off)
-    if wrong:
+    share = excess = _ratio(measured.error, bound)
+    if measured.elements >= _DIRECTED:  # then it will do to point the same way, about as far
+        turned = (1.0 - measured.cosine) / (1.0 - AGGRESSIVE_COSINE)
+        share = min(share, max(turned, abs(measured.norm_ratio - 1.0) / AGGRESSIVE_RELATIVE))
+    if not share <= 1.0:
         return rejected(
             terms.rule,
             f"{name} has cosine {measured.cosine:.4f} (at least {AGGRESSIVE_COSINE}), norm ratio "
             f"{measured.norm_ratio:.3f}, relative error {measured.relative:.3g}",
             figures,
-            excess=_ratio(measured.error, bound),
+            excess=excess,
         )
     if terms.is_logits(name, candidate):
         figures["kl"] = distances.kl_divergence(candidate, reference)
+        share = max(share, figures["kl"] / AGGRESSIVE_KL)
         if figures["kl"] > AGGRESSIVE_KL:
             return rejected(
                 terms.rule,
@@ -267,7 +267,7 @@ def _aggressive(
                 figures,
                 excess=figures["kl"] / AGGRESSIVE_KL,
             )
-    return passed(figures=figures)
+    return passed(figures=figures, excess=0.0 if terms.rule == "gradient" else share)
 
 
 def _ratio(error: float, limit: float) -> float:

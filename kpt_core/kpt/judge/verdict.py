@@ -33,7 +33,9 @@ RULES = (
 class Verdict:
     """A judgement. ``rule`` is "ok" or the `RULES` entry that rejected; ``figures`` are what was measured.
 
-    ``excess`` is how many times the error that was allowed a rejected one has, where that can be said.
+    ``excess`` is how many times the error that a level allows was found, where that can be said: above 1 of a
+    rejection, at most 1 of an acceptance. Of an acceptance that counts what is allowed whatever eager does in
+    that dtype; the rest is 0.
     """
 
     passed: bool
@@ -61,6 +63,6 @@ def rejected(
     return Verdict(False, rule, detail, dict(figures or {}), excess)
 
 
-def passed(detail: str = "", figures: Mapping[str, float] | None = None) -> Verdict:
+def passed(detail: str = "", figures: Mapping[str, float] | None = None, *, excess: float = 0.0) -> Verdict:
     """An acceptance."""
-    return Verdict(True, "ok", detail, dict(figures or {}))
+    return Verdict(True, "ok", detail, dict(figures or {}), excess)

@@ -26,6 +26,10 @@ PROMISING = 1.0
 #: Seconds of calls within which an alternative has to give back what its set-up takes longer than that of
 #: what it replaces or joins: processes that find the plan in the cache pay for most of it, too.
 _REPAID = 600.0
+#: Seconds within which such a process should be ready; what makes it later still has to give that back
+_READY = 20.0
+#: within this many seconds of calls.
+_REPAID_LATE = 60.0
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
 #: nor any where less than this share of the budget is left.
@@ -111,13 +115,10 @@ def _in_place(
         outcome.close()
         ledger.reject_by(candidate, outcome)
         return best
-    if (longer := _longer(ledger, outcome.plan, best.plan)) > max(0.0, _given_back(ledger, outcome)):
+    if too_long := _too_long(ledger, outcome, best):
         beside = f" with {', '.join(step.name for step in freed)}" if freed else ""
-        detail = (
-            f"{ratio(outcome):.2f}x{beside}, which does not give back within {_REPAID / 60:.0f} minutes of "
-            f"calls the {longer:.0f} s that its set-up takes longer"
-        )
         outcome.close()
+        detail = f"{ratio(outcome):.2f}x{beside}, which does not give back {too_long}"
         ledger.reject(candidate, "slower", detail, None if freed else ratio(outcome))
         return best
     for step in replaced:
@@ -138,12 +139,24 @@ def _longer(ledger: Ledger, plan: Plan, than: Plan) -> float:
     return ledger.pace * (announced(plan) - announced(than))
 
 
-def _given_back(ledger: Ledger, outcome: Outcome) -> float:
-    """The most seconds by which a set-up may be longer for what ``outcome`` gains; any for less memory."""
+def _too_long(ledger: Ledger, outcome: Outcome, best: Outcome) -> str:
+    """What of its set-up the gain of ``outcome`` over ``best`` does not give back soon enough; "" if all is.
+
+    For less memory it may take any time.
+    """
     timing = outcome.timing
     if timing is None or ledger.trials.observation.objective == "memory":
-        return math.inf
-    return (1.0 - 1.0 / (timing.total or timing.ratio)) * _REPAID
+        return ""
+    gained = max(0.0, 1.0 - 1.0 / (timing.total or timing.ratio))
+    if (longer := _longer(ledger, outcome.plan, best.plan)) > gained * _REPAID:
+        return f"within {_REPAID / 60:.0f} minutes of calls the {longer:.0f} s that its set-up takes longer"
+    ready, before = ledger.ready(outcome), ledger.ready(best)
+    if (late := ready - max(before, _READY)) > gained * _REPAID_LATE:
+        return (
+            f"within {_REPAID_LATE:.0f} s of calls the {late:.0f} s by which a later process would be ready "
+            f"after {max(before, _READY):.0f} s"
+        )
+    return ""
 
 
 def gamble(ledger: Ledger, best: Outcome | None) -> Outcome | None:

@@ -231,19 +231,16 @@ def _moved(examples: list[Call], model: torch.nn.Module) -> list[Call]:
     old_devices, old_dtypes = _last_kinds.get(model, (devices, dtypes))
     device = next(iter(devices)) if len(devices) == 1 and devices != old_devices else None
     dtype = next(iter(dtypes)) if len(dtypes) == 1 and dtypes != old_dtypes else None
-    moved: dict[int, torch.Tensor] = {}  # what is one tensor stays one
+    if device is None and dtype is None:
+        return examples
 
-    def move(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) not in moved:
-            moved[id(leaf)] = leaf.to(
-                device=device if leaf.device in old_devices else None,
-                dtype=dtype if leaf.is_floating_point() else None,
-            )
-        return moved[id(leaf)]
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(
+            device=device if tensor.device in old_devices else None,
+            dtype=dtype if tensor.is_floating_point() else None,
+        )
 
-    return examples if device is None and dtype is None else [call.map(move) for call in examples]
+    return [call.map_tensors(move) for call in examples]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kpt.error_text import summary
-from kpt.judge import distances, kinds, outputs, tree
+from kpt.judge import distances, kinds, outputs
 from kpt.judge.calls import Call
 from kpt.judge.kinds import Kind
 from kpt.judge.state import untouched
@@ -186,14 +186,5 @@ class Baseline:
 
 
 def cast_call(call: Call, dtype: torch.dtype) -> Call:
-    """``call`` with its floating-point (and complex) tensors in ``dtype``; what is one tensor stays one."""
-    made: dict[int, torch.Tensor] = {}
-
-    def changed(path: tree.Path, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) not in made:
-            made[id(leaf)] = leaf.to(workspace.cast_dtype(leaf, dtype))
-        return made[id(leaf)]
-
-    return call.map(changed)
+    """``call`` with its floating-point (and complex) tensors in ``dtype``."""
+    return call.map_tensors(lambda tensor: tensor.to(workspace.cast_dtype(tensor, dtype)))

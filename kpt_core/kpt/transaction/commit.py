@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kpt import compiling
 from kpt.error_text import summary
 from kpt.judge import clock, spans
+from kpt.judge.tolerances import keep_worst
 from kpt.judge.verdict import Verdict
 from kpt.transaction import dispatch
 from kpt.transaction.budget import BudgetSpent
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from kpt.judge.timing import Timing
+    from kpt.transaction.applied import Applied
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.trial import Trials
 
@@ -82,6 +84,19 @@ class Committed:
         return self.applied.undo_errors[known:]
 
 
+def _judged_again(outcome: Outcome, applied: Applied, trials: Trials) -> tuple[str, str]:
+    """The rule of the last judgement and its detail; the worst figures of both are the outcome's."""
+    with trials.kept.untouched():
+        verdicts = [_judge_values(outcome, trials)]
+        if trials.observation.stochastic and verdicts[0].passed:
+            verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied, fresh=True)))
+    for verdict in verdicts:
+        keep_worst(outcome.figures, verdict.figures)
+    if trials.metric.overrules(verdicts[-1].rule):
+        return "ok", ""  # the metric was measured when the plan was tried
+    return verdicts[-1].rule, verdicts[-1].detail
+
+
 def _judge_values(outcome: Outcome, trials: Trials) -> Verdict:
     """Values (and gradients) on fresh inputs; without dropout where that decides the outputs."""
     judged = outcome.quiet if trials.observation.stochastic else outcome.applied
@@ -107,23 +122,17 @@ def commit(
 ) -> tuple[Committed | None, tuple[str, str], Timing | None]:
     """Install ``outcome``'s plan and compare it end to end with the untouched model.
 
+    Its values are judged once more before that, on fresh inputs and more of them: who is the fastest of many
+    may be right by chance. Where a single plan was tried, and that as thoroughly, they are not.
+
     Returns the commitment, or None with the rule and the reason why the original came back, and the last
     timing.
     """
     applied = outcome.applied
     assert applied is not None
     harmed = len(trials.kept.damage)
-    with trials.kept.untouched():
-        verdicts = [_judge_values(outcome, trials)]
-        if trials.observation.stochastic and verdicts[0].passed:
-            verdicts.append(_verdict(lambda: trials.judgement.judge_dropout(applied, fresh=True)))
-        verdict = verdicts[-1]
-        for key, value in (item for each in verdicts for item in each.figures.items()):
-            outcome.figures[key] = max(outcome.figures.get(key, value), value)
+    rule, detail = ("ok", "") if outcome.thorough else _judged_again(outcome, applied, trials)
     outcome.hush()
-    rule, detail = verdict.rule, verdict.detail
-    if trials.metric.overrules(rule):
-        rule, detail = "ok", ""  # the metric was measured when the plan was tried
     if len(trials.kept.damage) > harmed:
         rule, detail = "parameter-modified", trials.kept.damage_since(harmed)
     if rule != "ok":

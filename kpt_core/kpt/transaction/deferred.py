@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from kpt.error_text import described
-from kpt.judge import tree
 from kpt.judge.calls import Call
 from kpt.transaction import dispatch
 from kpt.transaction.ambient import default_devices, transformed
@@ -83,15 +82,6 @@ def _unobservable() -> bool:
 
 
 def _outside_inference_mode(call: Call) -> Call:
-    """Tensors made in inference mode cannot be used where gradients may be recorded. One stays one."""
-    copies: dict[int, torch.Tensor] = {}
-
-    def outside(path: tree.Path, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_inference():
-            return leaf
-        if id(leaf) not in copies:
-            copies[id(leaf)] = leaf.clone()
-        return copies[id(leaf)]
-
+    """Tensors made in inference mode cannot be used where gradients may be recorded."""
     with torch.inference_mode(False):
-        return call.map(outside)
+        return call.map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

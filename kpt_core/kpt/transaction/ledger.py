@@ -81,6 +81,8 @@ class Ledger:
         self.offered = tuple(candidates)
         self.fixed = False
         self.found = Found()
+        #: Seconds that were spent before the first trial, of which a process with a recipe spends most, too.
+        self.began = budget.spent()
         self.tried: dict[str, Outcome] = {}
         #: Steps that were seen to pay for themselves in company.
         self.paid: set[Candidate] = set()
@@ -183,6 +185,15 @@ class Ledger:
         Where dropout decides the outputs, the values are judged on a second one.
         """
         return announced(plan) * (2 if self.trials.observation.stochastic else 1)
+
+    def ready(self, outcome: Outcome) -> float:
+        """About the seconds until a later process, which finds the plan of ``outcome`` in the cache, is
+        ready.
+
+        Set-ups may be shorter there, where a compiler has a cache.
+        """
+        judged = outcome.seconds - outcome.setup_seconds
+        return self.began + outcome.setup_seconds + _COMMIT * judged
 
     def slow(self, plan: Plan) -> bool:
         """Whether the set-up of ``plan`` is worth a thought."""

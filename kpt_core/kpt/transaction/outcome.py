@@ -23,8 +23,8 @@ class Outcome:
 
     So is ``quiet``, the same plan on the model without dropout, by which values are judged where the
     outputs depend on random numbers. ``over_eager`` is how many times faster than the untouched model it is,
-    through what it was timed against. ``beneath`` is the accepted outcome of a stricter level that it took
-    the place of, alive as long as it is.
+    through what it was timed against. ``thorough`` says that it was judged on as many calls as in a commit.
+    ``beneath`` is the accepted outcome of a stricter level that it took the place of, alive as long as it is.
     """
 
     plan: Plan
@@ -40,6 +40,7 @@ class Outcome:
     applied: Applied | None = None
     quiet: Applied | None = None
     over_eager: float = 0.0
+    thorough: bool = False
     beneath: Outcome | None = None
 
     @property

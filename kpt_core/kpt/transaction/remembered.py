@@ -113,7 +113,7 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
         return True
     emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
     fixed = trials.observation.deterministic
-    outcome = trials.run(plan, keep=True, timed=False)
+    outcome = trials.run(plan, keep=True, timed=False, thorough=True)  # nothing else is chosen from
     if not outcome.right or outcome.applied is None:
         outcome.close()
         if fixed and outcome.rule in ("budget", "deadline"):  # a search would find another plan, by the clock

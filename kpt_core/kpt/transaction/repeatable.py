@@ -167,10 +167,9 @@ def told_by_gradients(runner: Runner, plain: torch.nn.Module, call: Call) -> str
 
 
 def _requiring(call: Call, requires: bool) -> Call:
-    def leaf_of(path: Any, leaf: Any) -> Any:
-        return leaf.detach().requires_grad_(requires) if _takes_gradient(leaf) else leaf
-
-    return call.map(leaf_of)
+    return call.map_tensors(
+        lambda tensor: tensor.detach().requires_grad_(requires) if _takes_gradient(tensor) else tensor
+    )
 
 
 def _takes_gradient(leaf: Any) -> bool:

@@ -81,12 +81,13 @@ class Trials:
         """Try ``plan``; time it against ``against``, or the untouched model.
 
         An accepted outcome keeps its workspace alive if ``keep``. ``seconds`` limits the trial below
-        what is left of the budget.
+        what is left of the budget. A ``thorough`` one judges on as many calls as a commit does, which then
+        need not.
         """
         started = time.perf_counter()
         left = self.budget.left()
         self._ends = started + (left if seconds is None else min(seconds, left))
-        outcome = Outcome(plan)
+        outcome = Outcome(plan, thorough=thorough)
         applied: list[Applied] = []
         kept = self.kept
         harmed, patched = len(kept.damage), len(kept.patched)
