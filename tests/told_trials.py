@@ -20,6 +20,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.began = 0.0
         self.observation = SimpleNamespace(
             deterministic=False, stochastic=False, objective="latency", baseline_seconds=1e-3
         )

@@ -31,7 +31,7 @@ class Drawn(FreshCalls):
         self.drawn: list[tuple] = []
         self.moved: set[str] = set()
 
-    def _drawn(self, rule, label, sizes, padding):
+    def _drawn(self, rule, label, sizes, padding, *, again=False):
         self.drawn.append((rule, label, sizes, padding))
         expected = SimpleNamespace(eager=SimpleNamespace(output=torch.zeros(1)))
         return Draw(expected, rule, label, len(self.drawn), sizes, padding)
@@ -43,6 +43,8 @@ class Scripted(Judgement):
     def __init__(self, *verdicts: Verdict) -> None:
         self.verdicts = list(verdicts)
         self.calls = Drawn()
+        self.observation = SimpleNamespace(training=False)
+        self.overruled = lambda rule: False
         self._moved_by_plan: set[str] = set()
 
     @property
@@ -103,12 +105,73 @@ def test_what_meets_its_limit_narrowly_once_is_accepted_where_two_others_keep_cl
     assert verdict.passed and not judgement.verdicts and len(judgement.drawn) == 3
 
 
-def test_what_was_met_stands_where_eager_takes_no_other_call():
-    judgement = Scripted(CLOSE)
+@pytest.mark.parametrize("taken", [0, 1])
+def test_what_was_met_stands_where_eager_takes_no_other_call(taken):
+    judgement = Scripted(CLOSE, *[passed()] * taken)
     draw = judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)
-    judgement.calls._drawn = lambda *kind: None
+    others = [judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)] * taken
+    judgement.calls._drawn = lambda *kind, **options: others.pop() if others else None
+    elsewhere = []
+    judgement._elsewhere = lambda applied, judged: elsewhere.append(judged) or passed()
     applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
-    assert judgement.judge(applied, [draw]).passed
+    assert judgement.judge(applied, [draw]).passed and not judgement.verdicts
+    assert elsewhere == [draw]  # and its own output goes with it
+
+
+def test_of_other_calls_eager_may_refuse_any():
+    """A first one of the examples' kind has to run."""
+    calls = as_calls(torch.randn(4, 64))
+    observation, baseline, _ = observed(Weighted(), calls)
+    fresh = FreshCalls(observation, baseline)
+    (draw, *_) = fresh.draws(touches_mask=False, thorough=False)
+
+    def refuses(*args, **options):
+        raise IndexError("out of range")
+
+    baseline.expected = refuses
+    assert fresh.like(draw) is None
+    with pytest.raises(IndexError):
+        fresh.draws(touches_mask=False, thorough=False)
+
+
+def scored(positions: int, excess: float = 0.1) -> Verdict:
+    return passed(figures={"scored_positions": positions}, excess=excess)
+
+
+@pytest.mark.parametrize(("positions", "calls"), [(600, 3), (260, 4), (32, 25)])
+def test_what_is_right_by_its_scores_alone_is_judged_on_many_positions(positions, calls):
+    """Of 32, of which one in a thousand is far off, most often none is."""
+    verdict, judgement = judged(*[scored(positions)] * calls)
+    assert verdict.passed and not judgement.verdicts and len(judgement.drawn) == calls
+    verdict, judgement = judged(*[scored(positions)] * (calls - 1), NEAR)
+    assert not verdict.passed and not judgement.verdicts
+    verdict, _ = judged(*[scored(positions)] * (calls - 1), scored(positions, 0.95))
+    assert "95% of what is allowed" in verdict.detail
+
+
+def test_where_a_metric_decides_nothing_is_asked_of_tolerances_and_all_else_is():
+    fine = passed()
+
+    def judge(*verdicts, refilled=fine, elsewhere=fine):
+        judgement = Scripted(*verdicts)
+        judgement.overruled = lambda rule: rule in ("value", "size")
+        judgement._refilled = lambda *_: refilled
+        judgement._elsewhere = lambda *_: elsewhere
+        draws = [judgement.calls._drawn("size", "rows=17", {"rows": 17}, True) for _ in range(2)]
+        applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+        verdict = judgement.judge(applied, draws)
+        assert len(judgement.drawn) == 2
+        return verdict
+
+    assert judge(CLOSE, CLOSE).passed
+    missed = judge(NEAR, FAR)
+    assert not missed.passed and missed.rule == "size" and missed.excess == 10.0
+    assert missed.figures["relative_error"] == 0.5
+    assert judge(FAR, rejected("nan", "none there")).rule == "nan"
+    assert judge(FAR, NEAR, refilled=FAR).rule == "size"
+    further = rejected("size", "the answer of another call", excess=50.0)
+    assert judge(FAR, NEAR, refilled=further).rule == "replay"
+    assert judge(FAR, NEAR, elsewhere=rejected("nan", "none there")).rule == "nan"
 
 
 @pytest.mark.parametrize("others", [(NEAR,), (passed(), NEAR), (FAR,)])
@@ -222,20 +285,25 @@ class Weighted(torch.nn.Module):
         return x * self.weight
 
 
-def test_a_near_miss_excuses_no_lost_gradient():
-    calls = as_calls(torch.randn(4, 64))
+def observed(model, calls):
     budget = Budget(60.0)
     observation, plain = observe(
-        Weighted(),
+        model,
         calls,
-        InputSpec.from_calls(calls, None, Weighted().forward),
+        InputSpec.from_calls(calls, None, model.forward),
         level="production",
         objective="latency",
         hardware=profiles.hardware("cpu", measure=False),
         registry=registry([]),
         deadline=budget,
     )
-    judgement = Judgement(observation, Baseline(observation, plain, seed=0), budget)
+    return observation, Baseline(observation, plain, seed=0), budget
+
+
+def test_a_near_miss_excuses_no_lost_gradient():
+    observation, baseline, budget = observed(Weighted(), as_calls(torch.randn(4, 64)))
+    plain = baseline.plain
+    judgement = Judgement(observation, baseline, budget)
     draw = judgement.calls.draws(touches_mask=False, thorough=False)[0]
     plan = SimpleNamespace(level="production", compute_dtype="bfloat16", touches_mask=False)
     right = plain.forward

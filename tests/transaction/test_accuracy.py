@@ -45,6 +45,32 @@ def test_a_metric_outranks_the_tolerances():
     optimized(model, example, plugins=offered, accuracy=kpt.Accuracy(agreement, max_drop=0.1))
 
 
+class OneBufferOnePercent(hostile_passes.OneBuffer):
+    def around(self, inner, model, x):
+        return super().around(lambda given: inner(given) * 1.01, model, x)
+
+
+class ReplaysOnePercent(hostile_passes.ReplaysLast):
+    def around(self, inner, model, x):
+        return super().around(lambda given: inner(given) * 1.01, model, x)
+
+
+@pytest.mark.parametrize("wrong", [OneBufferOnePercent, ReplaysOnePercent])
+def test_a_metric_outranks_nothing_else(wrong):
+    """What its tolerance was missed by had excused whatever came after."""
+    model, example = net(), torch.randn(32, 16)
+    top = net()(example).argmax(-1)
+
+    def agreement(candidate: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((candidate(example).argmax(-1) == top).float().mean())
+
+    accuracy = kpt.Accuracy(agreement, max_drop=0.1)
+    kpt.optimize(model, example, plugins=[plugin(wrong)], budget=20.0, cache=False, accuracy=accuracy)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and [entry.rule for entry in receipt.rejected] == ["replay"]
+
+
 @pytest.mark.parametrize("higher", [True, False])
 def test_a_drop_rejects(higher):
     values = iter([0.9, 0.8] if higher else [0.1, 0.2])

@@ -114,6 +114,7 @@ def test_a_recipe_that_is_wrong_where_only_a_commit_looks_is_forgotten(cached, m
     receipt = kpt.report(model)
     assert receipt.searched and not receipt.optimized
     assert any("did not hold (value: seen on many inputs)" in note for note in receipt.notes)
+    assert steps(cached) == []  # what the search found then: nothing
 
 
 def _more_when_thorough(draws: Callable[..., list]) -> Callable[..., list]:
@@ -415,12 +416,11 @@ def stopped(*args: object, **options: object) -> object:
         (commit.Committed, "time", slow_clock, "slower"),
         (commit.Committed, "time", stopped, "deadline"),
         (trial.Trials, "_run", stopped, "deadline"),
+        (Judgement, "judge", lambda *_: Verdict(False, "value", "near its limit"), "value"),
     ],
-    ids=["timed", "stopped at the end", "stopped in the trial"],
+    ids=["timed", "stopped at the end", "stopped in the trial", "judged wrong"],
 )
-def test_a_veto_of_the_clock_is_kept_in_deterministic_mode(
-    target, name, replacement, rule, deterministic, monkeypatch
-):
+def test_a_veto_is_kept_in_deterministic_mode(target, name, replacement, rule, deterministic, monkeypatch):
     """Else the third process would have other bits than the second."""
     plugins = [plugin(DirectScale)]
     first, _ = run(plugins=plugins)
@@ -435,6 +435,29 @@ def test_a_veto_of_the_clock_is_kept_in_deterministic_mode(
     assert third.recipe == "hit" and not third.searched and not third.optimized
     assert third.reason == second.reason != ""
     assert [entry.rule for entry in third.rejected] == [rule]
+
+
+def test_a_recipe_that_was_stopped_is_not_lost(cached, monkeypatch):
+    """On a machine that was busy it ran out of its time, and the next process had to search."""
+    before = cached.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.Trials, "_run", stopped)
+        kpt.optimize(model := net(), EXAMPLE, plugins=PLUGINS, budget=6.0)
+    assert not kpt.report(model).optimized
+    assert any("did not hold (deadline" in note for note in kpt.report(model).notes)
+    assert cached.read_bytes() == before
+    receipt, _ = run()
+    assert receipt.recipe == "hit" and not receipt.searched and receipt.optimized
+
+
+def test_a_plan_that_was_given_and_is_wrong_is_among_the_rejected(monkeypatch, tmp_path):
+    kpt.save(optimized(net(), EXAMPLE, plugins=PLUGINS), tmp_path / "saved")
+    wrong = Verdict(False, "value", "off", {"relative_error": 0.2})
+    monkeypatch.setattr(Judgement, "judge", lambda *_: wrong)
+    receipt = kpt.report(kpt.load(tmp_path / "saved", model=net(), plugins=PLUGINS))
+    assert not receipt.optimized and not receipt.searched
+    (entry,) = receipt.rejected
+    assert (entry.name, entry.rule, entry.figures) == ("DirectScale:direct", "value", wrong.figures)
 
 
 @pytest.mark.parametrize(("budget", "searched"), [(20.0, True), (5.0, False)])

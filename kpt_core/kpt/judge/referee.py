@@ -101,7 +101,8 @@ def judge_gradients(
     """Judge gradients by parameter (or input) name; a parameter without one must have none in each.
 
     Gradients that vanish analytically (a key projection's bias under softmax) are all rounding noise:
-    the tolerance also grows with 1 % of the root mean square over all gradients.
+    the tolerance also grows with 1 % of the root mean square over all gradients. An acceptance says nothing
+    of how near they are to what is allowed: some of them are right beyond it.
     """
     _check_level(level)
     dtype = as_dtype(compute_dtype)

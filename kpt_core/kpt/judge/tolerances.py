@@ -210,14 +210,16 @@ def _absolute(
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
     share = excess = _ratio(measured.error, bound)
     scores = share > CLEAR and terms.is_logits(name, candidate)
-    if scores:  # of which either will do
+    if scores:  # of which either will do; how many positions their means are over says what they are worth
+        figures["scored_positions"] = candidate.numel() // candidate.shape[-1]
         figures["kl"] = distances.kl_divergence(candidate, reference)
         figures["top1"] = distances.top1_agreement(candidate, reference, eager)
         if figures["top1"] >= PRODUCTION_TOP1:
             share = min(share, figures["kl"] / PRODUCTION_KL)
+        if share <= 1.0 and math.isnan(figures["kl"]):  # where a whole row is masked
+            del figures["kl"]
     if share <= 1.0:
-        # Gradients may be right beyond it, too.
-        return passed(figures=figures, excess=0.0 if terms.rule == "gradient" else share)
+        return passed(figures=figures, excess=share)
     if terms.rule == "gradient" and as_good:
         # It points the same way and as far, or there is nothing to point along and all of it is rounding.
         nothing = measured.scale <= PRODUCTION_RELATIVE * terms.floor
@@ -267,7 +269,7 @@ def _aggressive(
                 figures,
                 excess=figures["kl"] / AGGRESSIVE_KL,
             )
-    return passed(figures=figures, excess=0.0 if terms.rule == "gradient" else share)
+    return passed(figures=figures, excess=share)
 
 
 def _ratio(error: float, limit: float) -> float:
@@ -275,7 +277,7 @@ def _ratio(error: float, limit: float) -> float:
 
 
 #: Figures of which the smallest value over all leaves is the worst.
-_SMALLEST = frozenset({"cosine", "top1", "agreement"})
+_SMALLEST = frozenset({"cosine", "top1", "agreement", "scored_positions"})
 
 
 def keep_worst(figures: dict[str, float], new: Mapping[str, float]) -> None:

@@ -29,7 +29,7 @@ _REPAID = 600.0
 #: Seconds within which such a process should be ready; what makes it later still has to give that back
 _READY = 20.0
 #: within this many seconds of calls.
-_REPAID_LATE = 60.0
+_REPAID_LATE = 120.0
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
 #: nor any where less than this share of the budget is left.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kpt.transaction.request import Run
     from kpt.transaction.trial import Trials
 
-#: Share of the budget that the last commit may go beyond it, and the most seconds: what was found is lost
+#: Share of the budget that the last proof may go beyond it, and the most seconds: what was found is lost
 #: where a machine that has become slower does not let it end.
 _OVERTIME, _OVERTIME_MOST = 0.05, 5.0
 #: Seconds that a tracker may take without a word in the receipt.
@@ -70,7 +70,7 @@ def _try(
     """
     _say(run, f"committing {best.plan.key}")
     kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
-    beyond = min(_OVERTIME * run.budget.seconds, _OVERTIME_MOST) if beneath is None else 0.0
+    beyond = overtime(run) if beneath is None else 0.0
     committed: Committed | None = None
     try:
         with run.budget.overtime(beyond):
@@ -84,6 +84,11 @@ def _try(
     except BaseException:
         _undo(best, committed)
         raise
+
+
+def overtime(run: Run) -> float:
+    """Seconds beyond the budget that it may take to prove what is the last."""
+    return min(_OVERTIME * run.budget.seconds, _OVERTIME_MOST)
 
 
 def _say(run: Run, text: str, rule: str | None = None) -> None:

@@ -90,10 +90,12 @@ class FreshCalls:
         self.only_examples = observation.dynamic and not any(draw.rule == "size" for draw in found)
         return found
 
-    def _drawn(self, rule: str, label: str, sizes: dict[str, int] | None, padding: bool) -> Draw | None:
+    def _drawn(
+        self, rule: str, label: str, sizes: dict[str, int] | None, padding: bool, *, again: bool = False
+    ) -> Draw | None:
         self._seed += 1
-        expected = self._expected(sizes, padding, required=label == "like the example")
-        if expected is None and padding and sizes is None:
+        expected = self._expected(sizes, padding, required=label == "like the example" and not again)
+        if expected is None and padding and sizes is None and not again:
             return self._drawn("value", "like the example", None, False)
         return None if expected is None else Draw(expected, rule, label, self._seed, sizes, padding)
 
@@ -110,7 +112,7 @@ class FreshCalls:
         """Another call of the kind of ``draw``; None where eager refuses it."""
         if draw.mixed:
             return self._mixed()
-        return self._drawn(draw.rule, draw.label, draw.sizes, draw.padding)
+        return self._drawn(draw.rule, draw.label, draw.sizes, draw.padding, again=True)
 
     def _mixed(self) -> Draw | None:
         """A call with zeros and ones where the examples hold one of them everywhere; None where there is no

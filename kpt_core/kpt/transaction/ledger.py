@@ -81,8 +81,6 @@ class Ledger:
         self.offered = tuple(candidates)
         self.fixed = False
         self.found = Found()
-        #: Seconds that were spent before the first trial, of which a process with a recipe spends most, too.
-        self.began = budget.spent()
         self.tried: dict[str, Outcome] = {}
         #: Steps that were seen to pay for themselves in company.
         self.paid: set[Candidate] = set()
@@ -187,13 +185,13 @@ class Ledger:
         return announced(plan) * (2 if self.trials.observation.stochastic else 1)
 
     def ready(self, outcome: Outcome) -> float:
-        """About the seconds until a later process, which finds the plan of ``outcome`` in the cache, is
-        ready.
+        """About the seconds until a later process, which finds the plan of ``outcome`` cached, is ready.
 
-        Set-ups may be shorter there, where a compiler has a cache.
+        By what its set-up was announced to take, at the pace of those here: two plans may have found a
+        compiler's cache as different.
         """
         judged = outcome.seconds - outcome.setup_seconds
-        return self.began + outcome.setup_seconds + _COMMIT * judged
+        return self.trials.began + self.setup(outcome.plan) + _COMMIT * judged
 
     def slow(self, plan: Plan) -> bool:
         """Whether the set-up of ``plan`` is worth a thought."""

@@ -15,6 +15,7 @@ from kpt.transaction.receipt import Entry
 
 if TYPE_CHECKING:
     from kpt.transaction.observe import Observation
+    from kpt.transaction.outcome import Outcome
     from kpt.transaction.request import Run
     from kpt.transaction.trial import Trials
 
@@ -113,25 +114,11 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
         return True
     emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
     fixed = trials.observation.deterministic
-    outcome = trials.run(plan, keep=True, timed=False, thorough=True)  # nothing else is chosen from
+    with run.budget.overtime(conclusion.overtime(run)):
+        outcome = trials.run(plan, keep=True, timed=False, thorough=True)  # there is no other to choose
     if not outcome.right or outcome.applied is None:
         outcome.close()
-        if fixed and outcome.rule in ("budget", "deadline"):  # a search would find another plan, by the clock
-            reason = run.receipt.reason = f"the recipe {plan.key} was stopped ({outcome.reason})"
-            run.receipt.rejected = [
-                Entry(step.name, step.phase, step.plugin, outcome.rule, reason) for step in plan.steps
-            ]
-            _store_veto(run)
-            return True
-        if outcome.rule in ("budget", "deadline") and _with_less(run, data):
-            run.receipt.rejected = [
-                Entry(step.name, step.phase, step.plugin, outcome.rule, outcome.reason) for step in plan.steps
-            ]
-            return _too_late(run, plan.key, data)
-        run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
-        if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
-            recipe.forget(run.key)
-        return False
+        return _refused(run, outcome, data, fixed=fixed)
     figures = data.get("figures", {})
     gains, doubts = dict(figures.get("gains", {})), dict(figures.get("doubts", {}))
     found = Found(best=outcome, gains=gains, doubts=doubts)
@@ -146,6 +133,27 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
     if run.committed is None and late and not fixed and _with_less(run, data):
         return _too_late(run, plan.key, data)
     return run.committed is not None or fixed
+
+
+def _refused(run: Run, outcome: Outcome, data: dict[str, Any], *, fixed: bool) -> bool:
+    """Say why a recipe does not serve; False when a search has to follow."""
+    plan, late = outcome.plan, outcome.rule in ("budget", "deadline")
+    run.receipt.rejected = [
+        Entry(step.name, step.phase, step.plugin, outcome.rule, outcome.reason, None, outcome.figures)
+        for step in plan.steps
+    ]
+    if fixed and (late or outcome.judged_wrong):
+        # A search would find another plan, by the clock, or this one again, judged on what comes then.
+        verb = "stopped" if late else "refused"
+        run.receipt.reason = f"the recipe {plan.key} was {verb} ({outcome.reason})"
+        _store_veto(run)
+        return True
+    if late and _with_less(run, data):
+        return _too_late(run, plan.key, data)
+    run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
+    if run.receipt.recipe == "hit" and not late:  # one that was given, by the user or by rank 0, is not its
+        recipe.forget(run.key)
+    return False
 
 
 def _with_less(run: Run, data: dict[str, Any]) -> bool:

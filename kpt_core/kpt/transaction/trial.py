@@ -57,7 +57,9 @@ class Trials:
         self.baseline = baseline
         self.budget = budget
         self.metric = Metric(accuracy, observation, baseline, state)
-        self.judgement = Judgement(observation, baseline, budget)
+        self.judgement = Judgement(observation, baseline, budget, overruled=self.metric.overrules)
+        #: Seconds until here, which a later process with a recipe spends as well.
+        self.began = budget.spent()
         self.load = load_of(observation)
         self.kept = Safekeeping(observation.model, state)
         #: What plans are applied to copies of. A forward that registers hooks when it is first called does so
