@@ -17,6 +17,7 @@ from kpt.transaction.baseline import Baseline
 from kpt.transaction.budget import Budget
 from kpt.transaction.fresh_calls import Draw, FreshCalls
 from kpt.transaction.judgement import Judgement
+from kpt.transaction.nearness import Others
 from kpt.transaction.observe import observe
 
 NEAR = rejected("size", "near", {"relative_error": 0.055}, excess=1.1)
@@ -40,11 +41,14 @@ class Drawn(FreshCalls):
 class Scripted(Judgement):
     """Answers the draws that it is asked for with ``verdicts``, one after another."""
 
+    metric = False
+
     def __init__(self, *verdicts: Verdict) -> None:
         self.verdicts = list(verdicts)
         self.calls = Drawn()
         self.observation = SimpleNamespace(training=False)
-        self.overruled = lambda rule: False
+        self.overruled = lambda rule: self.metric and rule in ("value", "size")
+        self.others = Others(self.calls, Budget(60.0), lambda rule: self.overruled(rule), self._one)
         self._moved_by_plan: set[str] = set()
 
     @property
@@ -52,7 +56,11 @@ class Scripted(Judgement):
         return self.calls.drawn
 
     def _one(self, applied, draw, given=None):
+        self.budget_spent()
         return self.verdicts.pop(0), torch.zeros(1)
+
+    def budget_spent(self):
+        """What each call takes."""
 
     def _leaves_unwritten(self, applied, draw):
         return False
@@ -64,7 +72,7 @@ class Scripted(Judgement):
 def judged(*verdicts: Verdict, dtype: str | None = "bfloat16") -> tuple[Verdict, Scripted]:
     judgement = Scripted(*verdicts)
     draw = judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)
-    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype=dtype))
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype=dtype, level="production"))
     return judgement.judge(applied, [draw]), judgement
 
 
@@ -79,7 +87,7 @@ def test_what_comes_after_is_judged_on_the_calls_that_held():
     judgement.refilled = []
     judgement._refilled = lambda applied, *draws: judgement.refilled.extend(d.seed for d in draws) or passed()
     draws = [judgement.calls._drawn("value", "like the example", None, False) for _ in range(2)]
-    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16", level="production"))
     assert judgement.judge(applied, draws).passed
     assert judgement.refilled == [4, 2]
 
@@ -113,7 +121,7 @@ def test_what_was_met_stands_where_eager_takes_no_other_call(taken):
     judgement.calls._drawn = lambda *kind, **options: others.pop() if others else None
     elsewhere = []
     judgement._elsewhere = lambda applied, judged: elsewhere.append(judged) or passed()
-    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16", level="production"))
     assert judgement.judge(applied, [draw]).passed and not judgement.verdicts
     assert elsewhere == [draw]  # and its own output goes with it
 
@@ -147,6 +155,45 @@ def test_what_is_right_by_its_scores_alone_is_judged_on_many_positions(positions
     assert not verdict.passed and not judgement.verdicts
     verdict, _ = judged(*[scored(positions)] * (calls - 1), scored(positions, 0.95))
     assert "95% of what is allowed" in verdict.detail
+    # Those of which the error alone says enough count as well.
+    verdict, judgement = judged(scored(positions), *[passed()] * (calls - 1))
+    assert verdict.passed and not judgement.verdicts
+
+
+def test_the_positions_of_all_draws_count_and_so_do_their_calls():
+    judgement = Scripted(scored(300), *[passed()] * 3, scored(300), *[passed()] * 2)
+    draws = [judgement.calls._drawn("size", f"rows={n}", {"rows": n}, True) for n in (3, 5)]
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16", level="production"))
+    judgement._refilled = lambda *_: passed()
+    assert judgement.judge(applied, draws).passed
+    # Three beside the first make 1200; the second needs none for that, and has two all the same.
+    labels = [label for _, label, *_ in judgement.drawn]
+    assert labels == ["rows=3", "rows=5"] + ["rows=3"] * 3 + ["rows=5"] * 2
+    judgement.verdicts = [scored(8)] * 60
+    assert judgement.judge(applied, draws).passed
+    assert len(judgement.verdicts) == 60 - 25 - 3
+
+
+def test_more_calls_than_two_take_no_more_than_a_tenth_of_the_budget(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kpt.transaction.nearness.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def spent(self):
+        now[0] += 2.5
+
+    monkeypatch.setattr(Scripted, "budget_spent", spent)
+    verdict, judgement = judged(*[scored(8)] * 4)
+    assert verdict.passed and not judgement.verdicts  # 7.5 of 60 s are more than a tenth
+
+
+def test_the_exact_level_knows_no_near_misses():
+    judgement = Scripted(NEAR)
+    draw = judgement.calls._drawn("size", "rows=17", {"rows": 17}, True)
+    applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="float32", level="exact"))
+    assert not judgement.judge(applied, [draw]).passed and len(judgement.drawn) == 1
+    reference = torch.ones(64, dtype=torch.float64)
+    verdict = referee.judge((reference * 1.01).float(), reference, reference.float(), level="exact")
+    assert not verdict.passed and 10.0 < verdict.excess < float("inf")
 
 
 def test_where_a_metric_decides_nothing_is_asked_of_tolerances_and_all_else_is():
@@ -154,11 +201,11 @@ def test_where_a_metric_decides_nothing_is_asked_of_tolerances_and_all_else_is()
 
     def judge(*verdicts, refilled=fine, elsewhere=fine):
         judgement = Scripted(*verdicts)
-        judgement.overruled = lambda rule: rule in ("value", "size")
+        judgement.metric = True
         judgement._refilled = lambda *_: refilled
         judgement._elsewhere = lambda *_: elsewhere
         draws = [judgement.calls._drawn("size", "rows=17", {"rows": 17}, True) for _ in range(2)]
-        applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16"))
+        applied = SimpleNamespace(plan=SimpleNamespace(compute_dtype="bfloat16", level="production"))
         verdict = judgement.judge(applied, draws)
         assert len(judgement.drawn) == 2
         return verdict
@@ -171,6 +218,15 @@ def test_where_a_metric_decides_nothing_is_asked_of_tolerances_and_all_else_is()
     assert judge(FAR, NEAR, refilled=FAR).rule == "size"
     further = rejected("size", "the answer of another call", excess=50.0)
     assert judge(FAR, NEAR, refilled=further).rule == "replay"
+    assert judge(passed(), FAR, elsewhere=FAR).rule == "size"  # of the first call, which missed nothing
+    assert judge(passed(), FAR, elsewhere=FAR).detail.startswith("for inputs at odd addresses")
+    # Of what has no size, only the same is excused; of integers, as few that agree.
+    other, same = rejected("size", "the answer is 3"), rejected("size", "the answer is 2")
+    assert judge(same, same, refilled=same).detail == "rows=17: the answer is 2"
+    assert judge(same, same, refilled=other).rule == "replay"
+    few, fewer = (rejected("size", f"{n}", {"agreement": n}) for n in (0.9, 0.3))
+    assert judge(few, few, refilled=fewer).rule == "replay"
+    assert judge(fewer, few, refilled=few).rule == "size"
     assert judge(FAR, NEAR, elsewhere=rejected("nan", "none there")).rule == "nan"
 
 
@@ -309,6 +365,6 @@ def test_a_near_miss_excuses_no_lost_gradient():
     right = plain.forward
     near = SimpleNamespace(plan=plan, forward=lambda x: right(x) - 0.0037 * right(x).detach())
     lost = SimpleNamespace(plan=plan, forward=lambda x: near.forward(x).detach())
-    assert judgement._may_be_chance(near, judgement._one(near, draw)[0])
+    assert judgement.others.wanted(near, judgement._one(near, draw)[0])
     verdict, _ = judgement._one(lost, draw)
-    assert verdict.rule == "gradient" and not judgement._may_be_chance(lost, verdict)
+    assert verdict.rule == "gradient" and not judgement.others.wanted(lost, verdict)

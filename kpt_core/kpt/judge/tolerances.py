@@ -163,6 +163,7 @@ def _exact(
         f"{name} has an rms error of {measured.error:.3g} (relative {measured.relative:.3g}); "
         f"eager's is {own:.3g} and {limit:.3g} is allowed",
         figures,
+        excess=figures["limit_ratio"],
     )
 
 
@@ -208,17 +209,18 @@ def _absolute(
 ) -> Verdict:
     """What is allowed whatever the eager model does in that dtype; ``as_good``: it is no better there."""
     bound = PRODUCTION_RELATIVE * max(measured.scale, terms.floor)
-    share = excess = _ratio(measured.error, bound)
-    scores = share > CLEAR and terms.is_logits(name, candidate)
-    if scores:  # of which either will do; how many positions their means are over says what they are worth
-        figures["scored_positions"] = candidate.numel() // candidate.shape[-1]
+    share = _ratio(measured.error, bound)
+    scores = share > CLEAR and terms.rule != "gradient" and terms.is_logits(name, candidate)
+    if scores:  # of the error and these either will do
         figures["kl"] = distances.kl_divergence(candidate, reference)
         figures["top1"] = distances.top1_agreement(candidate, reference, eager)
         if figures["top1"] >= PRODUCTION_TOP1:
             share = min(share, figures["kl"] / PRODUCTION_KL)
-        if share <= 1.0 and math.isnan(figures["kl"]):  # where a whole row is masked
-            del figures["kl"]
     if share <= 1.0:
+        if scores:  # means, of which the number of positions says what they are worth
+            figures["scored_positions"] = candidate.numel() // candidate.shape[-1]
+            if math.isnan(figures["kl"]):  # where a whole row is masked
+                del figures["kl"]
         return passed(figures=figures, excess=share)
     if terms.rule == "gradient" and as_good:
         # It points the same way and as far, or there is nothing to point along and all of it is rounding.
@@ -232,9 +234,9 @@ def _absolute(
             return passed(figures=figures)
     if scores:
         detail = f"{name} has KL {figures['kl']:.3g} and top-1 agreement {figures['top1']:.2%}"
-        return rejected(terms.rule, detail, figures, excess=excess)
+        return rejected(terms.rule, detail, figures, excess=share)
     detail = f"{name} has a relative error of {measured.relative:.3g}; {PRODUCTION_RELATIVE} is allowed"
-    return rejected(terms.rule, detail, figures, excess=excess)
+    return rejected(terms.rule, detail, figures, excess=share)
 
 
 def _aggressive(

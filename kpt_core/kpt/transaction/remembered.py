@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +93,8 @@ def _selection_key(selection: Sequence[Any] | None) -> Any:
 
 def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True) -> bool:
     """Apply a recipe and judge it, without searching; False when a search has to follow."""
-    if _with_less(run, data) and run.request.budget <= _not_within(data):
-        run.keeps_recipe = True
+    if run.receipt.recipe == "hit" and run.request.budget <= _not_within(data):
+        run.keeps_recipe = _with_less(run, data)
         run.receipt.notes.append(
             f"the recipe of the cache was not tried: before, it could not be set up with a budget of "
             f"{_not_within(data):g} s"
@@ -130,7 +131,7 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
     late = last == "deadline"
     if run.committed is None and last == "slower" and run.receipt.recipe == "hit":
         run.outpaced = data
-    if run.committed is None and late and not fixed and _with_less(run, data):
+    if run.committed is None and late and not fixed and run.receipt.recipe == "hit":
         return _too_late(run, plan.key, data)
     return run.committed is not None or fixed
 
@@ -142,16 +143,14 @@ def _refused(run: Run, outcome: Outcome, data: dict[str, Any], *, fixed: bool) -
         Entry(step.name, step.phase, step.plugin, outcome.rule, outcome.reason, None, outcome.figures)
         for step in plan.steps
     ]
-    if fixed and (late or outcome.judged_wrong):
-        # A search would find another plan, by the clock, or this one again, judged on what comes then.
-        verb = "stopped" if late else "refused"
-        run.receipt.reason = f"the recipe {plan.key} was {verb} ({outcome.reason})"
+    if fixed and late:  # a search would find another plan, by the clock
+        run.receipt.reason = f"the recipe {plan.key} was stopped ({outcome.reason})"
         _store_veto(run)
         return True
-    if late and _with_less(run, data):
+    if late and run.receipt.recipe == "hit":
         return _too_late(run, plan.key, data)
     run.receipt.notes.append(f"the recipe {plan.key} did not hold ({outcome.rule}: {outcome.reason})")
-    if run.receipt.recipe == "hit" and not late:  # one that was given, by the user or by rank 0, is not its
+    if run.receipt.recipe == "hit":  # one that was given, by the user or by rank 0, is not the cache's
         recipe.forget(run.key)
     return False
 
@@ -173,13 +172,15 @@ def _too_late(run: Run, key: str, data: dict[str, Any]) -> bool:
 
     Nothing is left for a search, which would find less. Next time, with as little, there is one at once.
     """
-    had = data["figures"]["budget"]
-    figures = {**data["figures"], "not_within": max(run.request.budget, _not_within(data))}
+    known = data.get("figures", {})
+    had = known.get("budget", math.nan)
+    figures = {**known, "not_within": max(run.request.budget, _not_within(data))}
     if (problem := recipe.write(run.key, {**data, "figures": figures})) is not None:
         run.receipt.notes.append(problem)
     run.receipt.reason = (
         f"the recipe {key}, which was found with budget={had:g}, could not be set up and judged with "
-        f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget"
+        f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget, or "
+        "with this one to search"
     )
     return True
 

@@ -111,7 +111,9 @@ def _transact(
     run: Run, calls: list[Call], spec: InputSpec, state: ModelState, ranks: distributed.Ranks | None
 ) -> None:
     request, receipt, budget = run.request, run.receipt, run.budget
+    began = budget.spent()
     hardware = profiles.hardware(device_of(run.model), registry=request.registry)
+    probed = budget.spent() - began  # measured once on a machine, and kept
     emit("observe", f"observing {receipt.model}", seconds=budget.spent(), budget=budget.seconds)
     with budget.limit():
         observation, plain = observe(
@@ -130,6 +132,7 @@ def _transact(
         baseline = Baseline(observation, plain, seed=_seed(observation))
     receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
     trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy)
+    trials.began -= probed
     receipt.baseline.update(callers=trials.load.callers, queued=trials.load.queued)
     try:
         if ranks is not None:
