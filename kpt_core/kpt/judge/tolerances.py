@@ -214,13 +214,13 @@ def _absolute(
     if scores:  # of the error and these either will do
         figures["kl"] = distances.kl_divergence(candidate, reference)
         figures["top1"] = distances.top1_agreement(candidate, reference, eager)
+        # Means, of which the number of positions says what they are worth.
+        figures["scored_positions"] = candidate.numel() // candidate.shape[-1]
         if figures["top1"] >= PRODUCTION_TOP1:
             share = min(share, figures["kl"] / PRODUCTION_KL)
     if share <= 1.0:
-        if scores:  # means, of which the number of positions says what they are worth
-            figures["scored_positions"] = candidate.numel() // candidate.shape[-1]
-            if math.isnan(figures["kl"]):  # where a whole row is masked
-                del figures["kl"]
+        if scores and math.isnan(figures["kl"]):  # where a whole row is masked
+            del figures["kl"]
         return passed(figures=figures, excess=share)
     if terms.rule == "gradient" and as_good:
         # It points the same way and as far, or there is nothing to point along and all of it is rounding.

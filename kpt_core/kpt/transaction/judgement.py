@@ -104,19 +104,19 @@ class Judgement:
             return Verdict(False, "global-state", counted, figures)
         if len(judged) > 1:
             verdict = self._refilled(applied, *judged[:2])
-            if not (verdict.passed or self._excused(verdict, missed[:2])):
+            if not (verdict.passed or self._excused(verdict, missed[1])):
                 detail = f"the same memory or the same tensors with new values: {verdict.detail}"
                 return Verdict(False, "replay", detail, figures)
         if judged:
             verdict = self._elsewhere(applied, judged[0])
-            if not (verdict.passed or self._excused(verdict, missed[:1])):
+            if not (verdict.passed or self._excused(verdict, missed[0])):
                 where = "for inputs at odd addresses"
                 where += "" if self.observation.training else ", in inference mode"
                 return Verdict(False, verdict.rule, f"{where}: {verdict.detail}", figures)
         overruled = worst(missed)
         return Verdict(True, "ok", "", figures) if overruled is None else overruled
 
-    def _excused(self, verdict: Verdict, missed: list[Verdict | None]) -> bool:
+    def _excused(self, verdict: Verdict, missed: Verdict | None) -> bool:
         return self.overruled(verdict.rule) and as_before(verdict, missed)
 
     def _elsewhere(self, applied: Applied, draw: Draw) -> Verdict:

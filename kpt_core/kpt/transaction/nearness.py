@@ -43,7 +43,7 @@ class Others:
 
     def restart(self) -> None:
         """Another judgement begins."""
-        self._made, self._positions, self._seconds = 0, 0.0, 0.0
+        self._made, self._positions, self._seconds = 0, 0, 0.0
 
     def wanted(self, applied: Applied, verdict: Verdict) -> bool:
         """Whether a plan in lower precision missed or met its tolerance by as little as random inputs differ.
@@ -69,15 +69,15 @@ class Others:
         What is wrong by itself, by a hundredth or at a size, is wrong there as well.
         """
         last, (verdict, output) = draw, near
-        positions = verdict.figures.get("scored_positions", math.inf)
+        positions = int(verdict.figures.get("scored_positions", 0))  # none where scores decide nothing
         self._positions += positions
         number = 0
-        while number < _OTHERS or self._more():
-            other = self._calls.like(draw)
+        while number < _OTHERS or (positions and self._more()):
+            began = time.perf_counter()
+            other = self._calls.like(draw)  # for which eager and the reference are called
             if other is None:
                 return draw, *near
             last = other
-            began = time.perf_counter()
             verdict, output = self._one(applied, last)
             number, self._made, self._positions = number + 1, self._made + 1, self._positions + positions
             self._seconds += time.perf_counter() - began
@@ -98,24 +98,15 @@ class Others:
 
 def worst(missed: Iterable[Verdict | None]) -> Verdict | None:
     """The rejection that is farthest off, if there is one."""
-    return max(_known(missed), key=_far_off, default=None)
+    known = [each for each in missed if each is not None]
+    return max(known, key=lambda each: each.excess, default=None)
 
 
-def as_before(verdict: Verdict, missed: Iterable[Verdict | None]) -> bool:
-    """Whether a call that ``missed`` what is allowed misses it in another form as well, and by no more."""
-    known = _known(missed)
-    most = max(map(_far_off, known), default=0.0)
-    if any(each.detail.endswith(verdict.detail) for each in known):
-        return True
-    return _far_off(verdict) <= NEAR * most < math.inf
+def as_before(verdict: Verdict, missed: Verdict | None) -> bool:
+    """Whether a call that ``missed`` what is allowed misses it in another form as well.
 
-
-def _known(missed: Iterable[Verdict | None]) -> list[Verdict]:
-    return [each for each in missed if each is not None]
-
-
-def _far_off(verdict: Verdict) -> float:
-    """How far a rejected call is off, as far as that can be said."""
-    if verdict.excess < math.inf:
-        return verdict.excess
-    return 1.0 - verdict.figures.get("agreement", -math.inf)
+    By the same, that is, or, where the size of a miss can be told, by no more.
+    """
+    if missed is None:
+        return False
+    return missed.detail.endswith(f": {verdict.detail}") or verdict.excess <= NEAR * missed.excess < math.inf

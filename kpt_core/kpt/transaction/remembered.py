@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -173,12 +172,13 @@ def _too_late(run: Run, key: str, data: dict[str, Any]) -> bool:
     Nothing is left for a search, which would find less. Next time, with as little, there is one at once.
     """
     known = data.get("figures", {})
-    had = known.get("budget", math.nan)
+    found = known.get("budget")
+    had = f" with budget={found:g}" if isinstance(found, (int, float)) else ""
     figures = {**known, "not_within": max(run.request.budget, _not_within(data))}
     if (problem := recipe.write(run.key, {**data, "figures": figures})) is not None:
         run.receipt.notes.append(problem)
     run.receipt.reason = (
-        f"the recipe {key}, which was found with budget={had:g}, could not be set up and judged with "
+        f"the recipe {key}, which was found{had}, could not be set up and judged with "
         f"budget={run.budget.seconds:g}; it is kept, so call kpt.optimize again with a larger budget, or "
         "with this one to search"
     )
