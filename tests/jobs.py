@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import hashlib
 import json
 import sys
@@ -35,6 +36,7 @@ def _steps(model: torch.nn.Module, rank: int, shape: tuple[int, int] = (32, 16))
 
 
 def _join(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(200)  # where a rank waits in vain, its job's errors say where
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -33,7 +33,12 @@ def at_once(number: int, name: str, folder: Path) -> list[Any]:
             job = subprocess.Popen(command, **pipes)
             started.append(stack.enter_context(job))
             stack.callback(job.kill)
-        printed = [job.communicate(timeout=600) for job in started]
+        try:
+            printed = [job.communicate(timeout=600) for job in started]
+        except subprocess.TimeoutExpired:
+            for job in started:
+                job.kill()
+            raise AssertionError("\n".join(job.communicate()[1][-6000:] for job in started)) from None
         for job, (_, errors) in zip(started, printed, strict=True):
             assert job.returncode == 0, errors[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]
