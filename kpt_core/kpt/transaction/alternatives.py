@@ -26,10 +26,9 @@ PROMISING = 1.0
 #: Seconds of calls within which an alternative has to give back what its set-up takes longer than that of
 #: what it replaces or joins: processes that find the plan in the cache pay for most of it, too.
 _REPAID = 600.0
-#: Seconds within which such a process should be ready; what makes it later still has to give that back
-_READY = 20.0
-#: within this many seconds of calls.
-_REPAID_LATE = 120.0
+#: Seconds within which such a process should be ready: what makes it later still, by more than a moment, has
+#: to save this share of the time of calls.
+_READY, _MOMENT, _LATE_GAIN = 20.0, 1.0, 0.1
 #: A set-up that is expected to take this many times what is left is not begun,
 _GAMBLE = 2.5
 #: nor any where less than this share of the budget is left.
@@ -151,10 +150,11 @@ def _too_long(ledger: Ledger, outcome: Outcome, best: Outcome) -> str:
     if (longer := _longer(ledger, outcome.plan, best.plan)) > gained * _REPAID:
         return f"within {_REPAID / 60:.0f} minutes of calls the {longer:.0f} s that its set-up takes longer"
     ready, before = ledger.ready(outcome), ledger.ready(best)
-    if (late := ready - max(before, _READY)) > gained * _REPAID_LATE:
+    late = ready - max(before, _READY)
+    if late > _MOMENT and gained < _LATE_GAIN:
         return (
-            f"within {_REPAID_LATE:.0f} s of calls the {late:.0f} s by which a later process would be ready "
-            f"after {max(before, _READY):.0f} s"
+            f"the {late:.0f} s by which a later process would be ready after {max(before, _READY):.0f} s: "
+            "a tenth of the time of calls would"
         )
     return ""
 
