@@ -58,6 +58,12 @@ class BoldUntilTheCommit(HalfWide):
         return undo_both
 
 
+class HalfUntilTheCommit(BoldUntilTheCommit):
+    """The same of a stricter level."""
+
+    variant = Variant("wobbly", predicted_gain=9.0, sites=(), compute_dtype="bfloat16", derives=True)
+
+
 class InterruptedWhenClosed(Cautious):
     """Ctrl-C arrives while it is undone, once a plan was committed."""
 

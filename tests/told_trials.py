@@ -8,8 +8,9 @@ from typing import Any
 from kpt.judge.timing import Timing
 from kpt.specs import Level, Phase, Variant
 from kpt.transaction.budget import Budget
+from kpt.transaction.ledger import Ledger
 from kpt.transaction.outcome import Outcome
-from kpt.transaction.plan import Candidate, Plan, Proposals
+from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.search import Search
 
 FASTER = Timing(2.0, 1.9, 2.1, 1.0, 0.5, 16)
@@ -22,7 +23,12 @@ class Trials:
         self.now = 0.0
         self.began = 0.0
         self.observation = SimpleNamespace(
-            deterministic=False, stochastic=False, objective="latency", baseline_seconds=1e-3
+            deterministic=False,
+            stochastic=False,
+            objective="latency",
+            baseline_seconds=1e-3,
+            device_type="cpu",
+            model=None,
         )
 
     def run(self, plan: Plan, **options: Any) -> Outcome:
@@ -78,6 +84,6 @@ def outlined(
 
     trials = Told()
     time = Budget(budget, clock=lambda: trials.now)
-    search = Search(trials, Proposals(offered), time, fuel=fuel)  # type: ignore[arg-type]
+    search = Search(Ledger(trials, offered, time, fuel=fuel))  # type: ignore[arg-type]
     search._gate = lambda: None  # type: ignore[method-assign]
     return search.run(), trials

@@ -93,6 +93,34 @@ def test_a_compiler_that_is_slow_to_end_leaves_no_half_of_a_library(tmp_path, mo
             driver.kill()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
+def test_what_a_killed_driver_had_started_is_ended_too(tmp_path, monkeypatch):
+    """Whoever waits for a driver in the main thread, as inductor does, kills it when the deadline comes."""
+    cache, pid = tmp_path / "cache", tmp_path / "pid"
+    cache.mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    compiler, driver = tmp_path / "cc1plus", tmp_path / "g++"
+    shutil.copy(shutil.which("sleep"), compiler)
+    driver.write_text(f"#!/bin/sh\n{compiler} 60 &\necho $! > {pid}.new\nmv {pid}.new {pid}\nwait\n")
+    driver.chmod(0o755)
+    with pytest.raises(interruption.DeadlinePassed):
+        with interruption.deadline(0.5):
+            subprocess.run([driver], cwd=cache)
+    started = Path(f"/proc/{int(pid.read_text())}")
+    until = time.monotonic() + 5.0
+    while _runs(started) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not _runs(started)
+
+
+def _runs(process: Path) -> bool:
+    """Whether a process is there, and not only as a zombie that nobody asked for."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_an_interrupted_compilation_leaves_inductor_usable(tmp_path):
     """A fresh cache makes g++ run; the deadline comes while it does; a second try succeeds."""

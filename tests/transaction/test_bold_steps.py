@@ -18,6 +18,8 @@ from kpt.transaction import events, ledger, stacks
 from kpt.transaction.budget import Budget
 from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan
+from kpt.transaction.search import Search
+from told_trials import Trials, candidate
 
 CAUTIOUS = PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16")
 
@@ -123,6 +125,72 @@ def test_where_the_commit_refuses_the_bold_plan_the_cautious_one_is_committed(wo
     optimized(model, example, plugins=offered, level="aggressive", budget=30.0, cache=True)
     assert {entry.name for entry in kpt.report(model).accepted} == kept
     assert not kpt.report(model).searched
+
+
+def test_where_the_commit_refuses_a_plan_with_none_beneath_the_search_goes_on_without_its_bold_step(wobbling):
+    bold = PolicySpec("Bold", entry="bold_passes:HalfUntilTheCommit", compute_dtype="bfloat16")
+    offered = [slow_models.plugin(slow_models.DirectScale, policies=[bold])]
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    expected = model(example)
+    optimized(model, example, plugins=offered, level="production", budget=30.0)
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"], receipt
+    assert [(entry.name, entry.rule) for entry in receipt.rejected] == [("Bold:wobbly", wobbling)]
+    (note,) = [note for note in receipt.notes if "went on" in note]
+    assert f"({wobbling})" in note and note.endswith("without Bold:wobbly")
+    assert torch.equal(model(example), expected)
+
+
+def test_the_search_that_goes_on_opens_what_was_slower_and_nothing_that_was_wrong():
+    """What it was slower than is gone; a plan that was wrong is not tried again."""
+    names = ("bold", "exact", "slower", "wrong", "late")
+    steps = {n: candidate(n, "kernels", 0.0, level="production" if n == "bold" else "exact") for n in names}
+    now = [10.0]
+    first = Search(ledger.Ledger(Trials(), steps.values(), Budget(100.0, clock=lambda: now[0] - 10.0)))
+    for name, rule in (("slower", "slower"), ("wrong", "value"), ("late", "deadline")):
+        first.ledger.reject(steps[name], rule, rule)
+    both = Plan.of([steps["bold"], steps["exact"]])
+    wrong, right = Outcome(Plan.of([steps["wrong"]]), rule="value"), Outcome(Plan.of([steps["exact"]]))
+    first.ledger.tried = {each.plan.key: each for each in (wrong, right)}
+    for step in both.steps:  # as the commit says it of each
+        first.ledger.reject(step, "value", "the final judgement")
+    for rule in ("slower", "deadline", "no-effect"):
+        assert first.after(Outcome(both, rule=rule)) is None
+    again = first.after(Outcome(both, rule="value"))
+    assert [step.name for step in again.ledger.offered] == ["exact", "slower"]
+    assert [entry.name for entry in again.ledger.found.rejected] == ["wrong", "late", "bold"]
+    assert list(again.ledger.tried) == ["wrong"]
+    assert again.after(Outcome(Plan.of([steps["exact"]]), rule="size")) is not None  # "slower" is left
+    now[0] = 105.0
+    assert first.after(Outcome(both, rule="value")) is None, "no time"
+    now[0], first.ledger.fixed = 10.0, True
+    assert first.after(Outcome(both, rule="value")) is None, "the clock would choose the plan"
+
+
+def test_the_commit_of_a_bold_plan_leaves_the_one_beneath_the_time_for_its_own(monkeypatch):
+    """It judges and times more than the trial did, whose time alone was too little for it."""
+    bold = PolicySpec(
+        "Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8"
+    )
+    limits: list[tuple[float, float]] = []
+    limit = Budget.limit
+    monkeypatch.setattr(
+        Budget, "limit", lambda self, s=None: (limits.append((self.left(), s)), limit(self, s))[1]
+    )
+    committing: list[int] = []
+
+    def note(event):
+        if event["kind"] == "commit" and "rule" not in event:
+            committing.append(len(limits))
+
+    offered = [slow_models.plugin(slow_models.DirectScale, policies=[CAUTIOUS, bold])]
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    with events.listen(note):
+        optimized(model, example, plugins=offered, level="aggressive", budget=30.0)
+    left, given = limits[committing[0]]
+    trials = kpt.report(model).trials
+    judged = [t["seconds"] - t["setup_seconds"] for t in trials if "Cautious:half" in t["plan"]]
+    assert any(left - given == pytest.approx(1.5 * each, abs=0.01) for each in judged), (left, given, judged)
 
 
 class Alive:

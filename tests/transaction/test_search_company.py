@@ -15,7 +15,7 @@ from kpt.transaction import alternatives
 from kpt.transaction.budget import Budget
 from kpt.transaction.ledger import Ledger
 from kpt.transaction.outcome import Outcome
-from kpt.transaction.plan import Candidate, Plan, Proposals
+from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.search import Search
 from told_trials import FASTER, Applied, Trials, candidate, outlined
 
@@ -62,7 +62,7 @@ def search_in(
         deterministic=False, stochastic=False, objective="latency", baseline_seconds=latency
     )
     trials.log = []  # type: ignore[attr-defined]
-    search = Search(trials, Proposals(offered), Budget(seconds, clock=lambda: trials.now))  # type: ignore[arg-type]
+    search = Search(Ledger(trials, offered, Budget(seconds, clock=lambda: trials.now)))  # type: ignore[arg-type]
     search._gate = lambda: None  # type: ignore[method-assign]
     return search
 

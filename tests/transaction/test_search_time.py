@@ -11,7 +11,7 @@ from kpt.specs import Variant
 from kpt.transaction.budget import Budget
 from kpt.transaction.ledger import Ledger
 from kpt.transaction.outcome import Outcome
-from kpt.transaction.plan import Candidate, Plan, Proposals
+from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.search import Search
 from told_trials import FASTER, Applied, Trials, candidate, outlined
 
@@ -62,8 +62,8 @@ def test_a_compiler_that_was_stopped_says_nothing_of_the_shapes_beside_it(setup:
     shapes, other = candidate("shapes", "shapes", 10.0), candidate("other", "compile", 10.0)
     compiler = candidate("compiler", "compile", setup)
     trials = Stopping()
-    offered = Proposals([shapes, compiler, other] if setup < 10.0 else [shapes, other, compiler])
-    search = Search(trials, offered, Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    offered = [shapes, compiler, other] if setup < 10.0 else [shapes, other, compiler]
+    search = Search(Ledger(trials, offered, Budget(100.0, clock=lambda: trials.now)))  # type: ignore[arg-type]
     trials.observation = SimpleNamespace(
         deterministic=False, stochastic=False, objective="latency", baseline_seconds=1e-3
     )
@@ -200,3 +200,13 @@ def test_what_there_was_no_time_to_try_beside_the_best_is_not_called_slower() ->
     for entry in found.rejected:
         assert "1.20x alone" in entry.reason and "s were left" in entry.reason
     assert len(trials.seen) == 4
+
+
+def test_time_is_kept_for_the_commit_of_a_plan_and_of_what_lies_beneath_it() -> None:
+    trials = Trials()
+    ledger = Ledger(trials, (), Budget(100.0, clock=lambda: trials.now))  # type: ignore[arg-type]
+    beneath = Outcome(Plan.of([candidate("strict", "compile", 1.0)]), timing=FASTER, seconds=20.0)
+    bold = Plan.of([candidate("bold", "precision", 0.0, level="production")])
+    ledger.supersede(beneath, outcome := Outcome(bold, timing=FASTER, setup_seconds=2.0, seconds=12.0))
+    assert outcome.beneath is beneath
+    assert ledger.time_for(54.9) and not ledger.time_for(55.1), "1.5 times 20 s and 10 s"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,28 +52,29 @@ def descendants(root: int | None = None) -> list[Process]:
     proc = Path("/proc")
     if not proc.is_dir() or not sys.platform.startswith("linux"):
         return []
-    children: dict[int, list[int]] = {}
-    names: dict[int, str] = {}
+    children: dict[int, list[Process]] = {}
     for entry in proc.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-        except OSError:  # it ended meanwhile
-            continue
-        pid = int(entry.name)
-        # The name is in parentheses and may itself hold some; the fields after it are fixed.
-        head, _, tail = stat.rpartition(")")
-        children.setdefault(int(tail.split()[1]), []).append(pid)
-        names[pid] = head.partition("(")[2]
+        process = _process(int(entry.name)) if entry.name.isdigit() else None
+        if process is not None:
+            children.setdefault(process.parent, []).append(process)
     found: list[Process] = []
     pending = [root if root is not None else os.getpid()]
     while pending:
-        parent = pending.pop()
-        for pid in children.get(parent, ()):
-            pending.append(pid)
-            found.append(Process(pid, parent, names[pid]))
+        for process in children.get(pending.pop(), ()):
+            pending.append(process.pid)
+            found.append(process)
     return found
+
+
+def _process(pid: int) -> Process | None:
+    """What ``/proc`` says of a process; None if it ended meanwhile."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name is in parentheses and may itself hold some; the fields after it are fixed.
+    head, _, tail = stat.rpartition(")")
+    return Process(pid, int(tail.split()[1]), head.partition("(")[2])
 
 
 def _is_compiler(name: str) -> bool:
@@ -103,14 +105,23 @@ def _of_inductor(pid: int) -> bool:
     return any(mark in fact + b"/" for mark in marks for fact in facts)
 
 
-def _compilers() -> dict[int, int]:
-    """Inductor's compilers below this process, and their parents."""
+def compilers(seen: Collection[int] = ()) -> dict[int, int]:
+    """Inductor's compilers below this process, and their parents.
+
+    And those of the ones that were ``seen`` there which still run: what a compiler driver started is nobody's
+    child once the driver was killed by whoever waited for it.
+    """
     below = {process.pid: process for process in descendants()}
     mine: set[int] = set()
     for process in below.values():  # parents come before their children
         if process.parent in mine or (_is_compiler(process.name) and _of_inductor(process.pid)):
             mine.add(process.pid)
-    return {pid: below[pid].parent for pid in mine if _is_compiler(below[pid].name)}
+    found = {pid: below[pid].parent for pid in mine if _is_compiler(below[pid].name)}
+    for pid in {*seen} - below.keys():
+        orphan = _process(pid)
+        if orphan is not None and _is_compiler(orphan.name) and _of_inductor(pid):
+            found[pid] = orphan.parent
+    return found
 
 
 def _output_of(pid: int) -> Path | None:
@@ -141,8 +152,10 @@ def _forget_failed_libraries() -> None:
                 owner.cache.pop(key, None)
 
 
-def _end_compilers(patience: float) -> int:
+def _end_compilers(patience: float, known: Collection[int]) -> int:
     """End inductor's compilers and remove what they were writing; return how many processes were signalled.
+
+    Those ``known`` to be some are ended too where they have no parent any more.
 
     Compilers write under the final name, and whoever waits for their lock looks only whether the file is
     there. So it is removed before they are ended, and again once none is left that could write it.
@@ -150,13 +163,15 @@ def _end_compilers(patience: float) -> int:
     ended = 0
     outputs: set[Path] = set()
     drivers: set[int] = set()
+    seen = {*known}
     waited_until = time.monotonic() + patience
-    while running := _compilers():
+    while running := compilers(seen):
         late = time.monotonic() >= waited_until
         if late:  # one that is stopped starts nothing more: what runs then is all that there is to end
             for pid in running:
                 _signal(pid, signal.SIGSTOP)
-            running = _compilers()
+            running = compilers(seen)
+        seen |= running.keys()
         outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
         _remove(outputs)
         ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
@@ -168,7 +183,7 @@ def _end_compilers(patience: float) -> int:
             break
         time.sleep(0.02)
     waited_until = time.monotonic() + _DRIVER_PATIENCE
-    while drivers & _compilers().keys():
+    while drivers & compilers(seen).keys():
         if time.monotonic() >= waited_until:
             for pid in drivers:
                 _signal(pid, signal.SIGKILL)
@@ -202,7 +217,7 @@ def _shut_down(pool: Any) -> None:
     done.acquire(timeout=_POOL_PATIENCE)
 
 
-def stop_workers(patience: float = 0.5) -> int:
+def stop_workers(patience: float = 0.5, known: Collection[int] = ()) -> int:
     """End inductor's compilers below this process; return how many processes were ended.
 
     Compilers started by inductor's threads and by its worker pool are ended and what is queued
@@ -211,8 +226,9 @@ def stop_workers(patience: float = 0.5) -> int:
     never a build of the user's.
 
     What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
-    seconds it is ended too. Their half-written outputs are removed: the next compilation, of any process that
-    shares the cache, would take them for finished ones.
+    seconds it is ended too. So are the ``known`` ones, which were `compilers` before: an interrupted caller
+    kills its driver, and nobody else looks for what that had started. Their half-written outputs are removed:
+    the next compilation, of any process that shares the cache, would take them for finished ones.
     """
     module = sys.modules.get("torch._inductor.async_compile")
     workers: set[int] = set()
@@ -239,6 +255,6 @@ def stop_workers(patience: float = 0.5) -> int:
         for process in pools:  # nobody else asks for them any more: each would stay as a zombie
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=2.0)
-    ended += _end_compilers(patience)
+    ended += _end_compilers(patience, known)
     _forget_failed_libraries()
     return ended

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from kpt.interruption.compilers import stop_workers
+from kpt.interruption.compilers import compilers, stop_workers
 
 #: Seconds past the deadline for which the import of a module is let come to its end. That of a compiler
 #: takes 2 to 6 s where nothing is cached; a module that hangs must not hang the run.
@@ -125,6 +125,7 @@ class _Watch:
                 if not waits:
                     self.fired = True
                     _hush_finalisers()
+                    running = compilers()  # whose drivers the exception may make their caller kill
                     waits = self._starts_another(
                         patient_until
                     )  # nothing comes between this and the exception
@@ -132,7 +133,7 @@ class _Watch:
                     raise_in_thread(self.thread_id, DeadlinePassed)
                     _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
-                    stop_workers()
+                    stop_workers(known=running)
             if self._inside.acquire(timeout=0.005 if waits else self.interval):
                 return
             if not waits:

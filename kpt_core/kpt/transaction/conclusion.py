@@ -31,12 +31,14 @@ _OVERTIME, _OVERTIME_MOST = 0.05, 5.0
 _MOMENT = 1.0
 
 
-def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> None:
+def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> Outcome | None:
     """Commit the best plan; where the final judgement refuses it, the one of a stricter level beneath it.
 
-    What was refused is among the rejected of the receipt, and of ``found``.
+    What was refused is among the rejected of the receipt, and of ``found``. Returns what was refused last,
+    closed, with the rule and the reason; None if nothing was.
     """
     refused: list[str] = []
+    last: Outcome | None = None
     while (best := found.best) is not None:
         beneath, best.beneath = best.beneath, None
         try:
@@ -53,12 +55,14 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
         if run.committed is not None:
             _describe(run, trials, found, run.committed, timing)
             run.receipt.notes.extend(f"{text}; committed is what it had overtaken" for text in refused)
-            return
+            return last
         run.receipt.reason = refusal[1]
+        last, (best.rule, best.reason) = best, refusal
         refused.append(f"the commit refused {best.plan.key} ({refusal[0]})")
         _refused(found, best, beneath, *refusal)
         found.best = beneath
     run.receipt.rejected = found.rejected
+    return last
 
 
 def _try(
@@ -69,7 +73,7 @@ def _try(
     Where nothing is, it may go a little beyond the budget.
     """
     _say(run, f"committing {best.plan.key}")
-    kept = beneath.seconds - beneath.setup_seconds if beneath is not None else 0.0
+    kept = beneath.commit_seconds if beneath is not None else 0.0
     beyond = overtime(run) if beneath is None else 0.0
     committed: Committed | None = None
     try:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: Share of the budget kept at least for the commit's own judgement and timing.
 _RESERVE = 0.1
-#: The commit judges and times again, on more inputs and for longer: as many times what a trial took for that.
-_COMMIT = 1.5
 #: Share of the free memory that a plan may hold for the commit to fall back on.
 _BENEATH = 0.25
 #: A trial may take this many times the set-up that its variants announced,
@@ -41,6 +39,8 @@ _CALLS = 40
 #: Bounds of how many times the announced seconds set-ups take: some are answered from a compiler's cache,
 #: which says nothing of the next; and one bad guess must not forbid all that follow.
 _PACE = (0.5, 3.0)
+#: Rules that say nothing of a step in other company.
+_REOPENED = ("slower", "no-effect", "budget", "fuel")
 #: Seconds of announced set-up below which what is imported and prepared once may be most of what it took.
 _TELLING = 3.0
 
@@ -82,6 +82,8 @@ class Ledger:
         self.fixed = False
         self.found = Found()
         self.tried: dict[str, Outcome] = {}
+        #: Kernels that were judged alone and are right.
+        self.gated: set[Candidate] = set()
         #: Steps that were seen to pay for themselves in company.
         self.paid: set[Candidate] = set()
         #: Seconds of set-up per announced second, as trials showed it here.
@@ -168,6 +170,22 @@ class Ledger:
         gc.collect()
         return True
 
+    def without(self, gone: Iterable[Candidate]) -> Ledger:
+        """A ledger for what is left where the commit refused what is ``gone``, after what this one has seen.
+
+        What was wrong or did not come back stays rejected. What was slower is open again, since what it was
+        slower than may be gone.
+        """
+        names = {candidate.name for candidate in gone}
+        final = [e for e in self.found.rejected if e.name in names or e.rule not in _REOPENED]
+        closed = {entry.name for entry in final}
+        left = [candidate for candidate in self.offered if candidate.name not in closed]
+        ledger = Ledger(self.trials, left, self.budget, fuel=self.fuel)
+        ledger.found.rejected = final
+        ledger.tried = {key: outcome for key, outcome in self.tried.items() if not outcome.right}
+        ledger.gated, ledger.pace, ledger._reserve = self.gated, self.pace, self._reserve
+        return ledger
+
     def failed(self, plan: Plan) -> Outcome | None:
         """The outcome of ``plan`` where it was tried and not accepted."""
         outcome = self.tried.get(plan.key)
@@ -190,8 +208,7 @@ class Ledger:
         By what its set-up was announced to take, at the pace of those here: two plans may have found a
         compiler's cache as different.
         """
-        judged = outcome.seconds - outcome.setup_seconds
-        return self.trials.began + self.setup(outcome.plan) + _COMMIT * judged
+        return self.trials.began + self.setup(outcome.plan) + outcome.commit_seconds
 
     def slow(self, plan: Plan) -> bool:
         """Whether the set-up of ``plan`` is worth a thought."""
@@ -228,8 +245,7 @@ class Ledger:
         elif best is not None:
             outcome.supersede(best)
         self._overtaking = outcome
-        if outcome.beneath is not None:
-            self.keep_for_commit(outcome, 1.0 + _COMMIT)
+        self.keep_for_commit(outcome)
         return outcome
 
     def _crowds(self, best: Outcome) -> int:
@@ -250,10 +266,14 @@ class Ledger:
             each = outcome.setup_seconds / outcome.applications
             self.pace = min(max(each / announced(outcome.plan), _PACE[0]), _PACE[1])
 
-    def keep_for_commit(self, outcome: Outcome, times: float = _COMMIT) -> None:
-        """What is found is lost if the commit has no time: a slow model needs more than a share."""
+    def keep_for_commit(self, outcome: Outcome) -> None:
+        """What is found is lost if its commit has no time, and then that of what lies beneath it.
+
+        A slow model needs more than a share.
+        """
         if outcome.right and outcome.timing is not None:
-            self._reserve = max(self._reserve, times * (outcome.seconds - outcome.setup_seconds))
+            beneath = outcome.beneath.commit_seconds if outcome.beneath is not None else 0.0
+            self._reserve = max(self._reserve, outcome.commit_seconds + beneath)
 
     def _patience(self, plan: Plan, among: int | None, against: Outcome | None) -> float:
         """Seconds that a trial may take: all there is only if nothing else is open or its set-up asks for it.

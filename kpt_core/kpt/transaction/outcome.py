@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kpt.transaction.applied import Applied
     from kpt.transaction.plan import Candidate, Plan
 
+#: The commit judges and times again, on more inputs and for longer: as many times what a trial took for that.
+_COMMIT = 1.5
 _RULES_THAT_JUDGE = frozenset(
     {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay", "unwritten"}
 )
@@ -55,6 +57,11 @@ class Outcome:
     @property
     def judged_wrong(self) -> bool:
         return self.rule in _RULES_THAT_JUDGE
+
+    @property
+    def commit_seconds(self) -> float:
+        """What its commit is expected to take, by what the trial took to judge and to time it."""
+        return _COMMIT * (self.seconds - self.setup_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         return {

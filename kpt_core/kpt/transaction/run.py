@@ -17,6 +17,7 @@ from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.dispatch import original_forward
 from kpt.transaction.events import emit
 from kpt.transaction.freememory import free_memory
+from kpt.transaction.ledger import Ledger
 from kpt.transaction.observe import (
     Observation,
     Unsuitable,
@@ -131,8 +132,7 @@ def _transact(
     with budget.limit():
         baseline = Baseline(observation, plain, seed=_seed(observation))
     receipt.baseline.update(reference_dtype=baseline.reference_dtype, note=baseline.reference_note)
-    trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy)
-    trials.began -= probed
+    trials = Trials(observation, baseline, budget, state, accuracy=request.accuracy, probed=probed)
     receipt.baseline.update(callers=trials.load.callers, queued=trials.load.queued)
     try:
         if ranks is not None:
@@ -222,13 +222,15 @@ def _search(run: Run, trials: Trials) -> None:
         proposals: Proposals = propose(trials.observation, request.registry)
     receipt.skipped = proposals.skipped
     receipt.searched = True
-    search = Search(trials, proposals, budget, fuel=request.fuel)
-    found = search.run()
-    receipt.rejected = found.rejected
-    receipt.notes.extend(found.notes)
-    receipt.trials = [outcome.to_dict() for outcome in trials.log]
-    if found.best is None:
-        receipt.reason = conclusion.why_nothing(receipt, proposals)
-    else:
-        conclusion.commit_best(run, trials, found)
+    search: Search | None = Search(Ledger(trials, proposals.candidates, budget, fuel=request.fuel))
+    while search is not None:
+        found = search.run()
+        receipt.rejected = found.rejected
+        receipt.notes.extend(found.notes)
+        receipt.trials = [outcome.to_dict() for outcome in trials.log]
+        if found.best is None:
+            receipt.reason = conclusion.why_nothing(receipt, proposals)
+            break
+        refused = conclusion.commit_best(run, trials, found)
+        search = search.after(refused) if refused is not None and run.committed is None else None
     conclusion.store(run, fixed=trials.observation.deterministic)

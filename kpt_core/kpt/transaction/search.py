@@ -13,34 +13,33 @@ import math
 from typing import TYPE_CHECKING
 
 from kpt.transaction import alternatives, fixed_order, gate, stacks
-from kpt.transaction.ledger import Found, Ledger, ratio
+from kpt.transaction.ledger import ratio
 from kpt.transaction.plan import Plan, excludes, worth
 from kpt.transaction.watch import why_no_copies
 
 if TYPE_CHECKING:
     from kpt.judge.timing import Timing
-    from kpt.transaction.budget import Budget
+    from kpt.transaction.ledger import Found, Ledger
     from kpt.transaction.outcome import Outcome
-    from kpt.transaction.plan import Candidate, Proposals
-    from kpt.transaction.trial import Trials
+    from kpt.transaction.plan import Candidate
 
 #: A step without which the plan seems this much slower stays, even if noise leaves that open.
 _STAYS = 1.1
+#: What the commit refuses by these says nothing of whether a plan is right.
+_BY_THE_CLOCK = ("slower", "no-effect", "deadline")
 
 
 class Search:
     """One search; `run` returns what it found.
 
-    ``fuel`` bounds how many candidates a plan may hold, best predictions first, so that a bad step
-    can be found by bisection. In torch's deterministic mode the plan is the stack of the variants that
-    promise equal bits, in a fixed order; the clock can only refuse it as a whole.
+    The ledger's ``fuel`` bounds how many candidates a plan may hold, best predictions first, so that a
+    bad step can be found by bisection. In torch's deterministic mode the plan is the stack of the variants
+    that promise equal bits, in a fixed order; the clock can only refuse it as a whole.
     """
 
-    def __init__(
-        self, trials: Trials, proposals: Proposals, budget: Budget, *, fuel: int | None = None
-    ) -> None:
-        self.trials = trials
-        self.ledger = Ledger(trials, proposals.candidates, budget, fuel=fuel)
+    def __init__(self, ledger: Ledger) -> None:
+        self.trials = ledger.trials
+        self.ledger = ledger
         #: Plans, and the same without a step, between which the clock saw no difference.
         self._level: set[tuple[str, str]] = set()
         #: The same, where there was too little time for the clock to claim anything.
@@ -79,6 +78,25 @@ class Search:
         ledger.found.best = best
         return ledger.found
 
+    def after(self, refused: Outcome) -> Search | None:
+        """A search for what else there is where the commit found that the plan of ``refused`` does not hold.
+
+        Without the steps that gave the plan its level: what is stricter is innocent. None where that leaves
+        nothing, or no time, where the clock must not choose, or where it was only the clock that refused.
+        """
+        ledger, plan = self.ledger, refused.plan
+        if ledger.fixed or refused.rule in _BY_THE_CLOCK or not ledger.time_for(0.0):
+            return None
+        bold = [step for step in plan.steps if step.level == plan.level]
+        innocent = {step.name for step in plan.steps if step not in bold}
+        ledger.found.rejected = [entry for entry in ledger.found.rejected if entry.name not in innocent]
+        left = ledger.without(bold)
+        names = ", ".join(step.name for step in bold)
+        left.found.notes.append(
+            f"the commit refused {plan.key} ({refused.rule}); the search went on without {names}"
+        )
+        return Search(left) if left.offered else None
+
     # -- stages
 
     def _only_reproducible(self) -> None:
@@ -96,10 +114,12 @@ class Search:
 
     def _gate(self) -> None:
         """Kernels are judged alone first: a wrong one is named by what is wrong with it."""
-        for candidate in [c for c in self.ledger.open() if c.kernel]:
+        for candidate in [c for c in self.ledger.open() if c.kernel and c not in self.ledger.gated]:
             if self.ledger.time_for(0.0):
                 verdict = gate.judge(candidate, self.trials)
-                if not verdict.passed:
+                if verdict.passed:
+                    self.ledger.gated.add(candidate)
+                else:
                     if self.ledger.fixed and verdict.rule == "deadline":
                         fixed_order.refuse(self.ledger, "deadline", f"{candidate.name}: {verdict.detail}")
                         return

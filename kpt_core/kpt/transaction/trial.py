@@ -52,14 +52,16 @@ class Trials:
         state: ModelState,
         *,
         accuracy: Accuracy | None = None,
+        probed: float = 0.0,
     ) -> None:
         self.observation = observation
         self.baseline = baseline
         self.budget = budget
         self.metric = Metric(accuracy, observation, baseline, state)
         self.judgement = Judgement(observation, baseline, budget, overruled=self.metric.overrules)
-        #: Seconds until here, which a later process with a recipe spends as well.
-        self.began = budget.spent()
+        #: Seconds until here that a later process with a recipe spends as well: all but those in which the
+        #: hardware was ``probed``.
+        self.began = budget.spent() - probed
         self.load = load_of(observation)
         self.kept = Safekeeping(observation.model, state)
         #: What plans are applied to copies of. A forward that registers hooks when it is first called does so
