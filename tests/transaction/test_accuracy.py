@@ -64,6 +64,24 @@ class RemembersByAddressOnePercent(hostile_passes.ReplaysLast):
         return self.last[x.data_ptr()][1].clone()
 
 
+class ForgetsTheCount(hostile_passes.OneBuffer):
+    """Wrong by a hundredth, and the buffer that each call of the model's moves stays as it is."""
+
+    def around(self, inner, model, x):
+        count = model.count.clone()
+        output = inner(x) * 1.01
+        model.count.copy_(count)
+        return output
+
+
+class NanBesideOtherChoices(hostile_passes.OneBuffer):
+    """Other choices, which the metric allows, and NaN in what comes after them."""
+
+    def around(self, inner, model, x):
+        choices, scores = inner(x)
+        return 3 - choices, scores.masked_fill(scores > 0, float("nan"))
+
+
 class TransposedOnePercent(hostile_passes.OneBuffer):
     def around(self, inner, model, x):
         return (inner(x) * 1.01).t().contiguous().t()
@@ -91,6 +109,43 @@ def test_a_metric_outranks_nothing_else(wrong, rule):
     kpt.optimize(model, example, plugins=[plugin(wrong)], budget=20.0, cache=False, accuracy=accuracy)
     receipt = kpt.report(model)
     assert not receipt.optimized and [entry.rule for entry in receipt.rejected] == [rule]
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1.0
+        return self.net(x)
+
+
+class Choosing(torch.nn.Module):
+    """Choices, then the scores that they are made by."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        scores = self.net(x)
+        return scores.argmax(-1), scores
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "rule"),
+    [(Counting, ForgetsTheCount, "global-state"), (Choosing, NanBesideOtherChoices, "nan")],
+)
+def test_a_metric_outranks_neither_state_nor_nan(kind, wrong, rule):
+    model, example = kind().eval(), torch.randn(32, 16)
+    accuracy = kpt.Accuracy(lambda model: 1.0, max_drop=0.0)
+    kpt.optimize(model, example, plugins=[plugin(wrong)], budget=20.0, cache=False, accuracy=accuracy)
+    receipt = kpt.report(model)
+    assert not receipt.optimized and [entry.rule for entry in receipt.rejected] == [rule], receipt.rejected
 
 
 @pytest.mark.parametrize("higher", [True, False])

@@ -269,4 +269,4 @@ def test_a_buffer_that_moves_in_one_run_only_is_judged_by_its_value(by: float, k
     assert (receipt.status == "optimized") == kept, (receipt.reason, receipt.rejected)
     if not kept:
         (entry,) = receipt.rejected
-        assert entry.rule == "value" and "1.factor is a buffer that eager mode moves" in entry.reason
+        assert entry.rule == "global-state" and "1.factor is a buffer that eager mode moves" in entry.reason

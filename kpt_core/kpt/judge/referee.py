@@ -82,10 +82,10 @@ def judge(
         keep_worst(figures, verdict.figures)
         if verdict.passed:
             most = max(most, verdict.excess)
+        elif verdict.rule != rule:  # whatever else is off, and whoever decides of that
+            return replace(verdict, figures=figures)
         elif near is None or verdict.excess > near.excess:
             near = verdict  # how far off the call is, the worst of its outputs says
-            if near.excess == math.inf:
-                break
     return passed(figures=figures, excess=most) if near is None else replace(near, figures=figures)
 
 

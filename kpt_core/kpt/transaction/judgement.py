@@ -305,7 +305,7 @@ class Judgement:
         if lost:
             detail = f"{lost[0]} is a buffer that {'the plan' if lost[0] in mine.buffers else 'eager mode'}"
             detail = f"{detail} moves, and the other does not"
-            return rejected("value", detail, verdict.figures), mine.output
+            return rejected("global-state", detail, verdict.figures), mine.output
         stayed = {name: kept[name] for name in differing}
         for rule, own, eager, reference in (
             ("gradient", mine.gradients, expected.eager.gradients, expected.reference.gradients),
