@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import cached_recipes
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +21,30 @@ def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def primed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the recipe of `cached_recipes.run` in it, to be copied."""
+    folder = tmp_path_factory.mktemp("primed") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KPT_CACHE_DIR", str(folder))
+        torch.set_num_threads(1)
+        cached_recipes.run()
+    return folder
+
+
+@pytest.fixture
+def cached(primed: Path) -> Path:
+    """The recipe in this test's own cache."""
+    shutil.copytree(primed, os.environ["KPT_CACHE_DIR"])
+    (path,) = cached_recipes.recipes()
+    return path
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
