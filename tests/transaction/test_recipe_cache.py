@@ -219,24 +219,28 @@ def test_finding_nothing_for_one_mixture_of_calls_is_no_answer_for_another():
         assert not mixed(*rows).searched
 
 
+def mixed(budget: float, *rows: int) -> kpt.Receipt:
+    """The receipt of calls of so many rows each, with a variant that pays for single rows only."""
+    model, examples = net(), [torch.randn(n, 16) for n in rows]
+    shapes = {"x": {0: "batch"}}
+    kpt.optimize(model, examples, plugins=[plugin(SinglesOnly)], budget=budget, dynamic_shapes=shapes)
+    return kpt.report(model)
+
+
+SINGLES, BATCHES = (1, 1, 1, 1, 1, 1, 1, 18), (30, 30, 30, 30)
+
+
 def test_a_plan_of_one_mixture_and_nothing_for_another_stay_beside_each_other():
     """They had erased each other, so that every process of the two programs searched."""
 
-    def mixed(*rows: int) -> kpt.Receipt:
-        model, examples = net(), [torch.randn(n, 16) for n in rows]
-        shapes = {"x": {0: "batch"}}
-        kpt.optimize(model, examples, plugins=[plugin(SinglesOnly)], budget=20.0, dynamic_shapes=shapes)
-        return kpt.report(model)
-
-    singles, batches = (1, 1, 1, 1, 1, 1, 1, 18), (30, 30, 30, 30)
-    first = mixed(*singles)
+    first = mixed(20.0, *SINGLES)
     assert first.searched and first.optimized
-    other = mixed(*batches)
+    other = mixed(20.0, *BATCHES)
     assert other.searched and not other.optimized and other.rejected[0].rule == "slower"
     for _ in range(2):
-        again = mixed(*singles)
+        again = mixed(20.0, *SINGLES)
         assert again.optimized and not again.searched and again.recipe == "hit"
-        nothing = mixed(*batches)
+        nothing = mixed(20.0, *BATCHES)
         assert not nothing.optimized and not nothing.searched and nothing.recipe == "hit"
         assert "on calls like these" in nothing.reason
 
@@ -244,14 +248,7 @@ def test_a_plan_of_one_mixture_and_nothing_for_another_stay_beside_each_other():
 def test_what_a_larger_budget_finds_nothing_for_leaves_the_plan_for_other_calls():
     """A plan whose search ran out of time is searched for again with more, and not erased by that."""
 
-    def mixed(budget: float, *rows: int) -> kpt.Receipt:
-        model, examples = net(), [torch.randn(n, 16) for n in rows]
-        shapes = {"x": {0: "batch"}}
-        kpt.optimize(model, examples, plugins=[plugin(SinglesOnly)], budget=budget, dynamic_shapes=shapes)
-        return kpt.report(model)
-
-    singles, batches = (1, 1, 1, 1, 1, 1, 1, 18), (30, 30, 30, 30)
-    assert mixed(20.0, *singles).optimized
+    assert mixed(20.0, *SINGLES).optimized
     (path,) = recipes()
     wrapped = json.loads(path.read_text())
     late = {
@@ -265,10 +262,21 @@ def test_what_a_larger_budget_finds_nothing_for_leaves_the_plan_for_other_calls(
     wrapped["recipe"]["figures"]["rejected"] = [{**late, "figures": {}}]
     wrapped["sha256"] = recipe._digest(wrapped["recipe"])
     path.write_text(json.dumps(wrapped))
-    other = mixed(60.0, *batches)
+    other = mixed(60.0, *BATCHES)
     assert other.searched and not other.optimized and "smaller budget" in other.recipe
-    assert not mixed(60.0, *batches).searched
-    again = mixed(20.0, *singles)
+    assert not mixed(60.0, *BATCHES).searched
+    again = mixed(20.0, *SINGLES)
+    assert again.optimized and not again.searched
+
+
+def test_a_search_in_place_of_a_recipe_that_came_too_late_leaves_it_for_other_calls():
+    assert mixed(20.0, *SINGLES).optimized
+    (path,) = recipes()
+    edited(lambda body: body["figures"].update(not_within=20.0))(path)
+    other = mixed(20.0, *BATCHES)
+    assert other.searched and not other.optimized
+    assert any("could not be set up with a budget of 20 s" in note for note in other.notes)
+    again = mixed(40.0, *SINGLES)
     assert again.optimized and not again.searched
 
 
