@@ -34,6 +34,14 @@ class Bold(HalfWide):
             time.sleep(0.01)
 
 
+#: How `BoldUntilTheCommit` is wrong, by the rule that finds it.
+ERRORS: dict[str, float | Exception] = {
+    "value": 0.3,
+    "failed": ValueError("too long"),
+    "memory": RuntimeError("can't allocate memory"),
+}
+
+
 class BoldUntilTheCommit(HalfWide):
     """Faster than the cautious one; right until ``error`` is set: wrong by that share, or raising it."""
 

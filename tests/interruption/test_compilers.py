@@ -113,6 +113,20 @@ def test_what_a_killed_driver_had_started_is_ended_too(tmp_path, monkeypatch):
     assert not _runs(started)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
+def test_names_of_processes_may_be_any_bytes(tmp_path):
+    named = tmp_path / "ab\N{CJK UNIFIED IDEOGRAPH-65E5}cdefghijklmnopqrs"
+    odd = tmp_path / ("x" * 14 + "\N{CJK UNIFIED IDEOGRAPH-65E5}")  # cut after 15 bytes, in the character
+    for name in (named, odd):
+        shutil.copy(shutil.which("sleep"), name)
+    with subprocess.Popen([odd, "30"]) as child, subprocess.Popen([named, "30"]) as other:
+        try:
+            assert {child.pid, other.pid} <= {process.pid for process in interruption.descendants()}
+        finally:
+            child.kill()
+            other.kill()
+
+
 def _runs(process: Path) -> bool:
     """Whether a process is there, and not only as a zombie that nobody asked for."""
     try:

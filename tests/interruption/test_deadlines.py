@@ -241,3 +241,19 @@ def test_a_watch_that_is_late_leaves_no_hook_behind(monkeypatch):
     go_on.set()
     thread.join()
     assert sys.unraisablehook is before
+
+
+def test_a_deadline_comes_where_compilers_cannot_be_looked_for(monkeypatch):
+    """Without a file descriptor that is left, say; what was raised there had ended the watch."""
+
+    def failing(*args, **options):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(deadlines, "compilers", failing)
+    monkeypatch.setattr(deadlines, "stop_workers", failing)
+    with pytest.raises(interruption.DeadlinePassed), interruption.deadline(0.05, interval=0.05):
+        for _ in range(2):  # and once more, where it was swallowed
+            try:
+                time.sleep(30.0)
+            except interruption.DeadlinePassed:
+                continue

@@ -14,7 +14,7 @@ from kpt.judge import distances, outputs, pieces, tree
 from kpt.judge.calls import Call
 from kpt.judge.handover import judge_inputs, judge_strides
 from kpt.judge.outputs import equal_objects, leaves
-from kpt.judge.referee import Spread, judge, judge_dropout, judge_gradients, spread
+from kpt.judge.referee import Spread, judge, judge_buffers, judge_dropout, judge_gradients, spread
 from kpt.judge.verdict import RULES, rejected
 
 
@@ -510,3 +510,33 @@ def test_an_array_is_no_tensor_and_no_number_though_the_values_are_the_same() ->
                 assert verdict.passed or verdict.rule == "structure"
     subclass = array.view(type("Array", (numpy.ndarray,), {}))
     assert judge(subclass, REFERENCE, array, level="exact").rule == "structure"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nan_is_found_beside_integers_that_differ(order: tuple[int, int]) -> None:
+    """Whoever decides of other choices in place of the tolerance has not decided of NaN."""
+    choices, scores = torch.arange(6), torch.randn(6)
+    eager = [(choices, scores)[each] for each in order]
+    mine = [(choices.flip(0), torch.full((6,), math.nan))[each] for each in order]
+    verdict = judge(
+        mine, [each.double() if each.is_floating_point() else each for each in eager], eager, level="exact"
+    )
+    assert verdict.rule == "nan"
+
+
+@pytest.mark.parametrize(
+    ("mine", "rule"),
+    [
+        (torch.tensor([1.0, 2.0]), "ok"),
+        (torch.tensor([1.01, 2.0]), "value"),
+        (torch.tensor([1.0, math.nan]), "nan"),
+        (torch.tensor([1.0, 2.0, 3.0]), "global-state"),
+        (torch.tensor([1, 2]), "global-state"),
+    ],
+)
+def test_buffers_are_numbers_or_state(mine: torch.Tensor, rule: str) -> None:
+    own = torch.tensor([1.0, 2.0])
+    assert judge_buffers({"b": mine}, {"b": own.double()}, {"b": own}, level="exact").rule == rule
+    count = torch.tensor(3)
+    assert judge_buffers({"b": count + 1}, {"b": count}, {"b": count}, level="exact").rule == "global-state"
+    assert judge_buffers({"b": count.clone()}, {"b": count}, {"b": count}, level="exact")

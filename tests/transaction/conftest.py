@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import bold_passes
 import cached_recipes
+from kpt.transaction import events
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +51,16 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=bold_passes.ERRORS)
+def wobbly(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The rule by which policies that are right until the transaction commits are refused then."""
+
+    def turn(event: dict[str, Any]) -> None:
+        if event["kind"] == "commit":
+            bold_passes.BoldUntilTheCommit.error = bold_passes.ERRORS[request.param]
+
+    with events.listen(turn):
+        yield request.param
+    bold_passes.BoldUntilTheCommit.error = 0.0

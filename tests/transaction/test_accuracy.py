@@ -74,6 +74,19 @@ class ForgetsTheCount(hostile_passes.OneBuffer):
         return output
 
 
+class CountsTwice(ForgetsTheCount):
+    def around(self, inner, model, x):
+        model.count += 1
+        return inner(x) * 1.01
+
+
+class WritesNan(ForgetsTheCount):
+    def around(self, inner, model, x):
+        output = inner(x) * 1.01
+        model.sums.fill_(float("nan"))
+        return output
+
+
 class NanBesideOtherChoices(hostile_passes.OneBuffer):
     """Other choices, which the metric allows, and NaN in what comes after them."""
 
@@ -112,15 +125,17 @@ def test_a_metric_outranks_nothing_else(wrong, rule):
 
 
 class Counting(torch.nn.Module):
-    """Counts its calls in a buffer."""
+    """Counts its calls in a buffer, and sums its inputs in another."""
 
     def __init__(self):
         super().__init__()
         self.net = net()
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("sums", torch.zeros(16))
 
     def forward(self, x):
-        self.count += 1.0
+        self.count += 1
+        self.sums += x.sum(0)
         return self.net(x)
 
 
@@ -138,7 +153,12 @@ class Choosing(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "wrong", "rule"),
-    [(Counting, ForgetsTheCount, "global-state"), (Choosing, NanBesideOtherChoices, "nan")],
+    [
+        (Counting, ForgetsTheCount, "global-state"),
+        (Counting, CountsTwice, "global-state"),
+        (Counting, WritesNan, "nan"),
+        (Choosing, NanBesideOtherChoices, "nan"),
+    ],
 )
 def test_a_metric_outranks_neither_state_nor_nan(kind, wrong, rule):
     model, example = kind().eval(), torch.randn(32, 16)

@@ -37,7 +37,7 @@ CASES = [
     (hostile.ReplacesGradient, "parameter-modified", False, {}),
     (hostile.EditsUsersModel, "parameter-modified", False, {}),
     (hostile.HooksGradients, "parameter-modified", False, {}),
-    (hostile.ForgetsBuffers, "value", True, {}),
+    (hostile.ForgetsBuffers, "global-state", True, {}),
     (hostile.MovesBuffersTwice, "value", True, {}),
     (hostile.ChangesGlobals, "global-state", False, {}),
     (hostile.ChangesLessKnownGlobals, "global-state", False, {}),

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 #: Names of the programs that a compiler driver runs.
@@ -53,8 +54,8 @@ def descendants(root: int | None = None) -> list[Process]:
     if not proc.is_dir() or not sys.platform.startswith("linux"):
         return []
     children: dict[int, list[Process]] = {}
-    for entry in proc.iterdir():
-        process = _process(int(entry.name)) if entry.name.isdigit() else None
+    for entry in os.listdir(proc):
+        process = _process(int(entry)) if entry.isdigit() else None
         if process is not None:
             children.setdefault(process.parent, []).append(process)
     found: list[Process] = []
@@ -69,7 +70,7 @@ def descendants(root: int | None = None) -> list[Process]:
 def _process(pid: int) -> Process | None:
     """What ``/proc`` says of a process; None if it ended meanwhile."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")  # a name may be any bytes
     except OSError:
         return None
     # The name is in parentheses and may itself hold some; the fields after it are fixed.
@@ -152,10 +153,10 @@ def _forget_failed_libraries() -> None:
                 owner.cache.pop(key, None)
 
 
-def _end_compilers(patience: float, known: Collection[int]) -> int:
+def _end_compilers(patience: float, known: Mapping[int, int]) -> int:
     """End inductor's compilers and remove what they were writing; return how many processes were signalled.
 
-    Those ``known`` to be some are ended too where they have no parent any more.
+    Those ``known`` to be some, by their parents, are ended too where they have no parent any more.
 
     Compilers write under the final name, and whoever waits for their lock looks only whether the file is
     there. So it is removed before they are ended, and again once none is left that could write it.
@@ -164,6 +165,7 @@ def _end_compilers(patience: float, known: Collection[int]) -> int:
     outputs: set[Path] = set()
     drivers: set[int] = set()
     seen = {*known}
+    run_by_drivers = {pid for pid, parent in known.items() if parent in known}
     waited_until = time.monotonic() + patience
     while running := compilers(seen):
         late = time.monotonic() >= waited_until
@@ -174,9 +176,11 @@ def _end_compilers(patience: float, known: Collection[int]) -> int:
         seen |= running.keys()
         outputs.update(path for pid in running if (path := _output_of(pid)) is not None)
         _remove(outputs)
-        ended += sum(_signal(pid, signal.SIGKILL) for pid, parent in running.items() if parent in running)
+        for pid, parent in running.items():
+            if parent in running or pid in run_by_drivers:
+                ended += _signal(pid, signal.SIGKILL)
         if late:
-            drivers = {pid for pid, parent in running.items() if parent not in running}
+            drivers = {pid for pid, parent in running.items() if parent not in running} - run_by_drivers
             for pid in drivers:  # they remove their temporary files
                 ended += _signal(pid, signal.SIGTERM)
                 _signal(pid, signal.SIGCONT)
@@ -217,7 +221,7 @@ def _shut_down(pool: Any) -> None:
     done.acquire(timeout=_POOL_PATIENCE)
 
 
-def stop_workers(patience: float = 0.5, known: Collection[int] = ()) -> int:
+def stop_workers(patience: float = 0.5, known: Mapping[int, int] = MappingProxyType({})) -> int:
     """End inductor's compilers below this process; return how many processes were ended.
 
     Compilers started by inductor's threads and by its worker pool are ended and what is queued
@@ -227,8 +231,9 @@ def stop_workers(patience: float = 0.5, known: Collection[int] = ()) -> int:
 
     What a compiler driver runs is killed and the driver left to end by itself; after ``patience``
     seconds it is ended too. So are the ``known`` ones, which were `compilers` before: an interrupted caller
-    kills its driver, and nobody else looks for what that had started. Their half-written outputs are removed:
-    the next compilation, of any process that shares the cache, would take them for finished ones.
+    kills its driver, and nobody else looks for what that had started. What it starts in between is not found.
+    Their half-written outputs are removed: the next compilation, of any process that shares the cache, would
+    take them for finished ones.
     """
     module = sys.modules.get("torch._inductor.async_compile")
     workers: set[int] = set()

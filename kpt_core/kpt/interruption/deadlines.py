@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -78,6 +78,14 @@ def _imports(frame: FrameType | None) -> int:
     return number
 
 
+def _compilers() -> dict[int, int]:
+    """Inductor's compilers; none where they can't be looked for, without which the exception has to come."""
+    try:
+        return compilers()
+    except Exception:  # noqa: BLE001 - no file descriptor is left, say
+        return {}
+
+
 class _Watch:
     """Interrupts one thread from ``deadline`` on, until it is told that the block was left."""
 
@@ -125,7 +133,7 @@ class _Watch:
                 if not waits:
                     self.fired = True
                     _hush_finalisers()
-                    running = compilers()  # whose drivers the exception may make their caller kill
+                    running = _compilers()  # whose drivers the exception may make their caller kill
                     waits = self._starts_another(
                         patient_until
                     )  # nothing comes between this and the exception
@@ -133,7 +141,8 @@ class _Watch:
                     raise_in_thread(self.thread_id, DeadlinePassed)
                     _wake(self.thread_id)
                     # Inside the lock: the block's successor may compile as soon as `leave` returns.
-                    stop_workers(known=running)
+                    with suppress(Exception):  # whatever fails there, this goes on
+                        stop_workers(known=running)
             if self._inside.acquire(timeout=0.005 if waits else self.interval):
                 return
             if not waits:

@@ -109,13 +109,7 @@ def judge_gradients(
     if set(candidate) != set(eager):
         names = sorted(set(candidate) ^ set(eager))
         return rejected("gradient", f"gradients differ in their names: {', '.join(names[:5])}")
-    total, elements = 0.0, 0
-    for expected in reference.values():
-        if expected is not None and (expected.is_floating_point() or expected.is_complex()):
-            measured = distances.distance(expected, expected)
-            total += measured.scale**2 * measured.elements
-            elements += measured.elements
-    terms = Terms(level, dtype, floor=0.01 * math.sqrt(total / max(elements, 1)), rule="gradient")
+    terms = Terms(level, dtype, floor=_floor(reference), rule="gradient")
     figures: dict[str, float] = {}
     for name, own in eager.items():
         mine, expected = candidate[name], reference.get(name)
@@ -139,6 +133,48 @@ def judge_gradients(
         if not verdict.passed:
             return replace(verdict, rule="gradient", figures=figures)
     return passed(figures=figures)
+
+
+def judge_buffers(
+    candidate: Mapping[str, torch.Tensor],
+    reference: Mapping[str, torch.Tensor],
+    eager: Mapping[str, torch.Tensor],
+    *,
+    level: Level,
+    cast_eager: Mapping[str, torch.Tensor] | None = None,
+    compute_dtype: torch.dtype | str | None = None,
+) -> Verdict:
+    """Judge the buffers that a call moves, by name, all of which each has.
+
+    Numbers that miss the tolerance, which is that of gradients, are rejected under ``value``. A count that
+    differs, or a buffer of another form, is no matter of tolerances: that is ``global-state``.
+    """
+    _check_level(level)
+    terms = Terms(level, as_dtype(compute_dtype), floor=_floor(reference))
+    figures: dict[str, float] = {}
+    for name, own in eager.items():
+        mine = candidate[name]
+        if mine.shape != own.shape or mine.dtype != own.dtype:
+            forms = f"{mine.dtype} {tuple(mine.shape)}, eager's {own.dtype} {tuple(own.shape)}"
+            return rejected("global-state", f"the buffer {name} is {forms}", figures)
+        verdict = judge_leaf(name, mine, reference[name], own, (cast_eager or {}).get(name), terms)
+        keep_worst(figures, verdict.figures)
+        if not verdict.passed:
+            counts = not (own.is_floating_point() or own.is_complex())
+            detail = f"buffers that the forward moves: {verdict.detail}"
+            return rejected("global-state" if counts else verdict.rule, detail, figures)
+    return passed(figures=figures)
+
+
+def _floor(reference: Mapping[str, torch.Tensor | None]) -> float:
+    """A hundredth of the root mean square over all of ``reference``."""
+    total, elements = 0.0, 0
+    for expected in reference.values():
+        if expected is not None and (expected.is_floating_point() or expected.is_complex()):
+            measured = distances.distance(expected, expected)
+            total += measured.scale**2 * measured.elements
+            elements += measured.elements
+    return 0.01 * math.sqrt(total / max(elements, 1))
 
 
 def judge_dropout(candidate: Spread, eager: Spread) -> Verdict:

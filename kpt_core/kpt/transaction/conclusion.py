@@ -13,6 +13,7 @@ from kpt.transaction import memory, recipe
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.commit import Committed, commit
 from kpt.transaction.events import emit
+from kpt.transaction.going_on import Refusal
 from kpt.transaction.plan import Candidate, Plan
 from kpt.transaction.receipt import Entry, Receipt
 
@@ -31,14 +32,12 @@ _OVERTIME, _OVERTIME_MOST = 0.05, 5.0
 _MOMENT = 1.0
 
 
-def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> Outcome | None:
+def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> list[Refusal]:
     """Commit the best plan; where the final judgement refuses it, the one of a stricter level beneath it.
 
-    What was refused is among the rejected of the receipt, and of ``found``. Returns what was refused last,
-    closed, with the rule and the reason; None if nothing was.
+    What was refused is among the rejected of the receipt, and of ``found``. Returns the refusals.
     """
-    refused: list[str] = []
-    last: Outcome | None = None
+    refusals: list[Refusal] = []
     while (best := found.best) is not None:
         beneath, best.beneath = best.beneath, None
         try:
@@ -54,15 +53,17 @@ def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -
             raise
         if run.committed is not None:
             _describe(run, trials, found, run.committed, timing)
-            run.receipt.notes.extend(f"{text}; committed is what it had overtaken" for text in refused)
-            return last
+            run.receipt.notes.extend(
+                f"the commit refused {each.plan.key} ({each.rule}); committed is what it had overtaken"
+                for each in refusals
+            )
+            return refusals
         run.receipt.reason = refusal[1]
-        last, (best.rule, best.reason) = best, refusal
-        refused.append(f"the commit refused {best.plan.key} ({refusal[0]})")
+        refusals.append(Refusal(best.plan, *refusal))
         _refused(found, best, beneath, *refusal)
         found.best = beneath
     run.receipt.rejected = found.rejected
-    return last
+    return refusals
 
 
 def _try(
@@ -219,7 +220,8 @@ def store(run: Run, *, fixed: bool) -> None:
         return  # a longer budget may still find something
     kept = receipt.recipe_data
     if run.outpaced is not None and not receipt.optimized and not fixed:  # it pays on other calls than these
-        figures = {**run.outpaced.get("figures", {}), "mixtures": [*run.known_mixtures, run.kinds]}
+        mixtures = [*run.known_mixtures, *([] if run.untried else [run.kinds])]
+        figures = {**run.outpaced.get("figures", {}), "mixtures": mixtures}
         kept = {**run.outpaced, "figures": figures}
     problem = recipe.write(run.key, kept)
     if problem is not None:

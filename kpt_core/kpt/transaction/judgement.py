@@ -306,28 +306,30 @@ class Judgement:
             detail = f"{lost[0]} is a buffer that {'the plan' if lost[0] in mine.buffers else 'eager mode'}"
             detail = f"{detail} moves, and the other does not"
             return rejected("global-state", detail, verdict.figures), mine.output
-        stayed = {name: kept[name] for name in differing}
-        for rule, own, eager, reference in (
-            ("gradient", mine.gradients, expected.eager.gradients, expected.reference.gradients),
-            (
-                "buffer",
-                {**stayed, **mine.buffers},
-                {**stayed, **expected.eager.buffers},
-                {**stayed, **expected.reference.buffers},
-            ),
-        ):
-            if not own and not eager:
-                continue
-            theirs = (cast.gradients if rule == "gradient" else cast.buffers) if cast else None
+        terms: dict[str, Any] = {"level": level, "compute_dtype": dtype}
+        if mine.gradients or expected.eager.gradients:
             verdict = referee.judge_gradients(
-                own, reference, eager, level=level, cast_eager=theirs, compute_dtype=dtype
+                mine.gradients,
+                expected.reference.gradients,
+                expected.eager.gradients,
+                cast_eager=cast.gradients if cast else None,
+                **terms,
             )
             keep_worst(figures, verdict.figures)
-            if not verdict.passed and rule == "gradient":
-                return Verdict(False, "gradient", verdict.detail, figures), None
             if not verdict.passed:
-                detail = f"buffers that the forward moves: {verdict.detail}"
-                return rejected("value", detail, figures), mine.output
+                return Verdict(False, "gradient", verdict.detail, figures), None
+        if either:
+            stayed = {name: kept[name] for name in differing}
+            verdict = referee.judge_buffers(
+                {**stayed, **mine.buffers},
+                {**stayed, **expected.reference.buffers},
+                {**stayed, **expected.eager.buffers},
+                cast_eager=cast.buffers if cast else None,
+                **terms,
+            )
+            keep_worst(figures, verdict.figures)
+            if not verdict.passed:
+                return rejected(verdict.rule, verdict.detail, figures), mine.output
         return replace(outputs_verdict, figures=figures), mine.output
 
 

@@ -39,8 +39,6 @@ _CALLS = 40
 #: Bounds of how many times the announced seconds set-ups take: some are answered from a compiler's cache,
 #: which says nothing of the next; and one bad guess must not forbid all that follow.
 _PACE = (0.5, 3.0)
-#: Rules that say nothing of a step in other company.
-_REOPENED = ("slower", "no-effect", "budget", "fuel")
 #: Seconds of announced set-up below which what is imported and prepared once may be most of what it took.
 _TELLING = 3.0
 
@@ -82,6 +80,8 @@ class Ledger:
         self.fixed = False
         self.found = Found()
         self.tried: dict[str, Outcome] = {}
+        #: The trials for which candidates were rejected, where there was one, by the candidate's name.
+        self.evidence: dict[str, Outcome] = {}
         #: Kernels that were judged alone and are right.
         self.gated: set[Candidate] = set()
         #: Steps that were seen to pay for themselves in company.
@@ -112,8 +112,11 @@ class Ledger:
         reason: str,
         gain: float | None = None,
         figures: dict[str, float] | None = None,
+        evidence: Outcome | None = None,
     ) -> None:
         self._gone.add(candidate)
+        if evidence is not None:
+            self.evidence[candidate.name] = evidence
         self.found.rejected.append(
             Entry(candidate.name, candidate.phase, candidate.plugin, rule, reason, gain, dict(figures or {}))
         )
@@ -121,7 +124,7 @@ class Ledger:
     def reject_by(self, candidate: Candidate, outcome: Outcome) -> None:
         """Reject ``candidate`` for what the trial ``outcome`` found."""
         gain = ratio(outcome) if outcome.timing else None
-        self.reject(candidate, outcome.rule, outcome.reason, gain, outcome.figures)
+        self.reject(candidate, outcome.rule, outcome.reason, gain, outcome.figures, outcome)
 
     # -- trials and their time
 
@@ -138,6 +141,7 @@ class Ledger:
             outcome.close()
             outcome = self._tried(plan, against, timed, among)
         outcome.over_eager = ratio(outcome) * (against.over_eager if against is not None else 1.0)
+        outcome.rival = against.plan if against is not None else None
         if timed:
             self.tried[plan.key] = outcome
         self.keep_for_commit(outcome)
@@ -169,22 +173,6 @@ class Ledger:
         beneath.close()
         gc.collect()
         return True
-
-    def without(self, gone: Iterable[Candidate]) -> Ledger:
-        """A ledger for what is left where the commit refused what is ``gone``, after what this one has seen.
-
-        What was wrong or did not come back stays rejected. What was slower is open again, since what it was
-        slower than may be gone.
-        """
-        names = {candidate.name for candidate in gone}
-        final = [e for e in self.found.rejected if e.name in names or e.rule not in _REOPENED]
-        closed = {entry.name for entry in final}
-        left = [candidate for candidate in self.offered if candidate.name not in closed]
-        ledger = Ledger(self.trials, left, self.budget, fuel=self.fuel)
-        ledger.found.rejected = final
-        ledger.tried = {key: outcome for key, outcome in self.tried.items() if not outcome.right}
-        ledger.gated, ledger.pace, ledger._reserve = self.gated, self.pace, self._reserve
-        return ledger
 
     def failed(self, plan: Plan) -> Outcome | None:
         """The outcome of ``plan`` where it was tried and not accepted."""

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 #: The commit judges and times again, on more inputs and for longer: as many times what a trial took for that.
 _COMMIT = 1.5
 _RULES_THAT_JUDGE = frozenset(
-    {"value", "nan", "gradient", "shape", "size", "mask", "structure", "dtype", "replay", "unwritten"}
+    (
+        "value",
+        "nan",
+        "gradient",
+        "shape",
+        "size",
+        "mask",
+        "structure",
+        "dtype",
+        "replay",
+        "unwritten",
+        "global-state",
+    )
 )
 
 
@@ -25,8 +37,9 @@ class Outcome:
 
     So is ``quiet``, the same plan on the model without dropout, by which values are judged where the
     outputs depend on random numbers. ``over_eager`` is how many times faster than the untouched model it is,
-    through what it was timed against. ``thorough`` says that it was judged on as many calls as in a commit.
-    ``beneath`` is the accepted outcome of a stricter level that it took the place of, alive as long as it is.
+    through what it was timed against: the plan of ``rival``, if not that model. ``thorough`` says that it was
+    judged on as many calls as in a commit. ``beneath`` is the accepted outcome of a stricter level that it
+    took the place of, alive as long as it is.
     """
 
     plan: Plan
@@ -42,6 +55,7 @@ class Outcome:
     applied: Applied | None = None
     quiet: Applied | None = None
     over_eager: float = 0.0
+    rival: Plan | None = None
     thorough: bool = False
     beneath: Outcome | None = None
 

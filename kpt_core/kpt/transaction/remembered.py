@@ -94,7 +94,7 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
     """Apply a recipe and judge it, without searching; False when a search has to follow."""
     if run.receipt.recipe == "hit" and run.request.budget <= _not_within(data):
         run.keeps_recipe = _with_less(run, data)
-        run.outpaced = data  # where nothing is found on these calls, it stays for others
+        run.outpaced, run.untried = data, True
         run.receipt.notes.append(
             f"the recipe of the cache was not tried: before, it could not be set up with a budget of "
             f"{_not_within(data):g} s"

@@ -68,8 +68,10 @@ class Run:
         #: Others on which nothing paid, as the cache has it.
         self.known_mixtures: list[Any] = []
         #: The recipe of the cache that stays for other calls than this run's, if nothing pays on those: its
-        #: plan was right and not faster on them, or it was found within a smaller budget.
+        #: plan was right and not faster on them, or it was found within a smaller budget, or comes too late.
         self.outpaced: dict[str, Any] | None = None
+        #: Whether that was not tried on this run's calls, so that it may pay on them too.
+        self.untried = False
         self.committed: Committed | None = None
         #: Whether the cache holds a plan that a larger budget found: what this run finds does not replace it.
         self.keeps_recipe = False

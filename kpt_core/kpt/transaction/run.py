@@ -11,7 +11,7 @@ from kpt import compiling, interruption, profiles
 from kpt.judge.calls import Call
 from kpt.judge.draws import InputSpec
 from kpt.judge.state import ModelState, untouched
-from kpt.transaction import conclusion, distributed, hooks, recipe, remembered
+from kpt.transaction import conclusion, distributed, going_on, hooks, recipe, remembered
 from kpt.transaction.baseline import Baseline
 from kpt.transaction.budget import BudgetSpent
 from kpt.transaction.dispatch import original_forward
@@ -222,15 +222,15 @@ def _search(run: Run, trials: Trials) -> None:
         proposals: Proposals = propose(trials.observation, request.registry)
     receipt.skipped = proposals.skipped
     receipt.searched = True
-    search: Search | None = Search(Ledger(trials, proposals.candidates, budget, fuel=request.fuel))
-    while search is not None:
-        found = search.run()
+    ledger: Ledger | None = Ledger(trials, proposals.candidates, budget, fuel=request.fuel)
+    while ledger is not None:
+        found = Search(ledger).run()
         receipt.rejected = found.rejected
         receipt.notes.extend(found.notes)
         receipt.trials = [outcome.to_dict() for outcome in trials.log]
         if found.best is None:
             receipt.reason = conclusion.why_nothing(receipt, proposals)
             break
-        refused = conclusion.commit_best(run, trials, found)
-        search = search.after(refused) if refused is not None and run.committed is None else None
+        refusals = conclusion.commit_best(run, trials, found)
+        ledger = going_on.after(ledger, refusals) if run.committed is None else None
     conclusion.store(run, fixed=trials.observation.deterministic)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 #: A step without which the plan seems this much slower stays, even if noise leaves that open.
 _STAYS = 1.1
-#: What the commit refuses by these says nothing of whether a plan is right.
-_BY_THE_CLOCK = ("slower", "no-effect", "deadline")
 
 
 class Search:
@@ -77,25 +75,6 @@ class Search:
         self._leftovers(best)
         ledger.found.best = best
         return ledger.found
-
-    def after(self, refused: Outcome) -> Search | None:
-        """A search for what else there is where the commit found that the plan of ``refused`` does not hold.
-
-        Without the steps that gave the plan its level: what is stricter is innocent. None where that leaves
-        nothing, or no time, where the clock must not choose, or where it was only the clock that refused.
-        """
-        ledger, plan = self.ledger, refused.plan
-        if ledger.fixed or refused.rule in _BY_THE_CLOCK or not ledger.time_for(0.0):
-            return None
-        bold = [step for step in plan.steps if step.level == plan.level]
-        innocent = {step.name for step in plan.steps if step not in bold}
-        ledger.found.rejected = [entry for entry in ledger.found.rejected if entry.name not in innocent]
-        left = ledger.without(bold)
-        names = ", ".join(step.name for step in bold)
-        left.found.notes.append(
-            f"the commit refused {plan.key} ({refused.rule}); the search went on without {names}"
-        )
-        return Search(left) if left.offered else None
 
     # -- stages
 

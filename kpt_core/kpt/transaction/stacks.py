@@ -83,7 +83,7 @@ def _bold_at_once(ledger: Ledger, best: Outcome | None) -> tuple[bool, Outcome |
         elif outcome.judged_wrong and len(bold) == 1:
             company = bare.without(bold[0]).key if len(bare) > 1 else ""
             reason = f"in company of {company}: {outcome.reason}" if company else outcome.reason
-            ledger.reject(bold[0], outcome.rule, reason, figures=outcome.figures)
+            ledger.reject(bold[0], outcome.rule, reason, figures=outcome.figures, evidence=outcome)
         else:
             return False, best
 
@@ -244,7 +244,8 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
         return False
     # Each is right alone, so it is their company that fails: leave the least promising one out.
     weakest = min(added, key=lambda step: step.gain)
-    ledger.reject(weakest, outcome.rule, f"in company of {plan.without(weakest).key}: {outcome.reason}")
+    reason = f"in company of {plan.without(weakest).key}: {outcome.reason}"
+    ledger.reject(weakest, outcome.rule, reason, evidence=outcome)
     return True
 
 

@@ -1,0 +1,77 @@
+"""What a search goes on with where the commit refused all that it had found, because it is wrong.
+
+The steps that gave the refused plans their levels are gone; what is stricter is innocent. So is what was
+rejected in company of those steps, or for being slower than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from kpt.transaction.ledger import Ledger
+from kpt.transaction.receipt import Entry
+
+if TYPE_CHECKING:
+    from kpt.transaction.outcome import Outcome
+    from kpt.transaction.plan import Candidate, Plan
+
+#: What the commit refuses by these says nothing of whether a plan is right.
+_BY_THE_CLOCK = ("slower", "no-effect", "deadline")
+#: Rules that say nothing of a candidate in other company.
+_IN_COMPANY = ("slower", "no-effect", "budget", "fuel")
+
+
+class Refusal(NamedTuple):
+    """A plan that the commit refused, by which rule and why."""
+
+    plan: Plan
+    rule: str
+    reason: str
+
+
+def after(ledger: Ledger, refusals: Sequence[Refusal]) -> Ledger | None:
+    """The ledger of a search for what else there is, after ``refusals`` of all that the last one had found.
+
+    None where it was only the clock that refused, or must not choose, and where nothing is left, or no time:
+    what there was no time for is then rejected for that, so that a longer search may still try it.
+    """
+    if ledger.fixed or all(each.rule in _BY_THE_CLOCK for each in refusals):
+        return None
+    gone = {step for each in refusals for step in each.plan.steps if step.level == each.plan.level}
+    refused = {step.name for each in refusals for step in each.plan.steps}
+    names = {step.name for step in gone}
+    kept = [
+        entry
+        for entry in ledger.found.rejected
+        if entry.name in names or (entry.name not in refused and _stays(entry, ledger, gone))
+    ]
+    closed = {entry.name for entry in kept}
+    left = [candidate for candidate in ledger.offered if candidate.name not in closed]
+    if not left:
+        return None
+    said = [f"the commit refused {each.plan.key} ({each.rule})" for each in refusals]
+    new = Ledger(ledger.trials, left, ledger.budget, fuel=ledger.fuel)
+    if not new.time_for(0.0):
+        reason = f"not tried without {', '.join(sorted(names))}: {' and '.join(said)}, with no time left"
+        kept += [Entry(each.name, each.phase, each.plugin, "budget", reason) for each in left]
+        ledger.found.rejected[:] = kept
+        return None
+    new.found.rejected = kept
+    new.found.notes += [f"{text}; the search went on without {', '.join(sorted(names))}" for text in said]
+    new.tried = {key: outcome for key, outcome in ledger.tried.items() if _holds(outcome, gone)}
+    new.evidence = {name: outcome for name, outcome in ledger.evidence.items() if name in closed}
+    new.gated, new.pace = ledger.gated, ledger.pace
+    return new
+
+
+def _stays(entry: Entry, ledger: Ledger, gone: Iterable[Candidate]) -> bool:
+    """Whether a rejection says the same without the steps that are ``gone``."""
+    outcome = ledger.evidence.get(entry.name)
+    return _holds(outcome, gone) if outcome is not None else entry.rule not in _IN_COMPANY
+
+
+def _holds(outcome: Outcome, gone: Iterable[Candidate]) -> bool:
+    """Whether a trial failed with none of what is ``gone`` in its plan, or in what it was timed against."""
+    plans = [outcome.plan, *([outcome.rival] if outcome.right and outcome.rival is not None else [])]
+    return not outcome.accepted and not any(step in plan.steps for plan in plans for step in gone)
