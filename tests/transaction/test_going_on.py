@@ -79,7 +79,20 @@ def test_kernels_are_judged_alone_once(wobbly, monkeypatch):
     assert len(judged) == len(set(judged)) == 1
 
 
-NAMES = ("bold", "bolder", "exact", "other", "kernel", "slower", "alone", "beside", "wrong", "late")
+NAMES = (
+    "bold",
+    "bolder",
+    "exact",
+    "other",
+    "kernel",
+    "slower",
+    "alone",
+    "beside",
+    "wrong",
+    "late",
+    "hopeless",
+    "crowded",
+)
 LEVELS = {"bold": "production", "bolder": "aggressive"}
 
 
@@ -93,20 +106,26 @@ def ledger(steps):
     """A search that has rejected what is slower or wrong, beside the bold step and without it."""
     ledger = Ledger(Trials(), steps.values(), Budget(100.0, clock=lambda: 0.0))
 
-    def trial(*names, rule, rival=None):
+    def trial(*names, rule, rival=None, over_eager=1.5):
         outcome = Outcome(Plan.of(steps[name] for name in names), rule=rule, reason=rule)
-        outcome.rival = rival and Plan.of([steps[rival]])
+        outcome.rival, outcome.over_eager = rival and Plan.of([steps[rival]]), over_eager
         ledger.tried[outcome.plan.key] = outcome
         return outcome
 
     ledger.reject_by(steps["slower"], trial("slower", rule="slower", rival="bold"))
     ledger.reject_by(steps["alone"], trial("alone", rule="slower"))
+    ledger.reject_by(steps["hopeless"], trial("hopeless", rule="slower", rival="bold", over_eager=0.9))
+    ledger.reject_by(steps["crowded"], trial("crowded", rule="memory", rival="bold"))
     ledger.reject_by(steps["beside"], trial("bold", "beside", rule="value"))
     ledger.reject_by(steps["wrong"], trial("wrong", rule="value", rival="bold"))
     ledger.reject(steps["late"], "deadline", "not tried: another was stopped")
     ledger.gated.add(steps["kernel"])
     ledger.pace, ledger._reserve = 2.0, 60.0
     return ledger
+
+
+def still_open(ledger):
+    return [step.name for step in ledger.open()]
 
 
 def refused(ledger, steps, *plans):
@@ -124,10 +143,11 @@ def refused(ledger, steps, *plans):
 
 def test_what_was_not_to_blame_is_open_again(ledger, steps):
     new = going_on.after(ledger, refused(ledger, steps, (("bold", "exact"), "value")))
-    assert [step.name for step in new.offered] == ["bolder", "exact", "other", "kernel", "slower", "beside"]
+    assert still_open(new) == ["bolder", "exact", "other", "kernel", "slower", "beside", "crowded"]
     entries = {entry.name: entry.rule for entry in new.found.rejected}
-    assert entries == {"alone": "slower", "wrong": "value", "late": "deadline", "bold": "value"}
-    assert sorted(new.tried) == ["alone", "wrong"]
+    stays = {"alone": "slower", "hopeless": "slower", "wrong": "value", "late": "deadline"}
+    assert entries == {**stays, "bold": "value"}
+    assert sorted(new.tried) == ["alone", "hopeless", "wrong"]
     assert new.gated == {steps["kernel"]} and new.pace == 2.0
     assert new.time_for(89.0), "what the refused plan's commit would have taken is not kept for others"
 
@@ -135,13 +155,28 @@ def test_what_was_not_to_blame_is_open_again(ledger, steps):
 def test_of_two_that_were_refused_the_bold_steps_of_both_are_gone(ledger, steps):
     plans = (("bolder", "exact", "kernel"), "value"), (("bold", "exact"), "slower")
     new = going_on.after(ledger, refused(ledger, steps, *plans))
-    assert {"exact", "kernel", "other"} <= {step.name for step in new.offered}
-    assert not {"bold", "bolder"} & {step.name for step in new.offered}
+    assert {"exact", "kernel", "other"} <= set(still_open(new))
+    assert not {"bold", "bolder"} & set(still_open(new))
     assert [note.partition(";")[0] for note in new.found.notes] == [
         "the commit refused bolder + exact + kernel (value)",
         "the commit refused bold + exact (slower)",
     ]
     assert all(note.endswith("without bold, bolder") for note in new.found.notes)
+
+
+def test_it_goes_on_twice_and_everything_offered_is_open_or_said_of(ledger, steps):
+    """What failed beside a step that is refused later is open then; what was refused before stays so."""
+    beside = Outcome(Plan.of([steps["exact"], steps["other"]]), rule="value", reason="value")
+    ledger.reject_by(steps["other"], beside)
+    once = going_on.after(
+        ledger, refused(ledger, steps, (("bold", "exact"), "slower"), (("bolder",), "value"))
+    )
+    assert "other" not in still_open(once) and "exact" in still_open(once)
+    twice = going_on.after(once, refused(once, steps, (("exact", "kernel"), "value")))
+    entries = {entry.name: entry.rule for entry in twice.found.rejected}
+    assert still_open(twice) == ["other", "slower", "beside", "crowded"]
+    assert {"bold": "slower", "bolder": "value", "exact": "value"}.items() <= entries.items()
+    assert sorted([*entries, *still_open(twice)]) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("rule", ["slower", "deadline", "no-effect"])
@@ -165,7 +200,7 @@ def test_what_there_is_no_time_for_is_rejected_for_that(ledger, steps):
     assert going_on.after(ledger, refused(ledger, steps, (("bold", "exact"), "value"))) is None
     entries = {entry.name: entry for entry in ledger.found.rejected}
     late = {name for name, entry in entries.items() if entry.rule == "budget"}
-    assert late == {"bolder", "exact", "other", "kernel", "slower", "beside"}
+    assert late == {"bolder", "exact", "other", "kernel", "slower", "beside", "crowded"}
     assert entries["bold"].rule == "value" and "with no time left" in entries["exact"].reason
 
 

@@ -276,6 +276,7 @@ def test_a_search_in_place_of_a_recipe_that_came_too_late_leaves_it_for_other_ca
     other = mixed(20.0, *BATCHES)
     assert other.searched and not other.optimized
     assert any("could not be set up with a budget of 20 s" in note for note in other.notes)
+    assert json.loads(path.read_text())["recipe"]["figures"]["mixtures"] == []  # it was not tried on them
     again = mixed(40.0, *SINGLES)
     assert again.optimized and not again.searched
 

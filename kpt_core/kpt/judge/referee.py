@@ -150,7 +150,7 @@ def judge_buffers(
     differs, or a buffer of another form, is no matter of tolerances: that is ``global-state``.
     """
     _check_level(level)
-    terms = Terms(level, as_dtype(compute_dtype), floor=_floor(reference))
+    terms = Terms(level, as_dtype(compute_dtype), floor=_floor(reference), rule="gradient")
     figures: dict[str, float] = {}
     for name, own in eager.items():
         mine = candidate[name]
@@ -160,9 +160,9 @@ def judge_buffers(
         verdict = judge_leaf(name, mine, reference[name], own, (cast_eager or {}).get(name), terms)
         keep_worst(figures, verdict.figures)
         if not verdict.passed:
-            counts = not (own.is_floating_point() or own.is_complex())
-            detail = f"buffers that the forward moves: {verdict.detail}"
-            return rejected("global-state" if counts else verdict.rule, detail, figures)
+            numbers = own.is_floating_point() or own.is_complex()
+            rule = verdict.rule if verdict.rule != terms.rule else "value" if numbers else "global-state"
+            return rejected(rule, f"buffers that the forward moves: {verdict.detail}", figures)
     return passed(figures=figures)
 
 

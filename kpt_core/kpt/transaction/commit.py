@@ -154,13 +154,13 @@ def _proven(
     with trials.kept.state_kept():
         timing = committed.time(model, trials)
     if len(trials.kept.damage) > harmed:
-        committed.take_back(in_run=True)
+        _free(committed)
         return None, ("parameter-modified", trials.kept.damage_since(harmed)), timing
     used, fallbacks = committed.plan.optimized_calls, committed.plan.fallbacks.to_dict()
     committed.plan.reset_counters()
     faster = timing.faster or (trials.observation.objective == "memory" and timing.high >= 1.0)
     if used == 0 or not faster:
-        committed.take_back(in_run=True)
+        _free(committed)
         reason = (
             "the guard let no call reach the plan: " + ", ".join(fallbacks)
             if used == 0
@@ -168,3 +168,9 @@ def _proven(
         )
         return None, ("slower" if used else "no-effect", reason), timing
     return committed, ("ok", ""), timing
+
+
+def _free(committed: Committed) -> None:
+    """Take it back, with the memory that it holds: the search may go on."""
+    committed.take_back(in_run=True)
+    committed.outcome.applied = None

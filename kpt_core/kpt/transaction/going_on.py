@@ -39,6 +39,7 @@ def after(ledger: Ledger, refusals: Sequence[Refusal]) -> Ledger | None:
     if ledger.fixed or all(each.rule in _BY_THE_CLOCK for each in refusals):
         return None
     gone = {step for each in refusals for step in each.plan.steps if step.level == each.plan.level}
+    gone |= ledger.refused
     refused = {step.name for each in refusals for step in each.plan.steps}
     names = {step.name for step in gone}
     kept = [
@@ -51,13 +52,14 @@ def after(ledger: Ledger, refusals: Sequence[Refusal]) -> Ledger | None:
     if not left:
         return None
     said = [f"the commit refused {each.plan.key} ({each.rule})" for each in refusals]
-    new = Ledger(ledger.trials, left, ledger.budget, fuel=ledger.fuel)
+    others = [candidate for candidate in ledger.offered if candidate.name in closed]
+    new = Ledger(ledger.trials, ledger.offered, ledger.budget, fuel=ledger.fuel, closed=others)
     if not new.time_for(0.0):
         reason = f"not tried without {', '.join(sorted(names))}: {' and '.join(said)}, with no time left"
         kept += [Entry(each.name, each.phase, each.plugin, "budget", reason) for each in left]
         ledger.found.rejected[:] = kept
         return None
-    new.found.rejected = kept
+    new.refused, new.found.rejected = gone, kept
     new.found.notes += [f"{text}; the search went on without {', '.join(sorted(names))}" for text in said]
     new.tried = {key: outcome for key, outcome in ledger.tried.items() if _holds(outcome, gone)}
     new.evidence = {name: outcome for name, outcome in ledger.evidence.items() if name in closed}
@@ -72,6 +74,11 @@ def _stays(entry: Entry, ledger: Ledger, gone: Iterable[Candidate]) -> bool:
 
 
 def _holds(outcome: Outcome, gone: Iterable[Candidate]) -> bool:
-    """Whether a trial failed with none of what is ``gone`` in its plan, or in what it was timed against."""
-    plans = [outcome.plan, *([outcome.rival] if outcome.right and outcome.rival is not None else [])]
-    return not outcome.accepted and not any(step in plan.steps for plan in plans for step in gone)
+    """Whether a trial would fail again without what is ``gone``, whatever it was timed against."""
+    rival = outcome.rival.steps if outcome.rival is not None else ()
+    if outcome.accepted or any(step in outcome.plan.steps for step in gone):
+        return False
+    if outcome.right:  # it was slower than something, which may not be found again
+        return not rival or outcome.over_eager <= 1.0
+    # What it was to be timed against was in memory, too.
+    return outcome.rule != "memory" or not any(step in rival for step in gone)

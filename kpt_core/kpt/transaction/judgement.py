@@ -319,11 +319,11 @@ class Judgement:
             if not verdict.passed:
                 return Verdict(False, "gradient", verdict.detail, figures), None
         if either:
-            stayed = {name: kept[name] for name in differing}
+            resting = {name: kept[name] for name in either}  # where one of the three leaves it alone
             verdict = referee.judge_buffers(
-                {**stayed, **mine.buffers},
-                {**stayed, **expected.reference.buffers},
-                {**stayed, **expected.eager.buffers},
+                {**resting, **mine.buffers},
+                {name: expected.reference.buffers.get(name, resting[name]) for name in either},
+                {**resting, **expected.eager.buffers},
                 cast_eager=cast.buffers if cast else None,
                 **terms,
             )

@@ -71,7 +71,13 @@ class Ledger:
     """``tried`` holds the last outcome of each plan, by its key: a plan that failed is not tried again."""
 
     def __init__(
-        self, trials: Trials, candidates: Iterable[Candidate], budget: Budget, *, fuel: int | None = None
+        self,
+        trials: Trials,
+        candidates: Iterable[Candidate],
+        budget: Budget,
+        *,
+        fuel: int | None = None,
+        closed: Iterable[Candidate] = (),
     ) -> None:
         self.trials = trials
         self.budget = budget
@@ -82,6 +88,8 @@ class Ledger:
         self.tried: dict[str, Outcome] = {}
         #: The trials for which candidates were rejected, where there was one, by the candidate's name.
         self.evidence: dict[str, Outcome] = {}
+        #: Steps that gave plans their levels which the commit refused, in searches before this one.
+        self.refused: set[Candidate] = set()
         #: Kernels that were judged alone and are right.
         self.gated: set[Candidate] = set()
         #: Steps that were seen to pay for themselves in company.
@@ -92,7 +100,8 @@ class Ledger:
         self.spare = 0.0
         #: What took the place of the best plan last: it may hold the one before beneath it.
         self._overtaking: Outcome | None = None
-        self._gone: set[Candidate] = set()
+        #: Those that something speaks against: the ``closed`` ones already when the search begins.
+        self._gone = {*closed}
         self._reserve = _RESERVE * budget.seconds
 
     # -- candidates

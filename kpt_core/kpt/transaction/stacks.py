@@ -225,7 +225,7 @@ def _blame(ledger: Ledger, plan: Plan, added: list[Candidate], outcome: Outcome)
         for other in ledger.open():
             if _own_setup(other) >= _own_setup(slowest) and (other in added or other not in plan.steps):
                 reason = f"not tried: {slowest.name}, with no longer a set-up, was stopped"
-                ledger.reject(other, "deadline", reason)
+                ledger.reject(other, "deadline", reason, evidence=outcome)
         return True
     # Quick ones only: to see whether a compiler is innocent costs as much as the next stack, which tells it.
     quick = [step for step in added if not ledger.slow(Plan.of([step]))]
