@@ -114,33 +114,49 @@ def with_todays(
     records: Mapping[str, Any],
     settings: Mapping[str, Any] | None,
     folder: Path = RESULTS,
+    *,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """``records`` and those that today's result file already holds, so that a long run can be done in parts.
 
     Records of another machine, of other versions of packages or of a run with other ``settings`` are left
     out; None where each record names its settings. Each names the commit it was measured on.
+
+    What an ``earlier`` file holds beyond these is carried on, with its date in each record.
+
+    Raises:
+        ValueError: the earlier file is of another machine or of other versions of packages.
     """
+    carried: dict[str, Any] = {}
+    if earlier is not None:
+        old = json.loads(earlier.read_text(encoding="utf-8"))
+        if not _like_here(old):
+            raise ValueError(f"{earlier} is of another machine or of other versions of packages than here")
+        carried = {key: {"date": old["date"], **record} for key, record in old[part].items()}
     path = _todays(name, folder)
     if not path.exists():
-        return dict(records)
+        return {**carried, **records}
     before = json.loads(path.read_text(encoding="utf-8"))
     if settings is not None and before["settings"] != rounded(settings):
-        return dict(records)
-    return {**before[part], **records}
+        return {**carried, **records}
+    return {**carried, **before[part], **records}
 
 
 def _todays(name: str, folder: Path) -> Path:
     """Where today's results of this machine go: into the file that it wrote before, or into a new one."""
-    here, installed = rounded(machine()), _packages(versions())
     for letter in ("", *string.ascii_lowercase[1:]):  # letters sort behind the name without one
         path = folder / f"{name}-{today()}{letter}.json"
         if not path.exists():
             break
-        before = json.loads(path.read_text(encoding="utf-8"))
-        alike = all(before["machine"].get(key) == value for key, value in here.items())
-        if alike and _packages(before["versions"]) == installed:
+        if _like_here(json.loads(path.read_text(encoding="utf-8"))):
             break
     return path
+
+
+def _like_here(result: Mapping[str, Any]) -> bool:
+    """Whether a result file is of this machine and of the versions of packages that are installed."""
+    alike = all(result["machine"].get(key) == value for key, value in rounded(machine()).items())
+    return alike and _packages(result["versions"]) == _packages(versions())
 
 
 def _packages(found: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ of the same run, with a 95 % bootstrap interval; inputs are fresh for every call
 the model in fp64. For each model and level the result says which permitted peer was best and how far kpt
 is ahead of it or behind.
 
-    python benchmarks/cpu_models.py [--models bert-base mlp] [--quick]
+    python benchmarks/cpu_models.py [--models bert-base mlp] [--quick] [--carry EARLIER]
 """
 
 from __future__ import annotations
@@ -285,6 +285,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a budget of 40 s and runs of 6 s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument(
+        "--carry", type=Path, help="an earlier result file of this machine, whose other models are carried on"
+    )
     parser.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,7 +307,7 @@ def main() -> None:
     settings = {"budget": options.budget, "seconds": options.seconds}
     # A quick look, or one at a few contenders, must not pass for the real thing.
     name = "cpu_models_partial" if options.quick or options.contenders else "cpu_models"
-    known = with_todays(name, "models", records, None, options.results)
+    known = with_todays(name, "models", records, None, options.results, earlier=options.carry)
     ordered = {model: known[model] for model in MODELS if model in known}
     path = write_result(name, {"settings": settings, "models": ordered}, options.results)
     print(f"\n{path}")

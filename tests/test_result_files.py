@@ -45,3 +45,20 @@ def test_a_second_machine_takes_nothing_from_the_first(tmp_path: Path, machine: 
         assert with_todays("speed", "models", {"c": 3}, None, tmp_path) == {**known, "c": 3}
         assert with_todays("speed", "models", {"c": 3}, {"budget": 1}, tmp_path) == {"c": 3}
         assert write_result("speed", {"settings": None, "models": known}, tmp_path) == path
+
+
+def test_records_of_an_earlier_day_are_carried_on_with_their_date(
+    tmp_path: Path, machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "today", lambda: "2026-01-01")
+    records = {"a": {"x": 1}, "b": {"x": 2, "date": "2025-12-31"}, "c": {"x": 3}}
+    earlier = write_result("speed", {"settings": None, "models": records}, tmp_path)
+    monkeypatch.setattr(common, "today", lambda: "2026-01-02")
+    new = {"c": {"x": 4}}
+    known = with_todays("speed", "models", new, None, tmp_path, earlier=earlier)
+    assert known == {"a": {"date": "2026-01-01", "x": 1}, "b": {"date": "2025-12-31", "x": 2}, "c": {"x": 4}}
+    write_result("speed", {"settings": None, "models": known}, tmp_path)
+    assert with_todays("speed", "models", {}, None, tmp_path, earlier=earlier) == known, "today's come first"
+    machine["processor"] = "other"
+    with pytest.raises(ValueError, match=r"speed-2026-01-01\.json is of another machine"):
+        with_todays("speed", "models", new, None, tmp_path, earlier=earlier)
