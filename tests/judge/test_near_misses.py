@@ -395,3 +395,16 @@ def test_a_near_miss_excuses_no_lost_gradient():
     assert judgement.others.wanted(near, judgement._one(near, draw)[0])
     verdict, _ = judgement._one(lost, draw)
     assert verdict.rule == "gradient" and not judgement.others.wanted(lost, verdict)
+
+
+def test_calls_are_drawn_like_examples_that_hold_an_element():
+    """In one without rows whatever is wrong is right, and one in thirty such runs took what was wrong."""
+    calls = as_calls([torch.randn(4, 64), torch.randn(0, 64), torch.randn(4, 64)])
+    observation, baseline, _ = observed(Weighted(), calls)
+    assert observation.spec.with_elements() == [0, 2]
+    fresh = FreshCalls(observation, baseline)
+    drawn = [draw for _ in range(8) for draw in fresh.draws(touches_mask=False, thorough=True)]
+    assert {draw.expected.eager.output.shape[0] for draw in drawn} == {4}
+    (draw, *_) = drawn
+    assert fresh.like(draw).expected.eager.output.shape[0] == 4
+    assert InputSpec.from_calls(as_calls([torch.randn(0, 64)] * 2), None, None).with_elements() == [0, 1]

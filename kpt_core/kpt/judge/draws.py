@@ -146,6 +146,15 @@ class InputSpec:
             own_masks,
         ).call()
 
+    def with_elements(self) -> list[int]:
+        """The positions of the examples that hold an element: calls like the others say nothing of values."""
+        found = []
+        for position, call in enumerate(self._examples):
+            tensors = [leaf for _, leaf in named_leaves(call) if isinstance(leaf, torch.Tensor)]
+            if not tensors or any(tensor.numel() for tensor in tensors):
+                found.append(position)
+        return found or list(range(len(self._examples)))
+
     def sizes(self, generator: torch.Generator, number: int) -> list[dict[str, int]]:
         """At most ``number`` assignments for `draw`: odd sizes first, then the bounds of each dimension."""
         seed = int(torch.randint(1 << 30, (1,), generator=generator))

@@ -49,6 +49,8 @@ class FreshCalls:
         #: Whether eager refused every other size of the declared dimensions that the last draws tried.
         self.only_examples = False
         self._seed = 1000
+        #: The examples that calls are drawn like: an empty one is run, and there is nothing to judge in it.
+        self._like = observation.spec.with_elements()
         #: Whether integers that are all 0 or all 1 in the examples are drawn otherwise. On an accelerator an
         #: index that is out of range would end the process's use of it.
         self._mixes = observation.device_type == "cpu" and observation.spec.has_constant_integers
@@ -121,7 +123,7 @@ class FreshCalls:
             return None
         self._seed += 1
         for keep_integers in (False, True):
-            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers)
+            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers, examples=self._like)
             try:
                 expected = self.baseline.expected(call, seed=self._seed)
             except _STOPS:
@@ -137,7 +139,9 @@ class FreshCalls:
         """A fresh call that eager can run. Where resampled integers are refused (placeholders that must
         match in number, say) the example's own are kept; None if eager refuses these too."""
         for keep_integers in (False, True):
-            call = self.baseline.draw(sizes=sizes, padding=padding, keep_integers=keep_integers)
+            call = self.baseline.draw(
+                sizes=sizes, padding=padding, keep_integers=keep_integers, examples=self._like
+            )
             before = self.counts.read()
             try:
                 expected = self.baseline.expected(call, seed=self._seed, padded=padding)
