@@ -57,7 +57,6 @@ while :; do sleep 0.05; done
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
 def test_a_locked_pool_of_inductor_holds_nobody_up(monkeypatch):
     """Its lock may be held by a caller that waits for a thread, until an exception reaches it."""
     executor = concurrent.futures.ThreadPoolExecutor(1)
@@ -76,6 +75,7 @@ def test_a_locked_pool_of_inductor_holds_nobody_up(monkeypatch):
     assert executor._shutdown
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found on Linux only")
 def test_a_compiler_that_is_slow_to_end_leaves_no_half_of_a_library(tmp_path, monkeypatch):
     """Inductor looks only whether the file is there, and would load the half of it for ever."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -397,14 +397,17 @@ def test_a_near_miss_excuses_no_lost_gradient():
     assert verdict.rule == "gradient" and not judgement.others.wanted(lost, verdict)
 
 
-def test_calls_are_drawn_like_examples_that_hold_an_element():
+class Scaled(Weighted):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+def test_calls_are_drawn_like_examples_by_which_something_can_be_judged():
     """In one without rows whatever is wrong is right, and one in thirty such runs took what was wrong."""
-    calls = as_calls([torch.randn(4, 64), torch.randn(0, 64), torch.randn(4, 64)])
-    observation, baseline, _ = observed(Weighted(), calls)
-    assert observation.spec.with_elements() == [0, 2]
+    calls = as_calls([(torch.randn(rows, 64), torch.ones(1)) for rows in (4, 0, 4)])
+    observation, baseline, _ = observed(Scaled(), calls)
+    assert list(observation.spec.examples_with_empty_tensors()) == [1]
     fresh = FreshCalls(observation, baseline)
     drawn = [draw for _ in range(8) for draw in fresh.draws(touches_mask=False, thorough=True)]
     assert {draw.expected.eager.output.shape[0] for draw in drawn} == {4}
-    (draw, *_) = drawn
-    assert fresh.like(draw).expected.eager.output.shape[0] == 4
-    assert InputSpec.from_calls(as_calls([torch.randn(0, 64)] * 2), None, None).with_elements() == [0, 1]
+    assert fresh.like(drawn[0]).expected.eager.output.shape[0] == 4

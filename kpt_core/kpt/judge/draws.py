@@ -146,14 +146,13 @@ class InputSpec:
             own_masks,
         ).call()
 
-    def with_elements(self) -> list[int]:
-        """The positions of the examples that hold an element: calls like the others say nothing of values."""
-        found = []
-        for position, call in enumerate(self._examples):
-            tensors = [leaf for _, leaf in named_leaves(call) if isinstance(leaf, torch.Tensor)]
-            if not tensors or any(tensor.numel() for tensor in tensors):
-                found.append(position)
-        return found or list(range(len(self._examples)))
+    def examples_with_empty_tensors(self) -> dict[int, Call]:
+        """Those of the examples that hold a tensor without elements, by position."""
+
+        def empty(call: Call) -> bool:
+            return any(isinstance(leaf, torch.Tensor) and not leaf.numel() for _, leaf in named_leaves(call))
+
+        return {position: call for position, call in enumerate(self._examples) if empty(call)}
 
     def sizes(self, generator: torch.Generator, number: int) -> list[dict[str, int]]:
         """At most ``number`` assignments for `draw`: odd sizes first, then the bounds of each dimension."""

@@ -7,13 +7,16 @@ may be flags, where eager takes others.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kpt import compiling
+from kpt.judge import outputs
 from kpt.transaction.counts import Counts
 
 if TYPE_CHECKING:
+    from kpt.judge.calls import Call
     from kpt.transaction.baseline import Baseline, Expected
     from kpt.transaction.observe import Observation
 
@@ -49,11 +52,24 @@ class FreshCalls:
         #: Whether eager refused every other size of the declared dimensions that the last draws tried.
         self.only_examples = False
         self._seed = 1000
-        #: The examples that calls are drawn like: an empty one is run, and there is nothing to judge in it.
-        self._like = observation.spec.with_elements()
         #: Whether integers that are all 0 or all 1 in the examples are drawn otherwise. On an accelerator an
         #: index that is out of range would end the process's use of it.
         self._mixes = observation.device_type == "cpu" and observation.spec.has_constant_integers
+
+    @functools.cached_property
+    def _telling(self) -> list[int] | None:
+        """The examples that calls are drawn like; None for all.
+
+        Where no output holds an element whatever is wrong is right. Such examples are run, and not judged by.
+        """
+        spec = self.observation.spec
+        silent = {n for n, call in spec.examples_with_empty_tensors().items() if not self._tells(call)}
+        positions = [n for n in range(len(spec.examples)) if n not in silent]
+        return positions if silent and positions else None
+
+    def _tells(self, call: Call) -> bool:
+        found = outputs.tensors(self.baseline.expected(call, seed=self._seed).eager.output)
+        return not found or any(tensor.numel() for tensor in found.values())
 
     def draws(self, *, touches_mask: bool, thorough: bool) -> list[Draw]:
         """Fresh calls with their expected results. What eager cannot run is dropped; of a padded call the
@@ -123,7 +139,7 @@ class FreshCalls:
             return None
         self._seed += 1
         for keep_integers in (False, True):
-            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers, examples=self._like)
+            call = self.baseline.draw(mix_integers=True, keep_integers=keep_integers, examples=self._telling)
             try:
                 expected = self.baseline.expected(call, seed=self._seed)
             except _STOPS:
@@ -140,7 +156,7 @@ class FreshCalls:
         match in number, say) the example's own are kept; None if eager refuses these too."""
         for keep_integers in (False, True):
             call = self.baseline.draw(
-                sizes=sizes, padding=padding, keep_integers=keep_integers, examples=self._like
+                sizes=sizes, padding=padding, keep_integers=keep_integers, examples=self._telling
             )
             before = self.counts.read()
             try:
