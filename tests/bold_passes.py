@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from kpt.specs import Variant
-from mixed_models import Compiled, HalfWide, inner
+from mixed_models import Compiled, HalfWide, detour, inner
+from slow_models import DirectScale
 
 
 class Cautious(HalfWide):
@@ -105,6 +107,29 @@ class BoldAndWrong(BoldAndRight):
         narrow = last.forward
         last.forward = lambda x: 1.5 * narrow(x)
         return undo
+
+
+class TwoWays(DirectScale):
+    """Two variants: what promises more leaves half of the detour, the other one takes all of it out."""
+
+    def propose(self, observation: Any, hardware: Any) -> Iterable[Variant]:
+        return [
+            Variant("halfway", predicted_gain=5.5, sites=()),
+            Variant("all", predicted_gain=5.0, sites=()),
+        ]
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
+        self.left = 2 if variant.name == "halfway" else 0
+        return super().apply(model, variant)
+
+    def replacement(self) -> Any:
+        left = self.left
+
+        def forward(scale: Any, x: torch.Tensor) -> torch.Tensor:
+            x = detour(x, scale.rounds // left if left else 0)
+            return x * scale.weight + scale.bias
+
+        return forward
 
 
 class LongCompiled(Compiled):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 import torch._dynamo  # replaces functions of torch's when it is first imported
+from torch.optim import optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpt
@@ -108,14 +109,16 @@ def _end_dead_plans() -> None:
     they would be part of a fingerprint, and be gone from the one after it."""
     gc.collect()
     watched: Any = _Watched()
-    watch._registrations.add(watched)
-    watch._registrations.discard(watched)
+    watch._announcements.add(watched)
+    watch._announcements.discard(watched)
 
 
 def _global_hooks() -> Iterator[dict[Any, Any]]:
     for name, table in vars(torch.nn.modules.module).items():
         if name.startswith("_global_") and name.endswith("_hooks"):
             yield table
+    yield optimizer._global_optimizer_pre_hooks
+    yield optimizer._global_optimizer_post_hooks
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -22,6 +22,8 @@ from kpt.transaction.plan import Plan
 from told_trials import FASTER, Trials, candidate
 
 BOLD = PolicySpec("Bold", entry="bold_passes:HalfUntilTheCommit", compute_dtype="bfloat16")
+BOLDER = PolicySpec("Bold", entry="bold_passes:BoldUntilTheCommit", level="aggressive", compute_dtype="int8")
+CAUTIOUS = PolicySpec("Cautious", entry="bold_passes:Cautious", compute_dtype="bfloat16")
 
 
 def test_without_its_bold_step(wobbly):
@@ -41,6 +43,26 @@ def test_without_its_bold_step(wobbly):
     optimized(model, example, plugins=offered, level="production", budget=30.0, cache=True)
     again = kpt.report(model)
     assert not again.searched and [e.name for e in again.accepted] == ["DirectScale:direct"]
+
+
+def test_from_the_plan_that_was_kept_beneath(wobbly):
+    """That was overtaken before what is faster than one of its steps was tried."""
+    offered = [slow_models.plugin(bold_passes.TwoWays, policies=[CAUTIOUS, BOLDER])]
+    model, example = mixed_models.mixed(rounds=200), torch.randn(64, 64)
+    expected = model(example)
+    optimized(model, example, plugins=offered, level="aggressive", budget=60.0)
+    receipt = kpt.report(model)
+    assert {entry.name for entry in receipt.accepted} == {"Cautious:half", "TwoWays:all"}, receipt
+    rules = {entry.name: entry.rule for entry in receipt.rejected}
+    assert rules == {"Bold:wobbly": wobbly, "TwoWays:halfway": "slower"}
+    (note,) = [note for note in receipt.notes if "went on" in note]
+    assert f"({wobbly})" in note and note.endswith("without Bold:wobbly")
+    assert not any("overtaken" in note for note in receipt.notes)
+    plans = [trial["plan"] for trial in receipt.trials]
+    beneath, refused = ["Cautious:half", "TwoWays:halfway"], ["Bold:wobbly", "TwoWays:all"]
+    assert [set(plan) for plan in plans].count(set(beneath)) == 1, "it was alive, and is not tried again"
+    assert {frozenset(beneath), frozenset(refused)} <= {frozenset(plan) for plan in plans}
+    assert torch.allclose(model(example), expected, atol=0.05)
 
 
 def test_where_there_is_no_time_for_it_a_larger_budget_searches(wobbly, monkeypatch):
@@ -177,6 +199,37 @@ def test_it_goes_on_twice_and_everything_offered_is_open_or_said_of(ledger, step
     assert still_open(twice) == ["other", "slower", "beside", "crowded"]
     assert {"bold": "slower", "bolder": "value", "exact": "value"}.items() <= entries.items()
     assert sorted([*entries, *still_open(twice)]) == sorted(NAMES)
+
+
+def kept_beneath(ledger, steps, *names, seconds=4.0):
+    """What the commit would fall back on: found.best, once it has refused what overtook it."""
+    best = Outcome(Plan.of(steps[name] for name in names), timing=FASTER, seconds=seconds)
+    ledger.found.best = best
+    return best
+
+
+def test_what_was_slower_than_the_plan_beneath_stays_rejected(ledger, steps):
+    refusals = refused(ledger, steps, (("bolder", "exact"), "value"))
+    best = kept_beneath(ledger, steps, "bold", "kernel")
+    than_best = Outcome(Plan.of([steps["other"]]), rule="slower", reason="slower")
+    than_best.rival, than_best.over_eager = best.plan, 1.5
+    ledger.reject_by(steps["other"], than_best)
+    new = going_on.after(ledger, refusals)
+    assert new.found.best is best and new.tried["bold + kernel"] is best
+    assert {"bold", "kernel", "exact"} <= set(still_open(new))
+    assert not {"bolder", "other"} & set(still_open(new))
+    assert not new.time_for(95.0) and new.time_for(85.0), "the commit of the plan beneath keeps its time"
+
+
+def test_the_plan_beneath_is_committed_where_there_is_nothing_to_try_beside_it_or_no_time(ledger, steps):
+    refusals = refused(ledger, steps, (("bolder", "exact"), "value"))
+    before = list(ledger.found.rejected)
+    kept_beneath(ledger, steps, "bold", "kernel", seconds=61.0)
+    assert going_on.after(ledger, refusals) is None and ledger.found.rejected == before
+    only = Ledger(Trials(), [steps["bold"], steps["bolder"]], Budget(100.0, clock=lambda: 0.0))
+    refusals = refused(only, steps, (("bolder",), "value"))
+    kept_beneath(only, steps, "bold")
+    assert going_on.after(only, refusals) is None
 
 
 @pytest.mark.parametrize("rule", ["slower", "deadline", "no-effect"])

@@ -131,7 +131,7 @@ def commit(
     applied = outcome.applied
     assert applied is not None
     harmed = len(trials.kept.damage)
-    rule, detail = ("ok", "") if outcome.thorough else _judged_again(outcome, applied, trials)
+    rule, detail = ("ok", "") if outcome.final else _judged_again(outcome, applied, trials)
     outcome.hush()
     if len(trials.kept.damage) > harmed:
         rule, detail = "parameter-modified", trials.kept.damage_since(harmed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from kpt.transaction.receipt import Entry, Receipt
 
 if TYPE_CHECKING:
     from kpt.judge.timing import Timing
-    from kpt.transaction.ledger import Found
+    from kpt.transaction.ledger import Found, Ledger
     from kpt.transaction.outcome import Outcome
     from kpt.transaction.plan import Proposals
     from kpt.transaction.request import Run
@@ -32,38 +33,48 @@ _OVERTIME, _OVERTIME_MOST = 0.05, 5.0
 _MOMENT = 1.0
 
 
-def commit_best(run: Run, trials: Trials, found: Found, *, timed: bool = True) -> list[Refusal]:
+def commit_best(
+    run: Run,
+    trials: Trials,
+    found: Found,
+    *,
+    timed: bool = True,
+    instead: Callable[[Sequence[Refusal]], Ledger | None] = lambda refusals: None,
+) -> Ledger | None:
     """Commit the best plan; where the final judgement refuses it, the one of a stricter level beneath it.
 
-    What was refused is among the rejected of the receipt, and of ``found``. Returns the refusals.
+    But for a search that is to go on ``instead``, given the refusals so far: it is returned. What was refused
+    is among the rejected of the receipt, and of ``found``.
     """
     refusals: list[Refusal] = []
-    while (best := found.best) is not None:
+    further: Ledger | None = None
+    while further is None and (best := found.best) is not None:
         beneath, best.beneath = best.beneath, None
         try:
             run.committed, refusal, timing = _try(run, best, beneath, trials, timed=timed)
             if run.committed is None:
                 _say(run, f"the commit refused {best.plan.key} ({refusal[0]}): {refusal[1]}", refusal[0])
-            if run.committed is not None and beneath is not None:
-                with trials.kept.state_kept():  # its undos run after the last look at the model
-                    beneath.close()
+            if run.committed is not None:
+                if beneath is not None:
+                    with trials.kept.state_kept():  # its undos run after the last look at the model
+                        beneath.close()
+                _describe(run, trials, found, run.committed, timing)
+                run.receipt.notes.extend(
+                    f"the commit refused {each.plan.key} ({each.rule}); committed is what it had overtaken"
+                    for each in refusals
+                )
+                return None
+            run.receipt.reason = refusal[1]
+            refusals.append(Refusal(best.plan, *refusal))
+            _refused(found, best, beneath, *refusal)
+            found.best = beneath
+            further = instead(refusals)
         except BaseException:
             if beneath is not None:
                 beneath.close()
             raise
-        if run.committed is not None:
-            _describe(run, trials, found, run.committed, timing)
-            run.receipt.notes.extend(
-                f"the commit refused {each.plan.key} ({each.rule}); committed is what it had overtaken"
-                for each in refusals
-            )
-            return refusals
-        run.receipt.reason = refusal[1]
-        refusals.append(Refusal(best.plan, *refusal))
-        _refused(found, best, beneath, *refusal)
-        found.best = beneath
     run.receipt.rejected = found.rejected
-    return refusals
+    return further
 
 
 def _try(

@@ -45,7 +45,10 @@ _TELLING = 3.0
 
 @dataclass
 class Found:
-    """The best plan's outcome (alive), or None, and what became of every candidate."""
+    """The best plan's outcome (alive), or None, and what became of every candidate.
+
+    While a search runs ``best`` is what it began with.
+    """
 
     best: Outcome | None = None
     gains: dict[str, float] = field(default_factory=dict)
@@ -244,6 +247,12 @@ class Ledger:
         self._overtaking = outcome
         self.keep_for_commit(outcome)
         return outcome
+
+    def begin_with(self, best: Outcome) -> None:
+        """Search for what is faster than ``best``, an accepted plan of a search before this one."""
+        self.found.best = self._overtaking = best
+        self.tried[best.plan.key] = best
+        self.keep_for_commit(best)
 
     def _crowds(self, best: Outcome) -> int:
         """Bytes that ``best`` holds beyond the user's model, if they are too many to be kept; else 0."""

@@ -97,6 +97,12 @@ class Plan:
         """The strictest level whose rules allow every step."""
         return max((step.level for step in self.steps), key=LEVELS.index, default="exact")
 
+    @property
+    def bold(self) -> frozenset[Candidate]:
+        """The steps without which its level would be a stricter one; none of an exact plan."""
+        level = self.level
+        return frozenset(step for step in self.steps if step.level == level != "exact")
+
     def stricter_than(self, other: Plan) -> bool:
         return LEVELS.index(self.level) < LEVELS.index(other.level)
 

@@ -116,7 +116,7 @@ def apply(run: Run, trials: Trials, data: dict[str, Any], *, timed: bool = True)
     emit("trial", f"applying the recipe {plan.key}", seconds=run.budget.spent(), budget=run.budget.seconds)
     fixed = trials.observation.deterministic
     with run.budget.overtime(conclusion.overtime(run)):
-        outcome = trials.run(plan, keep=True, timed=False, thorough=True)  # there is no other to choose
+        outcome = trials.run(plan, keep=True, timed=False, final=True)  # there is no other to choose
     if not outcome.right or outcome.applied is None:
         outcome.close()
         return _refused(run, outcome, data, fixed=fixed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -231,6 +232,5 @@ def _search(run: Run, trials: Trials) -> None:
         if found.best is None:
             receipt.reason = conclusion.why_nothing(receipt, proposals)
             break
-        refusals = conclusion.commit_best(run, trials, found)
-        ledger = going_on.after(ledger, refusals) if run.committed is None else None
+        ledger = conclusion.commit_best(run, trials, found, instead=functools.partial(going_on.after, ledger))
     conclusion.store(run, fixed=trials.observation.deterministic)

@@ -38,11 +38,12 @@ def first(ledger: Ledger) -> Outcome | None:
 
     A compiler may not come back in time, and a stack that quantises may take long and then be wrong. So what
     needs no set-up is bought first where that is cheap, then what is cautious, then all. Where there is time
-    for one of these two alone it is the bolder one, if that is seen to be right.
+    for one of these two alone it is the bolder one, if that is seen to be right. A search that goes on has a
+    best plan already, which they have to beat.
     """
     whole = _stack(ledger, ledger.open())
-    best: Outcome | None = None
-    if ledger.slow(whole):
+    best = ledger.found.best
+    if best is None and ledger.slow(whole):
         if ledger.seconds_of_calls() < _CHEAP * ledger.budget.left():
             best = _holding(ledger, _quick_for(ledger.budget.seconds), best)
         if best is None:

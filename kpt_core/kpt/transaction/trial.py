@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kpt.transaction.baseline import Baseline
     from kpt.transaction.budget import Budget
     from kpt.transaction.observe import Observation
-    from kpt.transaction.plan import Plan
+    from kpt.transaction.plan import Candidate, Plan
 
 #: Where the first look leaves open which side is faster a trial is timed for as long again, or for this share
 #: of what its set-up took: that is lost with the verdict,
@@ -71,6 +71,8 @@ class Trials:
         self._ends = 0.0
         self.log: list[Outcome] = []
         self.undo_errors: list[str] = []
+        #: Steps that gave their levels to plans which were right on as many calls as a commit makes.
+        self._well_judged: set[Candidate] = set()
 
     def run(
         self,
@@ -79,25 +81,26 @@ class Trials:
         against: Applied | None = None,
         keep: bool = False,
         seconds: float | None = None,
-        thorough: bool = False,
+        final: bool = False,
         timed: bool = True,
     ) -> Outcome:
         """Try ``plan``; time it against ``against``, or the untouched model.
 
         An accepted outcome keeps its workspace alive if ``keep``. ``seconds`` limits the trial below
-        what is left of the budget. A ``thorough`` one judges on as many calls as a commit does, which then
-        need not.
+        what is left of the budget. A ``final`` one, of a plan beside which there is no other, judges on as
+        many calls as a commit does, which then need not. So does the first of each step that allows more than
+        exact results, but there the commit judges again: the fastest of many may be right by chance.
         """
         started = time.perf_counter()
         left = self.budget.left()
         self._ends = started + (left if seconds is None else min(seconds, left))
-        outcome = Outcome(plan, thorough=thorough)
+        outcome = Outcome(plan, final=final)
         applied: list[Applied] = []
         kept = self.kept
         harmed, patched = len(kept.damage), len(kept.patched)
         try:
             with kept.untouched(), self.budget.limit(seconds):
-                self._run(outcome, applied, against, thorough, timed)
+                self._run(outcome, applied, against, timed)
         except BudgetSpent as error:
             outcome.rule, outcome.reason = "budget", str(error)
         except DeadlinePassed:
@@ -133,10 +136,10 @@ class Trials:
         self.log.append(outcome)
         return outcome
 
-    def _run(
-        self, outcome: Outcome, holder: list[Applied], against: Applied | None, thorough: bool, timed: bool
-    ) -> None:
+    def _run(self, outcome: Outcome, holder: list[Applied], against: Applied | None, timed: bool) -> None:
         observation, plan = self.observation, outcome.plan
+        # What is bold and passes a first look may fail the commit: better here, before more is built upon it.
+        thorough = outcome.final or not self._well_judged.issuperset(plan.bold)
         draws = self.judgement.calls.draws(touches_mask=plan.touches_mask, thorough=thorough)
         if observation.stochastic:
             # Values are compared without dropout, on a second application of the same plan.
@@ -155,6 +158,7 @@ class Trials:
         if not verdict.passed and not self.metric.overrules(verdict.rule):
             outcome.rule, outcome.reason = verdict.rule, verdict.detail
             return
+        self._well_judged.update(plan.bold if thorough else ())
         self.metric.judge(outcome, applied)
         if not outcome.right or not timed:
             return

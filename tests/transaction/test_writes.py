@@ -1,0 +1,188 @@
+"""Writes to weights of which a plan holds copies, whoever makes them, are noticed at the next call."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+import kpt
+from fingerprints import fallbacks, fast_calls, optimized
+from kpt.transaction.writes import Writes
+from slow_models import DerivedScale, DirectScale, SlowScale, plugin
+
+
+def copied() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model without buffers, of whose weights a committed plan holds copies."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), SlowScale()).eval()
+    x = torch.randn(8, 16)
+    optimized(model, x, plugins=[plugin(DerivedScale)], budget=20)
+    return model, x
+
+
+def step(optimizer: torch.optim.Optimizer, model: torch.nn.Module, x: torch.Tensor) -> None:
+    model.train()
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+
+
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+    "Adagrad": torch.optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_after_an_optimizer_step_the_new_weights_count(name, how):
+    """Fused optimizers write parameters in place without counting it."""
+    model, x = copied()
+    step(OPTIMIZERS[name](model.parameters(), lr=0.5, **how), model, x)
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+    assert any("written in place" in reason for reason in fallbacks(model))
+    kpt.refresh(model)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.nn.Sequential.forward(model, x), atol=1e-5)
+    assert fast_calls(model) >= 1
+
+
+def test_an_optimizer_of_one_weight_and_one_of_another_model():
+    model, x = copied()
+    other = torch.nn.Linear(16, 16)
+    step(torch.optim.SGD(other.parameters(), lr=0.5, fused=True), other, x)
+    with torch.no_grad():
+        model(x)
+    assert fast_calls(model) == 1 and not fallbacks(model)
+    step(torch.optim.SGD([model[1].bias], lr=0.5, fused=True), model, x)
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+
+
+def test_a_plan_without_copies_serves_on_after_a_step():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(16, 16), SlowScale()).eval(), torch.randn(8, 16)
+    optimized(model, x, plugins=[plugin(DirectScale)], budget=20)
+    step(torch.optim.AdamW(model.parameters(), lr=0.5, fused=True), model, x)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.nn.Sequential.forward(model, x), atol=1e-5)
+    assert fast_calls(model) >= 1
+
+
+def test_nothing_hears_of_steps_once_no_plan_is_there():
+    gc.collect()
+    model, _ = copied()
+    assert len(_global_optimizer_post_hooks) == 1
+    kpt.restore(model)
+    assert not _global_optimizer_post_hooks
+
+
+class Wrapped(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "buffer": torch.randn(2, 2),
+        "integers": torch.arange(4),
+        "frozen": torch.nn.Parameter(torch.randn(3), requires_grad=False),
+        "view": torch.randn(4, 4)[1:],
+        "complex": torch.randn(2, dtype=torch.complex64),
+        "empty": torch.empty(0, 3),
+        "subclass": torch.randn(3).as_subclass(Wrapped),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "in inference mode"])
+@pytest.mark.parametrize("name", tensors())
+def test_each_kind_of_tensor(name, inference):
+    all_of_them = tensors()
+    writes = Writes(all_of_them.values())
+    assert not writes.happened()
+    with torch.inference_mode(inference), torch.no_grad():
+        assert not writes.happened()
+        all_of_them[name].zero_()
+        assert writes.happened()
+    assert writes.happened()
+    writes.settle()
+    assert not writes.happened()
+
+
+def test_a_write_to_a_view_or_to_what_it_is_a_view_of():
+    base = torch.zeros(4, 4)
+    row, writes = base[1], Writes([base])
+    row.add_(1.0)
+    assert writes.happened()
+    writes = Writes([row])
+    base.add_(1.0)
+    assert writes.happened()
+
+
+def test_after_new_data_writes_still_count():
+    weight = torch.nn.Parameter(torch.randn(3))
+    writes = Writes([weight])
+    weight.data = torch.ones(3)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert writes.happened()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_construction_in_any_mode(mode):
+    weight = torch.nn.Parameter(torch.randn(3))
+    with mode():
+        writes = Writes([weight])
+    assert not writes.happened()
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert writes.happened()
+
+
+def test_hooks_on_what_autograd_saves_get_nothing_of_ours():
+    weight, seen = torch.nn.Parameter(torch.randn(3)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        writes = Writes([weight])
+        assert not writes.happened() and not seen
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert writes.happened()
+
+
+def leading_to(model: torch.nn.Module, _gradient: torch.Tensor) -> None:
+    """A hook, once it is bound to a model."""
+
+
+@pytest.mark.parametrize("leads", ["a hook", "an attribute"])
+def test_a_parameter_that_leads_to_the_model_is_collected_with_it(leads):
+    model, x = copied()
+    if leads == "a hook":
+        model[0].weight.register_hook(functools.partial(leading_to, model))
+    else:
+        model[0].weight.owner = model
+    gone = weakref.ref(model)
+    with torch.no_grad():
+        model(x)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_tensors_can_still_be_swapped():
+    """torch refuses that for a tensor which anything else of C++ holds."""
+    model, x = copied()
+    torch.utils.swap_tensors(model[0].weight, torch.nn.Parameter(torch.zeros(16, 16)))
+    kpt.refresh(model)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.nn.Sequential.forward(model, x), atol=1e-5)
