@@ -160,21 +160,16 @@ def test_hooks_on_what_autograd_saves_get_nothing_of_ours():
     assert writes.happened()
 
 
-def leading_to(model: torch.nn.Module, _gradient: torch.Tensor) -> None:
-    """A hook, once it is bound to a model."""
-
-
 @pytest.mark.parametrize("leads", ["a hook", "an attribute"])
-def test_a_parameter_that_leads_to_the_model_is_collected_with_it(leads):
-    model, x = copied()
+def test_a_parameter_that_leads_to_whoever_listens_is_collected_with_it(leads):
+    weight = torch.nn.Parameter(torch.randn(3))
+    writes = Writes([weight])
     if leads == "a hook":
-        model[0].weight.register_hook(functools.partial(leading_to, model))
+        weight.register_hook(functools.partial(lambda held, gradient: None, writes))
     else:
-        model[0].weight.owner = model
-    gone = weakref.ref(model)
-    with torch.no_grad():
-        model(x)
-    del model
+        weight.listener = writes
+    gone = weakref.ref(writes)
+    del writes, weight
     gc.collect()
     assert gone() is None
 
