@@ -132,6 +132,23 @@ class TwoWays(DirectScale):
         return forward
 
 
+class AtABound(HalfWide):
+    """Wrong for the most rows that were declared, which are 64."""
+
+    variant = Variant("bound", predicted_gain=9.0, sites=(), compute_dtype="bfloat16", derives=True)
+
+    def apply(self, model: torch.nn.Module, variant: Variant) -> Any:
+        undo, last = super().apply(model, variant), inner(model).last
+        right = type(last).forward
+        last.forward = types.MethodType(lambda self, x: right(self, x) * (1.5 if len(x) == 64 else 1.0), last)
+
+        def undo_both() -> None:
+            undo()
+            last.__dict__.pop("forward", None)
+
+        return undo_both
+
+
 class LongCompiled(Compiled):
     """Announces a long set-up and takes none."""
 

@@ -16,6 +16,7 @@ from fingerprints import optimized
 from kpt.specs import PolicySpec, Variant
 from kpt.transaction import events, ledger, stacks
 from kpt.transaction.budget import Budget
+from kpt.transaction.fresh_calls import FreshCalls
 from kpt.transaction.outcome import Outcome
 from kpt.transaction.plan import Candidate, Plan
 
@@ -272,3 +273,41 @@ def test_what_is_set_up_sooner_by_far_does_not_stand_for_a_compiler_that_promise
         book = ledger.Ledger(None, offered, Budget())
         (chosen,) = stacks._stack(book, offered).steps
         assert chosen is compiler
+
+
+def test_the_first_trial_of_a_bold_step_looks_at_bounds():
+    """Where the commit would refuse it, at the end of a search that had built upon it."""
+    bold = PolicySpec("Bold", entry="bold_passes:AtABound", compute_dtype="bfloat16")
+    model, example = mixed_models.mixed(rounds=200), torch.randn(32, 64)
+    kpt.optimize(
+        model,
+        example,
+        dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2, max=64)}},
+        plugins=[slow_models.plugin(slow_models.DirectScale, policies=[bold])],
+        level="production",
+        budget=30.0,
+        cache=False,
+    )
+    receipt = kpt.report(model)
+    assert [entry.name for entry in receipt.accepted] == ["DirectScale:direct"], receipt
+    assert {entry.name: entry.rule for entry in receipt.rejected} == {"Bold:bound": "size"}
+    assert not any("commit" in note for note in receipt.notes)
+
+
+def test_steps_that_passed_a_long_look_get_a_short_one_next_time(monkeypatch):
+    looks = []
+    draws = FreshCalls.draws
+
+    def drawing(self, *, touches_mask, thorough):
+        looks.append(thorough)
+        return draws(self, touches_mask=touches_mask, thorough=thorough)
+
+    monkeypatch.setattr(FreshCalls, "draws", drawing)
+    offered = [slow_models.plugin(bold_passes.TwoWays, policies=[CAUTIOUS])]
+    optimized(mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="production")
+    *trials, commit = looks
+    assert trials.count(True) == 1 and trials.count(False) >= 1 and commit
+    looks.clear()
+    optimized(mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="exact")
+    *trials, commit = looks
+    assert not any(trials) and commit, "what is exact is judged at length by the commit alone"

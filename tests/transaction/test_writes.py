@@ -6,9 +6,10 @@ import functools
 import gc
 import weakref
 
+import numpy
 import pytest
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import kpt
 from fingerprints import fallbacks, fast_calls, optimized
@@ -68,6 +69,115 @@ def test_an_optimizer_of_one_weight_and_one_of_another_model():
         assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_frozen_part_that_the_optimizer_holds_serves_on(fused):
+    """Nothing writes what has no gradient."""
+    model, x = copied()
+    model.requires_grad_(False)
+    head = torch.nn.Linear(16, 4)
+    kpt.refresh(model)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            features = model(x)
+        head(features).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert fast_calls(model) == 3 and not fallbacks(model)
+
+
+def test_a_hook_of_the_optimizer_may_refresh_the_plan():
+    model, x = copied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    optimizer.register_step_post_hook(lambda *_: (model.eval(), kpt.refresh(model)))
+    step(optimizer, model, x)
+    with torch.no_grad():
+        assert torch.allclose(model(x), torch.nn.Sequential.forward(model, x), atol=1e-5)
+    assert fast_calls(model) == 1
+
+
+def test_gradients_of_a_closure():
+    model, x = copied()
+
+    def closure():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    torch.optim.SGD(model.parameters(), lr=0.5, fused=True).step(closure)
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+
+
+class Uncounted(torch.optim.Optimizer):
+    """As optimizers with kernels of their own, it writes past torch's counters."""
+
+    fails = False
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.all = [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def step(self, closure=None):
+        for parameter in self.all:
+            parameter.data.add_(1.0)
+            if self.fails:
+                raise RuntimeError("out of memory")
+
+
+class Failing(Uncounted):
+    """It does not come to its end."""
+
+    fails = True
+
+
+class Odd(Uncounted):
+    """Its groups are nothing that torch's optimizers know."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.param_groups = [None]
+
+
+@pytest.mark.parametrize("kind", [Uncounted, Failing, Odd])
+def test_somebody_elses_optimizer(kind):
+    model, x = copied()
+    model(x).sum().backward()
+    if kind is Failing:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            kind(model.parameters()).step()
+    else:
+        kind(model.parameters()).step()
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+    assert any("written in place" in reason for reason in fallbacks(model))
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_a_compiled_step(how):
+    model, x = copied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, **{how: True})
+    model(x).sum().backward()
+    torch.compile(optimizer.step, backend="eager")()
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+    assert any("written in place" in reason for reason in fallbacks(model))
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.double, kpt.restore], ids=["converted", "restored"])
+def test_the_memory_of_the_weights_is_free_once_they_have_other(change):
+    model, _ = copied()
+    held = numpy.zeros((16, 16), dtype=numpy.float32)
+    model[0].weight.data = torch.from_numpy(held)
+    kpt.refresh(model)
+    gone = weakref.ref(held)
+    del held
+    change(model)
+    model[0].weight.data = torch.zeros(16, 16)
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_plan_without_copies_serves_on_after_a_step():
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(torch.nn.Linear(16, 16), SlowScale()).eval(), torch.randn(8, 16)
@@ -81,9 +191,11 @@ def test_a_plan_without_copies_serves_on_after_a_step():
 def test_nothing_hears_of_steps_once_no_plan_is_there():
     gc.collect()
     model, _ = copied()
-    assert len(_global_optimizer_post_hooks) == 1
+    ours = [hook for hook in _global_optimizer_pre_hooks.values() if hook.__module__.startswith("kpt.")]
+    assert len(ours) == 1
+    before = set(_global_optimizer_pre_hooks)
     kpt.restore(model)
-    assert not _global_optimizer_post_hooks
+    assert len(before - set(_global_optimizer_pre_hooks)) == 1
 
 
 class Wrapped(torch.Tensor):

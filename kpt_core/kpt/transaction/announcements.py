@@ -6,13 +6,14 @@ in place without counting it.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch.nn.modules import module as torch_module
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Listener(Protocol):
@@ -20,7 +21,7 @@ class Listener(Protocol):
 
     def registered(self, module: torch.nn.Module, kind: str, name: str) -> None: ...
 
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def steps(self, parameters: Iterator[torch.Tensor]) -> None: ...
 
 
 class Announcements:
@@ -31,33 +32,60 @@ class Announcements:
     """
 
     def __init__(self) -> None:
-        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
+        #: Exchanged as a whole, since another thread may be going through it.
+        self._listeners: tuple[weakref.ref[Listener], ...] = ()
         self._handles: list[Any] = []
+        self._lock = threading.Lock()
 
     def add(self, listener: Listener) -> None:
-        self._listeners.add(listener)
-        if not self._handles:
-            self._handles = [
-                torch_module.register_module_parameter_registration_hook(self._registered("parameter")),
-                torch_module.register_module_buffer_registration_hook(self._registered("buffer")),
-                torch_module.register_module_module_registration_hook(self._registered("module")),
-                register_optimizer_step_post_hook(self._stepped),
-            ]
+        with self._lock:
+            self._listeners = (*self._without(listener), weakref.ref(listener))
+            if not self._handles:
+                self._handles = [
+                    torch_module.register_module_parameter_registration_hook(self._registered("parameter")),
+                    torch_module.register_module_buffer_registration_hook(self._registered("buffer")),
+                    torch_module.register_module_module_registration_hook(self._registered("module")),
+                    register_optimizer_step_pre_hook(self._steps),
+                ]
 
     def discard(self, listener: Listener) -> None:
-        self._listeners.discard(listener)
-        if not self._listeners:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
+        with self._lock:
+            self._listeners = self._without(listener)
+            if not self._listeners:
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []
+
+    def _without(self, listener: Listener) -> tuple[weakref.ref[Listener], ...]:
+        return tuple(each for each in self._listeners if each() not in (None, listener))
 
     def _registered(self, kind: str) -> Callable[[torch.nn.Module, str, Any], None]:
         def told(module: torch.nn.Module, name: str, value: Any) -> None:
-            for listener in tuple(self._listeners):
-                listener.registered(module, kind, name)
+            for each in self._listeners:
+                if (listener := each()) is not None:
+                    listener.registered(module, kind, name)
 
         return told
 
-    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for listener in tuple(self._listeners):
-            listener.stepped(optimizer)
+    def _steps(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for each in self._listeners:
+            if (listener := each()) is not None:
+                listener.steps(_uncounted(optimizer, args, kwargs))
+
+
+def _uncounted(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[torch.Tensor]:
+    """The parameters that a step is about to write, as far as it may not count that.
+
+    torch's own optimizers leave alone what has no gradient, and count their writes unless they are fused. The
+    gradients may come of a closure that the step is given, after ``optimizer`` itself.
+    """
+    counting = type(optimizer).__module__.startswith("torch.optim")
+    closure = len(args) > 1 or kwargs.get("closure") is not None
+    for group in optimizer.param_groups:
+        if counting and not group.get("fused"):
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is not None or (closure and parameter.requires_grad):
+                yield parameter

@@ -69,7 +69,8 @@ def after(ledger: Ledger, refusals: Sequence[Refusal]) -> Ledger | None:
         return None
     new.refused, new.found.rejected = gone, kept
     new.found.notes += [f"{text}; the search went on without {', '.join(sorted(names))}" for text in said]
-    new.tried |= {key: outcome for key, outcome in ledger.tried.items() if _holds(outcome, gone, best)}
+    known = {key: outcome for key, outcome in ledger.tried.items() if _holds(outcome, gone, best)}
+    new.tried = {**known, **new.tried}
     new.evidence = {name: outcome for name, outcome in ledger.evidence.items() if name in closed}
     new.gated, new.pace = ledger.gated, ledger.pace
     return new

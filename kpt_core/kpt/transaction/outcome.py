@@ -37,9 +37,9 @@ class Outcome:
 
     So is ``quiet``, the same plan on the model without dropout, by which values are judged where the
     outputs depend on random numbers. ``over_eager`` is how many times faster than the untouched model it is,
-    through what it was timed against: the plan of ``rival``, if not that model. ``final`` says that it was
-    judged as a commit does it, which then need not. ``beneath`` is the accepted outcome of a stricter level
-    that it took the place of, alive as long as it is.
+    through what it was timed against: the plan of ``rival``, if not that model. ``thorough`` says that it was
+    judged on as many calls as in a commit, and ``final`` that the commit then need not. ``beneath`` is the
+    accepted outcome of a stricter level that it took the place of, alive as long as it is.
     """
 
     plan: Plan
@@ -56,6 +56,7 @@ class Outcome:
     quiet: Applied | None = None
     over_eager: float = 0.0
     rival: Plan | None = None
+    thorough: bool = False
     final: bool = False
     beneath: Outcome | None = None
 

@@ -88,8 +88,8 @@ class Trials:
 
         An accepted outcome keeps its workspace alive if ``keep``. ``seconds`` limits the trial below
         what is left of the budget. A ``final`` one, of a plan beside which there is no other, judges on as
-        many calls as a commit does, which then need not. So does the first of each step that allows more than
-        exact results, but there the commit judges again: the fastest of many may be right by chance.
+        many calls as a commit does, which then need not. So does the first of each step that gives its plan a
+        level above exact, but there the commit judges again: the fastest of many may be right by chance.
         """
         started = time.perf_counter()
         left = self.budget.left()
@@ -127,6 +127,8 @@ class Trials:
                 outcome.rule, outcome.reason = "parameter-modified", kept.damage_since(harmed)
             if len(kept.patched) > patched:
                 outcome.rule, outcome.reason = "global-state", kept.patches_since(patched)
+        if outcome.right and outcome.thorough:
+            self._well_judged.update(plan.bold)
         if keep and outcome.right and applied:
             outcome.applied = applied[0]
             outcome.quiet = applied[1] if len(applied) > 1 else None
@@ -139,8 +141,8 @@ class Trials:
     def _run(self, outcome: Outcome, holder: list[Applied], against: Applied | None, timed: bool) -> None:
         observation, plan = self.observation, outcome.plan
         # What is bold and passes a first look may fail the commit: better here, before more is built upon it.
-        thorough = outcome.final or not self._well_judged.issuperset(plan.bold)
-        draws = self.judgement.calls.draws(touches_mask=plan.touches_mask, thorough=thorough)
+        outcome.thorough = outcome.final or not self._well_judged.issuperset(plan.bold)
+        draws = self.judgement.calls.draws(touches_mask=plan.touches_mask, thorough=outcome.thorough)
         if observation.stochastic:
             # Values are compared without dropout, on a second application of the same plan.
             holder.append(quiet := self._prepared(self.baseline.judged, plan))
@@ -158,7 +160,6 @@ class Trials:
         if not verdict.passed and not self.metric.overrules(verdict.rule):
             outcome.rule, outcome.reason = verdict.rule, verdict.detail
             return
-        self._well_judged.update(plan.bold if thorough else ())
         self.metric.judge(outcome, applied)
         if not outcome.right or not timed:
             return

@@ -13,21 +13,20 @@ import itertools
 import operator
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from kpt.judge.modelstate import attributes_of
 from kpt.judge.slots import slots_of
 from kpt.transaction.announcements import Announcements
-from kpt.transaction.copies import clean_copies, ours
+from kpt.transaction.copies import clean_copies
 from kpt.transaction.held_tensors import item, tensors_inside
 from kpt.transaction.hooks import computed
 from kpt.transaction.reading import constants_read, is_plain, names_read, reading_of, readings
+from kpt.transaction.replacements import HookDict, apply, apply_watchers, restore_apply, restore_hooks
 from kpt.transaction.structure import NOT_ATTRIBUTES, Structure
 from kpt.transaction.writes import Writes
 
@@ -70,6 +69,7 @@ class Watch:
         self.structure = Structure(model, self._names)
         self._undo.append(self.structure.close)
         self._writes = Writes(_tensors(model) if weights else ())
+        self._settled = False
         if weights and (uncounted := why_no_copies(model)) is not None:
             self.reason = uncounted
         self._parameters = list(model.parameters())
@@ -112,7 +112,7 @@ class Watch:
         if grad and list(map(_requires_grad, self._parameters)) != self._trainable:
             return "a parameter was frozen or unfrozen (call kpt.refresh(model))"
         if self._writes.tensors and self._writes.happened():
-            return _WRITTEN
+            return self._end(_WRITTEN) if self._settled else _WRITTEN
         try:
             if self._getters and list(map(_call, self._getters, self._states)) != self._values:
                 return "an attribute of a submodule or of its config changed"
@@ -138,23 +138,43 @@ class Watch:
         self.structure.unsure = True
 
     def settle(self) -> None:
-        """Take the weights' versions as they are now: nothing but kpt wrote since construction."""
+        """Take the weights' versions as they are now: nothing but kpt wrote since construction.
+
+        From here on a write is there to stay: before, the run that made the plan puts the counters back.
+        """
         self._writes.settle()
+        self._settled = True
 
     def registered(self, module: torch.nn.Module, kind: str, name: str) -> None:
         path = self._names.get(id(module))
         if path is not None and self.reason is None:
-            self.reason = f"{kind} {name!r} was registered on {path or 'the model'}"
+            self._end(f"{kind} {name!r} was registered on {path or 'the model'}")
 
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer wrote its parameters: a fused one counts no write."""
-        parameters = (id(each) for group in optimizer.param_groups for each in group.get("params", ()))
-        if self.reason is None and not self._copied.isdisjoint(parameters):
-            self.reason = _WRITTEN
+    def steps(self, parameters: Iterator[torch.Tensor]) -> None:
+        """An optimizer is about to write ``parameters`` without counting it."""
+        if self.reason is not None or not self._copied:
+            return
+        try:
+            written = not self._copied.isdisjoint(map(id, parameters))
+        except Exception:  # noqa: BLE001 - a step must not fail because somebody else's optimizer is unusual
+            written = True
+        if written:
+            self._end(_WRITTEN)
+
+    def moved(self) -> None:
+        """``.to()`` or the like is about to give the parameters other memory: theirs must be free then."""
+        self._end("the model was moved or converted (call kpt.refresh(model) to optimise it again)")
+
+    def _end(self, reason: str) -> str:
+        """The plan is stale for good: nothing is compared any more, nor kept alive for that."""
+        self.reason = reason
+        self._writes.forget()
+        return reason
 
     def close(self) -> None:
         """Leave nothing behind on the model."""
         _announcements.discard(self)
+        self._writes.forget()
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -167,85 +187,19 @@ class Watch:
             if original:  # known when the plan was made, and handles refer to this very dictionary
                 self._hooked.append((original, tuple(original)))
                 continue
-            watched = _HookDict()
+            watched = HookDict()
             watched.watch = self
             watched.path = self._names[id(module)]
             module.__dict__[name] = watched
-            self._undo.append(_restore_hooks(module, name, original))
+            self._undo.append(restore_hooks(module, name, original))
 
     def _watch_apply(self, module: torch.nn.Module) -> None:
         current = module.__dict__.get("_apply")
-        if current is not None and getattr(current, "__func__", None) is not _apply:
+        if current is not None and getattr(current, "__func__", None) is not apply:
             return  # somebody else's; ours stays behind in a deep copy of an optimised model
-        module.__dict__["_apply"] = types.MethodType(_apply, module)
-        _apply_watchers[module] = weakref.ref(self)
-        self._undo.append(_restore_apply(module))
-
-
-class _HookDict(OrderedDict):  # type: ignore[type-arg]
-    """A module's hook dictionary that tells its watch when a hook comes or goes.
-
-    Copies and pickles are plain dictionaries.
-    """
-
-    watch: Watch | None = None
-    path: str = ""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        if self.watch is not None and self.watch.reason is None:
-            self.watch.reason = f"a hook was registered on {self.path or 'the model'}"
-
-    def __reduce__(self) -> Any:
-        return OrderedDict, (list(self.items()),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[Any, Any]:
-        import copy
-
-        return OrderedDict((key, copy.deepcopy(value, memo)) for key, value in self.items())
-
-    def copy(self) -> OrderedDict[Any, Any]:  # type: ignore[override]
-        return OrderedDict(self)
-
-
-def _restore_hooks(module: torch.nn.Module, name: str, original: Any) -> Callable[[], None]:
-    def undo() -> None:
-        current = module.__dict__.get(name)
-        if isinstance(current, _HookDict):
-            current.watch = None
-            # Handles of hooks that came meanwhile refer to the current dictionary weakly: with any
-            # hook in it, it has to stay, as the plain dictionary that it is without a watch.
-            if not current:
-                module.__dict__[name] = original
-
-    return undo
-
-
-def _restore_apply(module: torch.nn.Module) -> Callable[[], None]:
-    def undo() -> None:
-        _apply_watchers.pop(module, None)
-        current = module.__dict__.get("_apply")
-        if isinstance(current, types.MethodType) and current.__func__ is _apply:
-            del module.__dict__["_apply"]
-
-    return undo
-
-
-#: A watch refers to its model's dictionaries, so that a strong reference here would keep both alive.
-_apply_watchers: MutableMapping[torch.nn.Module, weakref.ref[Watch]] = WeakIdKeyDictionary()
-
-
-@ours
-def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """``nn.Module._apply``, which ``.to()``, ``.half()`` and ``.cuda()`` go through, with a notice."""
-    reference = _apply_watchers.get(self)
-    watch = reference() if reference is not None else None
-    if watch is not None and watch.reason is None:
-        watch.reason = "the model was moved or converted (call kpt.refresh(model) to optimise it again)"
-    return type(self)._apply(self, fn, recurse)
-
-
-_apply.__qualname__ = "_apply"
+        module.__dict__["_apply"] = types.MethodType(apply, module)
+        apply_watchers[module] = weakref.ref(self)
+        self._undo.append(restore_apply(module))
 
 
 _announcements = Announcements()

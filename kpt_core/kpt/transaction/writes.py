@@ -38,6 +38,11 @@ class Writes:
         self._others = [tensor for tensor in self.tensors if id(tensor) not in saved]
         self._versions = list(map(_version, self._others))
 
+    def forget(self) -> None:
+        """Compare nothing any more, and let go of the aliases: they keep memory that a tensor had before."""
+        self.tensors, self._others, self._versions = [], [], []
+        self._output = self._node = None
+
     def happened(self) -> bool:
         """Whether a counter moved."""
         if self._node is not None:
