@@ -304,10 +304,14 @@ def test_steps_that_passed_a_long_look_get_a_short_one_next_time(monkeypatch):
 
     monkeypatch.setattr(FreshCalls, "draws", drawing)
     offered = [slow_models.plugin(bold_passes.TwoWays, policies=[CAUTIOUS])]
-    optimized(mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="production")
+    optimized(
+        mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="production", budget=30.0
+    )
     *trials, commit = looks
     assert trials.count(True) == 1 and trials.count(False) >= 1 and commit
     looks.clear()
-    optimized(mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="exact")
+    optimized(
+        mixed_models.mixed(rounds=200), torch.randn(64, 64), plugins=offered, level="exact", budget=30.0
+    )
     *trials, commit = looks
     assert not any(trials) and commit, "what is exact is judged at length by the commit alone"

@@ -139,10 +139,39 @@ class Odd(Uncounted):
         self.param_groups = [None]
 
 
-@pytest.mark.parametrize("kind", [Uncounted, Failing, Odd])
-def test_somebody_elses_optimizer(kind):
+class Late(torch.optim.AdamW):
+    """It gets its gradients from elsewhere, in its step."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("how", ["an optimizer of somebody else's", "a hook"])
+def test_gradients_that_come_late(how):
     model, x = copied()
-    model(x).sum().backward()
+    optimizer = (Late if how != "a hook" else torch.optim.AdamW)(model.parameters(), lr=0.5, fused=True)
+    if how == "a hook":
+
+        def given(*_):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+
+        optimizer.register_step_pre_hook(given)
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+    assert any("written in place" in reason for reason in fallbacks(model))
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("kind", [Uncounted, Failing, Odd])
+def test_somebody_elses_optimizer(kind, backward):
+    model, x = copied()
+    if backward:
+        model(x).sum().backward()
     if kind is Failing:
         with pytest.raises(RuntimeError, match="out of memory"):
             kind(model.parameters()).step()
@@ -153,18 +182,41 @@ def test_somebody_elses_optimizer(kind):
     assert any("written in place" in reason for reason in fallbacks(model))
 
 
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("how", ["fused", "foreach"])
-def test_a_compiled_step(how):
+def test_a_compiled_step(how, dynamo):
     model, x = copied()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, **{how: True})
-    model(x).sum().backward()
-    torch.compile(optimizer.step, backend="eager")()
-    with torch.no_grad():
-        assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
-    assert any("written in place" in reason for reason in fallbacks(model))
+    compiled = torch.compile(optimizer.step, backend="eager")
+    graphs = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        compiled()
+        with torch.no_grad():
+            assert torch.equal(model(x), torch.nn.Sequential.forward(model, x))
+        assert any("written in place" in reason for reason in fallbacks(model))
+        kpt.refresh(model)
+        graphs.append(dynamo["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[0], "what torch compiled serves on"
 
 
-@pytest.mark.parametrize("change", [torch.nn.Module.double, kpt.restore], ids=["converted", "restored"])
+def hooked_and_converted(model: torch.nn.Module) -> None:
+    model[0].register_forward_hook(lambda *_: None)
+    model.double()
+
+
+CHANGES = {"converted": torch.nn.Module.double, "restored": kpt.restore, "hooked": hooked_and_converted}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_memory_of_the_weights_is_free_once_they_have_other(change):
     model, _ = copied()
     held = numpy.zeros((16, 16), dtype=numpy.float32)

@@ -35,31 +35,31 @@ class Announcements:
         #: Exchanged as a whole, since another thread may be going through it.
         self._listeners: tuple[weakref.ref[Listener], ...] = ()
         self._handles: list[Any] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collector or a signal may bring one in the midst of another
 
     def add(self, listener: Listener) -> None:
         with self._lock:
             self._listeners = (*self._without(listener), weakref.ref(listener))
             if not self._handles:
-                self._handles = [
-                    torch_module.register_module_parameter_registration_hook(self._registered("parameter")),
-                    torch_module.register_module_buffer_registration_hook(self._registered("buffer")),
-                    torch_module.register_module_module_registration_hook(self._registered("module")),
-                    register_optimizer_step_pre_hook(self._steps),
-                ]
+                # One by one, so that an interruption leaves none that nobody knows.
+                handles = self._handles = []
+                handles += [torch_module.register_module_parameter_registration_hook(self._told("parameter"))]
+                handles += [torch_module.register_module_buffer_registration_hook(self._told("buffer"))]
+                handles += [torch_module.register_module_module_registration_hook(self._told("module"))]
+                handles += [register_optimizer_step_pre_hook(self._steps)]
 
     def discard(self, listener: Listener) -> None:
         with self._lock:
             self._listeners = self._without(listener)
             if not self._listeners:
-                for handle in self._handles:
+                handles, self._handles = self._handles, []
+                for handle in handles:
                     handle.remove()
-                self._handles = []
 
     def _without(self, listener: Listener) -> tuple[weakref.ref[Listener], ...]:
         return tuple(each for each in self._listeners if each() not in (None, listener))
 
-    def _registered(self, kind: str) -> Callable[[torch.nn.Module, str, Any], None]:
+    def _told(self, kind: str) -> Callable[[torch.nn.Module, str, Any], None]:
         def told(module: torch.nn.Module, name: str, value: Any) -> None:
             for each in self._listeners:
                 if (listener := each()) is not None:
@@ -78,14 +78,16 @@ def _uncounted(
 ) -> Iterator[torch.Tensor]:
     """The parameters that a step is about to write, as far as it may not count that.
 
-    torch's own optimizers leave alone what has no gradient, and count their writes unless they are fused. The
-    gradients may come of a closure that the step is given, after ``optimizer`` itself.
+    torch's own optimizers leave alone what has no gradient, and count their writes unless they are fused.
+    Gradients may come later than this: of a closure that the step is given, after ``optimizer`` itself, of a
+    hook of the optimizer's own, or in whatever way somebody else's optimizer gets them.
     """
-    counting = type(optimizer).__module__.startswith("torch.optim")
-    closure = len(args) > 1 or kwargs.get("closure") is not None
+    own = type(optimizer).__module__.startswith("torch.optim.")
+    later = not own or bool(optimizer._optimizer_step_pre_hooks)
+    later = later or len(args) > 1 or kwargs.get("closure") is not None
     for group in optimizer.param_groups:
-        if counting and not group.get("fused"):
+        if own and not group.get("fused"):
             continue
         for parameter in group["params"]:
-            if parameter.grad is not None or (closure and parameter.requires_grad):
+            if parameter.grad is not None or (later and parameter.requires_grad):
                 yield parameter

@@ -31,8 +31,8 @@ class HookDict(OrderedDict):  # type: ignore[type-arg]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
-        if self.watch is not None and self.watch.reason is None:
-            self.watch.reason = f"a hook was registered on {self.path or 'the model'}"
+        if self.watch is not None:
+            self.watch.ended(f"a hook was registered on {self.path or 'the model'}")
 
     def __reduce__(self) -> Any:
         return OrderedDict, (list(self.items()),)
@@ -78,8 +78,8 @@ def apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Modu
     """``nn.Module._apply``, which ``.to()``, ``.half()`` and ``.cuda()`` go through, with a notice."""
     reference = apply_watchers.get(self)
     watch = reference() if reference is not None else None
-    if watch is not None and watch.reason is None:
-        watch.moved()
+    if watch is not None:
+        watch.ended("the model was moved or converted (call kpt.refresh(model) to optimise it again)")
     return type(self)._apply(self, fn, recurse)
 
 

@@ -88,8 +88,9 @@ class Trials:
 
         An accepted outcome keeps its workspace alive if ``keep``. ``seconds`` limits the trial below
         what is left of the budget. A ``final`` one, of a plan beside which there is no other, judges on as
-        many calls as a commit does, which then need not. So does the first of each step that gives its plan a
-        level above exact, but there the commit judges again: the fastest of many may be right by chance.
+        many calls as a commit does, which then need not. So does each of a step that gives its plan a level
+        above exact, until one was right, but there the commit judges again: the fastest of many may be right
+        by chance.
         """
         started = time.perf_counter()
         left = self.budget.left()

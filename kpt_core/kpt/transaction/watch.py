@@ -112,7 +112,7 @@ class Watch:
         if grad and list(map(_requires_grad, self._parameters)) != self._trainable:
             return "a parameter was frozen or unfrozen (call kpt.refresh(model))"
         if self._writes.tensors and self._writes.happened():
-            return self._end(_WRITTEN) if self._settled else _WRITTEN
+            return self.ended(_WRITTEN) if self._settled else _WRITTEN
         try:
             if self._getters and list(map(_call, self._getters, self._states)) != self._values:
                 return "an attribute of a submodule or of its config changed"
@@ -147,8 +147,8 @@ class Watch:
 
     def registered(self, module: torch.nn.Module, kind: str, name: str) -> None:
         path = self._names.get(id(module))
-        if path is not None and self.reason is None:
-            self._end(f"{kind} {name!r} was registered on {path or 'the model'}")
+        if path is not None:
+            self.ended(f"{kind} {name!r} was registered on {path or 'the model'}")
 
     def steps(self, parameters: Iterator[torch.Tensor]) -> None:
         """An optimizer is about to write ``parameters`` without counting it."""
@@ -159,17 +159,16 @@ class Watch:
         except Exception:  # noqa: BLE001 - a step must not fail because somebody else's optimizer is unusual
             written = True
         if written:
-            self._end(_WRITTEN)
+            self.ended(_WRITTEN)
 
-    def moved(self) -> None:
-        """``.to()`` or the like is about to give the parameters other memory: theirs must be free then."""
-        self._end("the model was moved or converted (call kpt.refresh(model) to optimise it again)")
+    def ended(self, reason: str) -> str:
+        """The plan is stale for good, for the first ``reason`` that came.
 
-    def _end(self, reason: str) -> str:
-        """The plan is stale for good: nothing is compared any more, nor kept alive for that."""
-        self.reason = reason
+        No write is noticed any more, nor is memory kept for that, which ``.to()`` may be about to exchange.
+        """
+        self.reason = self.reason or reason
         self._writes.forget()
-        return reason
+        return self.reason
 
     def close(self) -> None:
         """Leave nothing behind on the model."""

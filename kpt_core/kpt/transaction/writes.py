@@ -45,9 +45,10 @@ class Writes:
 
     def happened(self) -> bool:
         """Whether a counter moved."""
-        if self._node is not None:
+        node = self._node
+        if node is not None:
             try:
-                self._node.saved_tensors  # noqa: B018 - the comparison is what reading it does
+                node.saved_tensors  # noqa: B018 - the comparison is what reading it does
             except RuntimeError:
                 return True
         return bool(self._others) and list(map(_version, self._others)) != self._versions
