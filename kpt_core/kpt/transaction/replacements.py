@@ -9,15 +9,18 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kpt.transaction.copies import ours
 
-if TYPE_CHECKING:
-    from kpt.transaction.watch import Watch
+
+class Listener(Protocol):
+    """Who is told that a plan is stale for good, and why."""
+
+    def ended(self, reason: str) -> str: ...
 
 
 class HookDict(OrderedDict):  # type: ignore[type-arg]
@@ -26,7 +29,7 @@ class HookDict(OrderedDict):  # type: ignore[type-arg]
     Copies and pickles are plain dictionaries.
     """
 
-    watch: Watch | None = None
+    watch: Listener | None = None
     path: str = ""
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -70,7 +73,7 @@ def restore_apply(module: torch.nn.Module) -> Callable[[], None]:
 
 
 #: A watch refers to its model's dictionaries, so that a strong reference here would keep both alive.
-apply_watchers: MutableMapping[torch.nn.Module, weakref.ref[Watch]] = WeakIdKeyDictionary()
+apply_watchers: MutableMapping[torch.nn.Module, weakref.ref[Listener]] = WeakIdKeyDictionary()
 
 
 @ours
