@@ -55,16 +55,12 @@ class Writes:
 
 
 class _Saved(torch.autograd.Function):
-    """Saves its inputs for a backward."""
+    """Saves its inputs for a backward, which it has none of."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise NotImplementedError("this output is no part of any model")
 
 
 def _saved_for_backward(tensors: list[torch.Tensor]) -> torch.Tensor:
